@@ -1,0 +1,304 @@
+"""The training set: rows with stable sample ids, captions, transforms, duplicates, and the order in which a proxy sees them."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Image as ImageFeature
+from datasets import Sequence, Value, load_dataset
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from tqdm.auto import tqdm
+
+from .config import UsageError
+
+SAMPLE_ID = "sample_id"
+
+
+def load_training_rows(args):
+    """Load ``--dataset_name`` or ``--train_data_dir``.
+
+    Returns a ``Dataset`` with the image column, the caption column and ``sample_id`` (int64): the row's number in the source, whatever is
+    selected later. Raises ``UsageError`` naming the flag or the row.
+    """
+    if args.dataset_name is not None:
+        source = f"--dataset_name {args.dataset_name}"
+        load = {"path": args.dataset_name, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+    else:
+        source = f"--train_data_dir {args.train_data_dir}"
+        folder = Path(args.train_data_dir)
+        if not folder.is_dir():
+            raise UsageError(f"{source}: no such folder")
+        if not any(path.is_file() for path in folder.rglob("*")):
+            raise UsageError(f"{source}: the folder is empty; it needs images and a metadata.jsonl")
+        load = {"path": "imagefolder", "data_files": {"train": str(folder / "**")}}
+    try:
+        dataset = load_dataset(**load, cache_dir=args.cache_dir)
+    except Exception as error:
+        raise UsageError(f"{source}: datasets could not read it: {_one_line(error)}") from error
+    if "train" not in dataset:
+        raise UsageError(f"{source}: has no 'train' split, only {', '.join(dataset)}")
+    rows = dataset["train"]
+    for flag in ("image_column", "caption_column"):
+        column = getattr(args, flag)
+        if column not in rows.column_names:
+            hint = " (captions come from a metadata.jsonl in the folder)" if flag == "caption_column" else ""
+            raise UsageError(f"--{flag} {column}: not a column of the dataset, which has {', '.join(rows.column_names)}{hint}")
+    if not isinstance(rows.features[args.image_column], ImageFeature):
+        raise UsageError(f"--image_column {args.image_column}: holds {rows.features[args.image_column]}, not images")
+    rows = rows.add_column(SAMPLE_ID, np.arange(len(rows)))
+    _check_captions(rows, args.caption_column)
+    if args.max_train_samples is not None:
+        if args.max_train_samples < 1:
+            raise UsageError(f"--max_train_samples {args.max_train_samples}: must be at least 1")
+        rows = rows.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(rows))))
+    return rows
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _check_captions(rows, column):
+    feature = rows.features[column]
+    text = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    if not text and not isinstance(feature, (Sequence, list)):
+        raise UsageError(f"--caption_column {column}: should hold strings or lists of strings, holds {feature}")
+    captions = rows.select_columns([column]).with_format("arrow")
+    for start in range(0, len(rows), 10_000):
+        for offset, caption in enumerate(captions[start : start + 10_000][column].to_pylist()):
+            missing = caption is None or (not text and (not caption or None in caption))
+            if missing:
+                raise UsageError(f"row {start + offset} has no caption in column '{column}': add one or remove the row")
+
+
+def content_hash(rows, caption_column):
+    """A short hash of the rows' ids and captions: tells one training set from another without decoding its images."""
+    digest = hashlib.blake2b(digest_size=8)
+    columns = rows.select_columns([SAMPLE_ID, caption_column]).with_format("arrow")
+    for start in range(0, len(rows), 10_000):
+        digest.update(json.dumps(columns[start : start + 10_000].to_pydict()).encode())
+    return digest.hexdigest()
+
+
+def image_path(rows, image_column, row):
+    """Where a row's image came from, for messages, or None."""
+    value = rows.cast_column(image_column, ImageFeature(decode=False))[int(row)][image_column]
+    return value.get("path")
+
+
+def pixel_hashes(rows, image_column):
+    """A hash of each row's decoded RGB pixels: equal for rows that show the same image."""
+    digests = []
+    images = rows.select_columns([image_column])
+    for row in tqdm(range(len(rows)), desc="Looking for duplicates", leave=False):
+        image = decode(images, image_column, [row])[0]
+        digests.append(hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest())
+    return np.unique(digests, return_inverse=True)[1]
+
+
+def deduplicate(rows, hashes):
+    """One row of each image, the first."""
+    first = np.unique(hashes, return_index=True)[1]
+    return rows.select(np.sort(first))
+
+
+def decode(rows, image_column, indices):
+    """RGB images of the given rows. Raises ``UsageError`` naming the row that does not decode."""
+    try:
+        return [image.convert("RGB") for image in rows[indices][image_column]]
+    except Exception as batch_error:
+        for index in indices:
+            try:
+                rows[int(index)][image_column].convert("RGB")
+            except Exception as error:
+                where = image_path(rows, image_column, index)
+                name = f" ({where})" if where else ""
+                raise UsageError(
+                    f"row {index}{name}: the image does not decode: {_one_line(error)}; repair or remove it"
+                ) from error
+        raise batch_error
+
+
+def image_transform(resolution, center_crop, random_flip, interpolation):
+    """The official script's transform: PIL image -> float32 (3, resolution, resolution) in [-1, 1]."""
+    mode = getattr(transforms.InterpolationMode, interpolation.upper())
+    return transforms.Compose(
+        [
+            transforms.Resize(resolution, interpolation=mode),
+            (transforms.CenterCrop if center_crop else transforms.RandomCrop)(resolution),
+            *([transforms.RandomHorizontalFlip()] if random_flip else []),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """Rows as the training sees them.
+
+    A key is a row, whose random crop, flip and choice of caption then come from the process's random streams as in the official script; or a pair
+    (row, seed), and they come from the seed alone: the same for any number of workers and processes.
+    """
+
+    def __init__(self, rows, image_column, caption_column, tokenizer, transform):
+        self.images = rows.select_columns([image_column])  # apart, so that reading a caption decodes no image
+        self.captions = rows.select_columns([caption_column])
+        self.image_column = image_column
+        self.caption_column = caption_column
+        self.tokenizer = tokenizer
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitems__(self, keys):
+        seeded = isinstance(keys[0], tuple)
+        indices, seeds = zip(*keys, strict=True) if seeded else (keys, None)
+        images = decode(self.images, self.image_column, list(indices))
+        captions = self.captions[list(indices)][self.caption_column]
+        if seeded:
+            pixels = []
+            with torch.random.fork_rng(devices=[]):
+                for image, seed in zip(images, seeds, strict=True):
+                    torch.manual_seed(seed)
+                    pixels.append(self.transform(image))
+            captions = [_choose(caption, random.Random(seed)) for caption, seed in zip(captions, seeds, strict=True)]
+        else:
+            pixels = [self.transform(image) for image in images]
+            captions = [_choose(caption, random) for caption in captions]
+        tokens = self.tokenizer(
+            captions, max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        batch = {
+            "pixel_values": torch.stack(pixels).to(memory_format=torch.contiguous_format).float(),
+            "input_ids": tokens.input_ids,
+            "samples": torch.tensor(indices),
+        }
+        if seeded:
+            batch["seeds"] = list(seeds)
+        return batch
+
+
+def _choose(caption, rng):
+    return caption if isinstance(caption, str) else rng.choice(caption)
+
+
+def _whole(batch):
+    return batch
+
+
+class StreamLoader:
+    """Batches in the official script's order: torch's shuffling loader on the process's random streams, one batch read ahead.
+
+    Its state is the streams at the start of the epoch and how many batches were taken; restoring reads those again.
+    """
+
+    def __init__(self, samples, batch_size, num_workers, streams):
+        self.loader = DataLoader(samples, batch_size, shuffle=True, collate_fn=_whole, num_workers=num_workers)
+        self.streams = streams
+        self.taken = 0
+        self.epoch_start = None
+        self._batches = self._ahead = None
+
+    def next(self):
+        """Returns a batch and whether it is the epoch's last."""
+        if self._batches is None:
+            self.epoch_start = self.streams.get()
+            self._batches = iter(self.loader)
+            self._ahead = next(self._batches)
+        batch, self._ahead = self._ahead, next(self._batches, None)
+        self.taken += 1
+        if self._ahead is None:
+            self._batches, self.taken = None, 0
+            return batch, True
+        return batch, False
+
+    def set_samples(self, samples):
+        pass  # one shard: always the whole set
+
+    def state_dict(self):
+        return {"taken": self.taken, "epoch_start": self.epoch_start if self.taken else None}
+
+    def load_state_dict(self, state):
+        """Leaves the streams as they were when the next batch was read: set them afterwards."""
+        if state["taken"]:
+            self.streams.set(state["epoch_start"])
+            for _ in tqdm(range(state["taken"]), desc="Reading up to the checkpoint", leave=False):
+                self.next()
+
+
+class SeededLoader:
+    """Batches of a shard whose order and per-sample seeds are a function of (seed, shard, epoch): its state is two integers.
+
+    Where ``group_size`` processes share a shard, each reads its part of batches ``group_size`` times as long.
+    """
+
+    def __init__(self, samples, batch_size, num_workers, seed, shard_samples, group_size=1, group_rank=0):
+        self.samples = samples
+        self.batch_size = batch_size * group_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shard_samples = shard_samples
+        self.group_size, self.group_rank = group_size, group_rank
+        self.epoch = self.taken = 0
+        self._batches = None
+
+    def _plan(self):
+        """This epoch's batches from ``taken`` on: lists of (row, seed), and their places in the group's batch."""
+        rng = np.random.default_rng([*self.seed, self.epoch])
+        order = rng.permutation(self.shard_samples).tolist()
+        seeds = rng.integers(2**63, size=len(order)).tolist()
+        keys = list(zip(order, seeds, strict=True))
+        parts, places = [], []
+        for start in range(self.taken * self.batch_size, len(keys), self.batch_size):
+            batch = keys[start : start + self.batch_size]
+            share = -(-len(batch) // self.group_size)
+            rows = slice(min(self.group_rank * share, len(batch)), min((self.group_rank + 1) * share, len(batch)))
+            parts.append(batch[rows])
+            places.append((rows, len(batch)))
+        return parts, places
+
+    def _start(self):
+        parts, places = self._plan()
+        # A generator of its own, so that starting an epoch leaves the process's stream alone.
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=parts,
+            collate_fn=_whole,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )
+        return zip(loader, places, strict=True)
+
+    @property
+    def batches_per_epoch(self):
+        return -(-len(self.shard_samples) // self.batch_size)
+
+    def next(self):
+        """Returns a batch and whether it is the epoch's last."""
+        if self._batches is None:
+            self._batches = self._start()
+        batch, (rows, length) = next(self._batches)
+        if self.group_size > 1:
+            batch |= {"rows": rows, "batch_rows": length}
+        self.taken += 1
+        last = self.taken == self.batches_per_epoch
+        if last:
+            self.epoch, self.taken, self._batches = self.epoch + 1, 0, None
+        return batch, last
+
+    def set_samples(self, shard_samples):
+        """Go on with another set of samples, from a new epoch on; with the same set, nothing changes."""
+        if not np.array_equal(shard_samples, self.shard_samples):
+            self.shard_samples = shard_samples
+            self.epoch, self.taken, self._batches = self.epoch + 1, 0, None
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.epoch, self.taken, self._batches = state["epoch"], state["taken"], None

@@ -1,0 +1,96 @@
+"""Which process trains which shard, and the few sums that cross processes.
+
+W processes, K shards. W <= K: each process owns K / W shards and trains them one after another. W > K: groups of W / K processes
+train one shard together. Anything else is an error.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .config import UsageError
+
+
+def valid_process_counts(num_shards, limit=64):
+    """Numbers of processes that K shards can be trained on: divisors of K and multiples of it."""
+    return [w for w in range(1, limit + 1) if num_shards % w == 0 or w % num_shards == 0]
+
+
+class Layout:
+    """This process's place among W processes and K shards.
+
+    Attributes:
+        groups: for each group of processes, the shards it trains, in turn.
+        shards: those of this process's group.
+        size, rank: of the group of processes that trains the same shard.
+    """
+
+    def __init__(self, num_shards, num_processes=1, process_index=0, device="cpu"):
+        if num_shards % num_processes and num_processes % num_shards:
+            counts = ", ".join(map(str, valid_process_counts(num_shards, max(16, 2 * num_processes))))
+            raise UsageError(
+                f"--num_processes {num_processes} does not fit --num_shards {num_shards}: "
+                f"one must divide the other. Numbers of processes that do: {counts}"
+            )
+        self.num_shards = num_shards
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.device = torch.device(device)
+        num_groups = min(num_processes, num_shards)
+        self.groups = [range(first, num_shards, num_groups) for first in range(num_groups)]
+        self.size = num_processes // num_groups
+        self.rank = process_index % self.size
+        self.shards = self.groups[process_index // self.size]
+        self._group = None
+        if self.size > 1:
+            for leader in range(0, num_processes, self.size):
+                group = dist.new_group(list(range(leader, leader + self.size)))
+                if leader == process_index - self.rank:
+                    self._group = group
+
+    @property
+    def is_main(self):
+        return self.process_index == 0
+
+    @property
+    def leads(self):
+        """Whether this process speaks for its group."""
+        return self.rank == 0
+
+    def gather(self, tensor):
+        """Concatenate the group's tensors (equal trailing shapes, any lengths) in the order of the batch."""
+        if self.size == 1:
+            return tensor
+        lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device), group=self._group)
+        longest = int(torch.stack(lengths).max())
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded, group=self._group)
+        return torch.cat([part[: int(n)] for part, n in zip(gathered, lengths, strict=True)])
+
+    def sum(self, tensor):
+        """Sum over the group."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def sum_gradients(self, parameters):
+        """Make every member's gradients the sum of the group's."""
+        if self.size > 1:
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad, group=self._group)
+
+    def total(self, tensor):
+        """Sum over all processes; takes and returns a host tensor."""
+        if self.num_processes == 1:
+            return tensor
+        total = tensor.to(self.device)
+        total = total.clone() if total.data_ptr() == tensor.data_ptr() else total
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def barrier(self):
+        if self.num_processes > 1:
+            dist.barrier()

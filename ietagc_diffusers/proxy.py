@@ -1,0 +1,129 @@
+"""A proxy theta_i: everything that belongs to the training of one shard, except the model's weights, which live in the one model on the device."""
+
+import torch
+
+# What a proxy counts on the device over a round: summed losses of micro-batches, micro-batches, visits, skips, augmentations, non-finite.
+ROUND_TOTALS = ("loss", "batches", "visits", "skipped", "augmented", "nonfinite")
+
+
+class Proxy:
+    """One shard's training. Keeps its batches, control (with the memory bank), optimizer, schedule and random streams over the rounds.
+
+    Only one proxy of a process is on the device at a time: ``activate`` and ``suspend`` move its optimizer state and swap the random streams.
+
+    Args:
+        shard: i, in 0..K-1.
+        loader: ``StreamLoader`` or ``SeededLoader``.
+        control: what decides about each sample.
+        optimizer: over the shared model's parameters.
+        schedule: learning-rate schedule, stepped once a step.
+        num_samples: N, of the whole training set.
+        accumulation: micro-batches a step.
+        max_grad_norm: of the gradient clipping.
+    """
+
+    def __init__(self, shard, loader, control, optimizer, schedule, num_samples, accumulation=1, max_grad_norm=1.0):
+        self.shard = shard
+        self.loader = loader
+        self.control = control
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.accumulation = accumulation
+        self.max_grad_norm = max_grad_norm
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.steps = 0
+        self.streams_state = None
+        self.weights = None  # where a checkpoint found this proxy in the middle of a round
+        self.round_totals = torch.zeros(len(ROUND_TOTALS))
+        self.round_skips = torch.zeros(num_samples, dtype=torch.int64)
+        self.total_skips = torch.zeros(num_samples, dtype=torch.int64)
+        self.total_visits = torch.zeros(num_samples, dtype=torch.int64)
+
+    @property
+    def device(self):
+        return self.parameters[0].device
+
+    def activate(self, streams):
+        """Onto the device."""
+        self._move(self.device)
+        if self.streams_state is not None:
+            streams.set(self.streams_state)
+
+    def suspend(self, streams):
+        """Off the device, to wait in host memory."""
+        self.streams_state = streams.get()
+        self._move("cpu")
+
+    def _move(self, device):
+        self.control.to(device)
+        for name in ("round_totals", "round_skips", "total_skips", "total_visits"):
+            setattr(self, name, getattr(self, name).to(device))
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.ndim:  # Adam's step counter stays where it is
+                    state[key] = value.to(device)
+
+    def step(self, model, objective, layout, scaler=None):
+        """One optimizer step: forward and backward over its micro-batches, which end with the epoch if need be.
+
+        Returns the last micro-batch's ``Controlled``.
+        """
+        for micro in range(1, self.accumulation + 1):
+            batch, last_of_epoch = self.loader.next()
+            samples = batch["samples"].to(self.device, non_blocking=True)
+            batch["pixel_values"] = batch["pixel_values"].to(self.device, non_blocking=True)
+            batch["input_ids"] = batch["input_ids"].to(self.device, non_blocking=True)
+            controlled = self.control.step(model, objective, batch)
+            if controlled.loss.requires_grad:
+                loss = controlled.loss / self.accumulation
+                (scaler.scale(loss) if scaler else loss).backward()
+            self._count(samples, controlled)
+            if last_of_epoch:
+                break
+        for parameter in self.parameters:
+            if parameter.grad is None:  # nothing was kept
+                parameter.grad = torch.zeros_like(parameter)
+        layout.sum_gradients(self.parameters)
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if self._apply(scaler):
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return controlled
+
+    def _apply(self, scaler):
+        """Step the optimizer. Returns False where the fp16 loss scale overflowed and the step was left out."""
+        if scaler is None:
+            self.optimizer.step()
+            return True
+        scale = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        return scaler.get_scale() >= scale
+
+    def _count(self, samples, controlled):
+        skipped = controlled.skipped.long()
+        self.round_skips.index_add_(0, samples, skipped)
+        self.total_skips.index_add_(0, samples, skipped)
+        self.total_visits.index_add_(0, samples, torch.ones_like(skipped))
+        one = torch.ones((), device=self.device)
+        self.round_totals += torch.stack(
+            [
+                controlled.mean_loss.float(),
+                one,
+                one * len(samples),
+                skipped.sum().float(),
+                controlled.augmented.sum().float(),
+                controlled.nonfinite.sum().float(),
+            ]
+        )
+
+    def end_round(self, shard_samples, reset_optimizer=False):
+        """Start a new round on ``shard_samples``."""
+        self.round_totals.zero_()
+        self.round_skips.zero_()
+        self.loader.set_samples(shard_samples)
+        if reset_optimizer:
+            self.optimizer.state.clear()

@@ -1,0 +1,100 @@
+"""Shards of the training set: splitting (section IV-C) and redistribution of the most skipped samples (eq. 10, 11). Pure functions of their seeds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import UsageError
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which samples each shard holds.
+
+    ``shards``: K sorted int64 arrays of sample ids in [0, N). ``groups``: int64 (N,), equal for rows that must stay together, or None.
+    """
+
+    shards: tuple
+    groups: np.ndarray | None = None
+
+    @property
+    def num_shards(self):
+        return len(self.shards)
+
+    @classmethod
+    def split(cls, num_samples, num_shards, seed, labels=None, groups=None):
+        """Split ids 0..N-1 into K parts by a seeded permutation.
+
+        Sizes differ by at most one (with groups: by at most the largest group). ``labels`` (N,) deals each class evenly over the shards.
+        ``groups`` (N,) keeps rows of one value in one shard. Raises ``UsageError`` if K exceeds the number of samples, or of groups.
+        """
+        groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
+        units = np.arange(num_samples) if groups is None else groups
+        num_units = num_samples if groups is None else int(groups.max()) + 1
+        if num_shards > num_units:
+            what = "training samples" if groups is None else "groups of duplicates"
+            raise UsageError(f"--num_shards {num_shards}: more than the {num_units} {what}")
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(num_units)
+        if labels is not None:
+            unit_labels = np.empty(num_units, dtype=np.int64)
+            unit_labels[units] = np.unique(labels, return_inverse=True)[1]
+            order = order[np.argsort(unit_labels[order], kind="stable")]
+        shard_of_unit = np.empty(num_units, dtype=np.int64)
+        if groups is None:
+            shard_of_unit[order] = np.arange(num_units) % num_shards
+        else:
+            sizes = np.bincount(groups)
+            # Larger groups first, each to the shard that holds least: balanced, and stable for equal sizes.
+            loads = np.zeros(num_shards, dtype=np.int64)
+            for unit in order[np.argsort(-sizes[order], kind="stable")]:
+                shard = int(loads.argmin())
+                shard_of_unit[unit] = shard
+                loads[shard] += sizes[unit]
+        shard_of_sample = shard_of_unit[units]
+        return cls(tuple(np.flatnonzero(shard_of_sample == k) for k in range(num_shards)), groups)
+
+    def easiest(self, shard, skip_counts, fraction, by, rng):
+        """D_easy of eq. 10: the share ``fraction`` of a shard with the highest skip counts, ties (and ``by='random'``) by ``rng``.
+
+        With groups, a group's score is its rows' mean, and whole groups are taken until the share is reached.
+        """
+        samples = self.shards[shard]
+        wanted = round(fraction * len(samples))
+        units = samples if self.groups is None else self.groups[samples]
+        unique, inverse, sizes = np.unique(units, return_inverse=True, return_counts=True)
+        scores = np.bincount(inverse, weights=skip_counts[samples]) / sizes if by == "skips" else np.zeros(len(unique))
+        order = np.lexsort((rng.random(len(unique)), -scores))
+        before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
+        chosen = np.zeros(len(unique), dtype=bool)
+        chosen[order[before < wanted]] = True
+        return samples[chosen[inverse]]
+
+    def redistribute(self, skip_counts, fraction, mode="move", by="skips", seed=0):
+        """Each shard passes its easiest samples to the next, the last to the first (eq. 11).
+
+        Args:
+            skip_counts: this round's, (N,), or (K, N) by shard.
+            fraction: P in [0, 1].
+            mode: ``move`` takes them out of their shard; ``copy`` is the literal union.
+            by: ``skips`` or ``random``.
+            seed: int or sequence of ints.
+
+        Returns:
+            A new ``ShardPlan``; with one shard, or P = 0, the same one.
+        """
+        if self.num_shards == 1 or fraction == 0:
+            return self
+        rng = np.random.default_rng(seed)
+        skip_counts = np.asarray(skip_counts)
+        by_shard = np.broadcast_to(skip_counts, (self.num_shards, skip_counts.shape[-1]))
+        easy = [self.easiest(k, by_shard[k], fraction, by, rng) for k in range(self.num_shards)]
+        shards = []
+        for k, samples in enumerate(self.shards):
+            kept = np.setdiff1d(samples, easy[k], assume_unique=True) if mode == "move" else samples
+            shards.append(np.union1d(kept, easy[k - 1]))
+        return ShardPlan(tuple(shards), self.groups)
+
+    def num_moved(self, previous):
+        """How many samples are in a shard that did not hold them in ``previous``."""
+        return sum(len(np.setdiff1d(new, old)) for new, old in zip(self.shards, previous.shards, strict=True))

@@ -1,0 +1,50 @@
+"""The process's random streams, as one value that can be kept and put back."""
+
+import random
+
+import numpy as np
+import torch
+
+
+class RandomStreams:
+    """Python's, NumPy's and torch's global generators, and the device's."""
+
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+
+    def get(self):
+        """A dict of JSON values and uint8 tensors."""
+        version, internal, gauss = random.getstate()
+        numpy_state = np.random.get_state(legacy=False)
+        state = {
+            "python": [version, list(internal), gauss],
+            "numpy": numpy_state | {"state": {"key": numpy_state["state"]["key"].tolist(), "pos": numpy_state["state"]["pos"]}},
+            "torch": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set(self, state):
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+        np.random.set_state(state["numpy"] | {"state": {"key": key, "pos": state["numpy"]["state"]["pos"]}})
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def seed(self, seed):
+        """Start all streams from a sequence of integers."""
+        numbers = np.random.SeedSequence(seed).generate_state(3).tolist()
+        random.seed(numbers[0])
+        np.random.seed(numbers[1])
+        torch.manual_seed(numbers[2])
+
+    def fresh(self, seed):
+        """The state that ``seed`` starts from; the streams stay as they are."""
+        now = self.get()
+        self.seed(seed)
+        fresh = self.get()
+        self.set(now)
+        return fresh
