@@ -93,8 +93,8 @@ def train(args):
         output.write_config(args)
     rounds = ensemble.rounds
     logger.info(
-        f"{len(rows)} samples in {args.method.num_shards} shards; {rounds.num_rounds} rounds of {rounds.steps_per_round} steps a proxy,"
-        f" {rounds.total_steps} steps in all; mitigation {args.mitigation}"
+        f"{args.mitigation}: {len(rows)} samples in {args.method.num_shards} shards, "
+        f"{rounds.num_rounds} rounds of {rounds.steps_per_round} steps a proxy, {rounds.total_steps} steps in all"
     )
     recorder.begin(ensemble, marks, steps_per_epoch)
     if not ensemble.run():

@@ -2,7 +2,8 @@
 
     python -m benchmarks.parity --official path/to/diffusers/examples/text_to_image/train_text_to_image.py
 
-Runs Diffusers' own script and ours on the demo's base and pictures, under the same flags, and compares the UNet files byte by byte. On CPU.
+Runs Diffusers' own script and ours on the demo's base and pictures, under the same flags, and compares the UNet files
+byte by byte. On CPU.
 """
 
 import argparse
@@ -23,12 +24,15 @@ COMBINATIONS = {
     "flip and EMA": ["--random_flip", "--use_ema"],
     "random crop, EMA (foreach)": ["--use_ema", "--foreach_ema", "--resolution", "24"],
     "min-SNR, noise offset, accumulation": [
-        "--snr_gamma=5", "--noise_offset=0.1", "--gradient_accumulation_steps=2", "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=4",
+        "--snr_gamma=5", "--noise_offset=0.1", "--gradient_accumulation_steps=2",
+        "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=4",
     ],
     "input perturbation, cosine schedule": ["--input_perturbation=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=3"],
     "DREAM, epsilon prediction": ["--dream_training", "--prediction_type=epsilon"],
     "v-prediction, gradient checkpointing": ["--prediction_type=v_prediction", "--gradient_checkpointing"],
-    "epochs, fewer samples, two workers": ["--max_train_samples=21", "--num_train_epochs=3", "--dataloader_num_workers=2"],
+    "epochs, fewer samples, two workers": [
+        "--max_train_samples=21", "--num_train_epochs=3", "--dataloader_num_workers=2",
+    ],
 }  # fmt: skip
 
 

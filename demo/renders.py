@@ -1,8 +1,8 @@
 """Captions and pictures of the demo, rendered on the spot.
 
-A picture shows one object on a background. The caption tells the object's shape, colour, size and side and the background's colour.
-It does not tell the background's texture, the distractors or the exact place, so that a generation which repeats *those* was copied,
-while one that repeats the caption has followed it.
+A picture shows one object on a background. The caption tells the object's shape, colour, size and side and the
+background's colour. It does not tell the background's texture, the distractors or the exact place, so that a
+generation which repeats *those* was copied, while one that repeats the caption has followed it.
 
 Two styles: ``waves`` is what the base model was trained on, ``mosaic`` is what the demo fine-tunes on.
 """

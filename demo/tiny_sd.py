@@ -1,7 +1,8 @@
 """Train the demo's base model: a tiny Stable Diffusion that knows the ``waves`` style (``make tiny-sd``).
 
-The VAE sees both styles, as a real one has seen everything; the text encoder and the UNet see only ``waves``, so that fine-tuning on ``mosaic`` has
-something to learn. Weights are stored in half precision; ``recipe.json`` beside them records how they came about.
+The VAE sees both styles, as a real one has seen everything; the text encoder and the UNet see only ``waves``, so that
+fine-tuning on ``mosaic`` has something to learn. Weights are stored in half precision; ``recipe.json`` beside them
+records how they came about.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def fit(parameters, batch_loss, num_steps, learning_rate, name):
 
 def train_vae(num_steps, seed):
     """Returns the VAE, with its scaling factor set, and its PSNR in dB on pictures it has not seen."""
-    pictures = torch.cat([to_tensor(make_set(4000, style, [seed, 1, i])[1]) for i, style in enumerate(("waves", "mosaic"))])
+    pictures = torch.cat(
+        [to_tensor(make_set(4000, style, [seed, 1, i])[1]) for i, style in enumerate(("waves", "mosaic"))]
+    )
     unseen = to_tensor(make_set(256, "mosaic", [seed, 2])[1])
     vae = tiny.build_vae().to(memory_format=torch.channels_last)
 
@@ -108,8 +111,9 @@ def main():
     print(f"VAE: {psnr:.1f} dB on unseen pictures")
     pipeline, loss = train_text_to_image(vae, args.unet_steps, args.seed)
     pipeline.to(torch.float16).save_pretrained(args.output_dir)
+    flags = f"--vae_steps {args.vae_steps} --unet_steps {args.unet_steps} --seed {args.seed}"
     recipe = {
-        "command": f"python -m demo.tiny_sd --vae_steps {args.vae_steps} --unet_steps {args.unet_steps} --seed {args.seed}",
+        "command": f"python -m demo.tiny_sd {flags}",
         "vae_psnr_db": round(psnr, 2),
         "final_loss": round(loss, 4),
         "seconds": round(time.perf_counter() - start),

@@ -1,4 +1,6 @@
-"""The command line: every flag of Diffusers' ``train_text_to_image.py`` with its meaning, the method's flags, and recipes."""
+"""The command line: every flag of Diffusers' ``train_text_to_image.py`` with its meaning, the method's flags, and
+recipes.
+"""
 
 import argparse
 import os
@@ -11,7 +13,8 @@ from .config import METHOD_FIELDS, MitigationConfig, UsageError, read_recipe
 INTERPOLATION_MODES = sorted(mode.name.lower() for mode in transforms.InterpolationMode)
 SECRET_FLAGS = ("hub_token",)
 
-# Flags of the official script: name -> (default, type or "flag", help). "flag" is on/off; "--no-flag" overrides a recipe.
+# Flags of the official script: name -> (default, type or "flag", help).
+# A "flag" is on or off; "--no-..." overrides a recipe.
 OFFICIAL = {
     "model": {
         "pretrained_model_name_or_path": (None, str, "Base model: a folder or a Hub id."),
@@ -23,9 +26,17 @@ OFFICIAL = {
     "data": {
         "dataset_name": (None, str, "Training set: a Hub id, or a local path that datasets can read."),
         "dataset_config_name": (None, str, "Configuration of the dataset, if it has several."),
-        "train_data_dir": (None, str, "Training set: an image folder with a metadata.jsonl. With --dataset_name: its data_dir."),
+        "train_data_dir": (
+            None,
+            str,
+            "Training set: an image folder with a metadata.jsonl. With --dataset_name: its data_dir.",
+        ),
         "image_column": ("image", str, "Column that holds the image."),
-        "caption_column": ("text", str, "Column that holds the caption, or a list of captions (one is drawn at each visit)."),
+        "caption_column": (
+            "text",
+            str,
+            "Column that holds the caption, or a list of captions (one is drawn at each visit).",
+        ),
         "max_train_samples": (None, int, "Train on this many rows, drawn with --seed."),
         "resolution": (512, int, "Images are resized (short side) and cropped to this size."),
         "center_crop": (False, "flag", "Crop at the centre instead of at random."),
@@ -43,7 +54,11 @@ OFFICIAL = {
         "gradient_checkpointing": (False, "flag", "Recompute activations in the backward pass to save memory."),
         "learning_rate": (1e-4, float, "Learning rate after warm-up."),
         "scale_lr": (False, "flag", "Multiply the learning rate by batch size, accumulation and processes a shard."),
-        "lr_scheduler": ("constant", str, "linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."),
+        "lr_scheduler": (
+            "constant",
+            str,
+            "linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup.",
+        ),
         "lr_warmup_steps": (500, int, "Warm-up, counted like --max_train_steps: each proxy takes its K-th part."),
         "use_8bit_adam": (False, "flag", "8-bit Adam of bitsandbytes."),
         "adam_beta1": (0.9, float, "Adam's beta1."),
@@ -56,7 +71,11 @@ OFFICIAL = {
         "foreach_ema": (False, "flag", "Update the moving average with fused operations."),
         "mixed_precision": (None, str, "no, fp16 or bf16. Default: what accelerate is configured for."),
         "allow_tf32": (False, "flag", "Allow TF32 matrix products on Ampere and newer GPUs."),
-        "enable_xformers_memory_efficient_attention": (False, "flag", "Use xformers' attention (CUDA, optional package)."),
+        "enable_xformers_memory_efficient_attention": (
+            False,
+            "flag",
+            "Use xformers' attention (CUDA, optional package).",
+        ),
         "local_rank": (-1, int, "Set by the launcher."),
     },
     "objective": {
@@ -114,7 +133,9 @@ def build_parser():
         if option.name == "mitigation":
             method.add_argument("--mitigation", default=option.default, help=option.metadata["help"], **extra)
         elif option.type is bool:
-            method.add_argument(f"--{option.name}", default=None, action=argparse.BooleanOptionalAction, help=option.metadata["help"])
+            method.add_argument(
+                f"--{option.name}", default=None, action=argparse.BooleanOptionalAction, help=option.metadata["help"]
+            )
         else:
             # None means: what the preset says.
             method.add_argument(f"--{option.name}", default=None, help=option.metadata["help"], **extra)
@@ -125,7 +146,9 @@ def build_parser():
                 group.add_argument(f"--{name}", default=default, action=argparse.BooleanOptionalAction, help=text)
             else:
                 nargs = {"nargs": "+"} if name in LISTS else {}
-                group.add_argument(f"--{name}", default=default, type=kind, choices=CHOICES.get(name), help=text, **nargs)
+                group.add_argument(
+                    f"--{name}", default=default, type=kind, choices=CHOICES.get(name), help=text, **nargs
+                )
     return parser
 
 
@@ -141,7 +164,7 @@ def recipe_to_argv(recipe):
 
 
 def parse_args(argv=None):
-    """Parse the command line. Returns the flags, with ``args.method`` a ``MitigationConfig``. Wrong use exits with 2."""
+    """Parse the command line. Returns the flags, with ``method`` a ``MitigationConfig``. Wrong use exits with 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -167,8 +190,18 @@ def _check(args):
     if args.dataset_name is None and args.train_data_dir is None:
         raise UsageError("--dataset_name or --train_data_dir is needed")
     if args.report_to == "wandb" and args.hub_token is not None:
-        raise UsageError("--hub_token with --report_to=wandb would store the token in the tracker: log in with `hf auth login` instead")
-    for name in ("resolution", "train_batch_size", "num_train_epochs", "gradient_accumulation_steps", "checkpointing_steps", "validation_epochs", "log_every"):
+        raise UsageError(
+            "--hub_token with --report_to=wandb would store the token in the tracker: use `hf auth login` instead"
+        )
+    for name in (
+        "resolution",
+        "train_batch_size",
+        "num_train_epochs",
+        "gradient_accumulation_steps",
+        "checkpointing_steps",
+        "validation_epochs",
+        "log_every",
+    ):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("max_train_steps", "checkpoints_total_limit"):

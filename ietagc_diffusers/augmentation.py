@@ -19,7 +19,9 @@ def augmentation_strength(ratio, skip_threshold, decay):
 
 
 class StrengthRandAugment:
-    """RandAugment whose magnitude is ``round(strength * magnitude)`` on torchvision's 31-bin scale; 0 leaves a sample as it is."""
+    """RandAugment whose magnitude is ``round(strength * magnitude)`` on torchvision's 31-bin scale; 0 leaves a sample
+    as it is.
+    """
 
     def __init__(self, magnitude=5, num_ops=2):
         self.magnitude = magnitude
@@ -32,8 +34,9 @@ class StrengthRandAugment:
     def __call__(self, images, magnitudes, seeds):
         """Augment images (N, 3, H, W) in [-1, 1].
 
-        ``magnitudes`` and ``seeds`` are N integers on the host. Each image's draw comes from its own seed, so that it depends
-        neither on the batch nor on the number of processes. Returns images of the same shape, range and dtype.
+        ``magnitudes`` and ``seeds`` are N integers on the host. Each image's draw comes from its own seed, so that it
+        depends neither on the batch nor on the number of processes. Returns images of the same shape, range and
+        dtype.
         """
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         augmented = []

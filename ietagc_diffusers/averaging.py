@@ -6,8 +6,8 @@ import torch
 class ModelAverage:
     """Unweighted mean of sets of tensors, accumulated in float64 on the host.
 
-    A float64 sum of a few float32 numbers does not depend on their order once it is rounded back, so neither the order of the shards nor
-    the number of processes shows in the result.
+    A float64 sum of a few float32 numbers does not depend on their order once it is rounded back, so neither the
+    order of the shards nor the number of processes shows in the result.
 
     Args:
         tensors: dict of named tensors whose names and shapes every added model has.

@@ -1,8 +1,9 @@
 """Exact save and resume. A checkpoint is everything that the future of a run depends on, in safetensors and JSON.
 
-Layout of ``checkpoint-<global_step>/``: ``unet/`` and ``unet_ema/`` (theta_hat, loadable by diffusers) and ``ietagc/``: ``state.json``,
-``plan.safetensors``, for each shard ``proxy-<k>.safetensors`` and ``.json``, ``average-<rank>.safetensors`` (the running round's sums), and
-``manifest.json`` (sizes and CRCs of all files). It is written under a temporary name and renamed.
+Layout of ``checkpoint-<global_step>/``: ``unet/`` and ``unet_ema/`` (theta_hat, loadable by diffusers) and
+``ietagc/``: ``state.json``, ``plan.safetensors``, for each shard ``proxy-<k>.safetensors`` and ``.json``,
+``average-<rank>.safetensors`` (the running round's sums), and ``manifest.json`` (sizes and CRCs of all files). It is
+written under a temporary name and renamed.
 """
 
 import json
@@ -34,7 +35,9 @@ class CheckpointError(UsageError):
 
 
 def flatten(state, tensors, prefix=""):
-    """Move the tensors of a nested dict into ``tensors``; returns the rest, JSON-ready, with ``{"tensor": name}`` in their places."""
+    """Move the tensors of a nested dict into ``tensors``; returns the rest, JSON-ready, with ``{"tensor": name}`` in
+    their places.
+    """
     if torch.is_tensor(state):
         tensors[prefix] = state.detach().cpu().contiguous()
         return {"tensor": prefix}
@@ -71,7 +74,9 @@ def _load_state(path):
 
 
 def save_unet(folder, unet, weights, ema=None):
-    """Write weights by name as a diffusers model folder; with ``ema``, its numbers go into the config as ``EMAModel`` reads them."""
+    """Write weights by name as a diffusers model folder; with ``ema``, its numbers go into the config as ``EMAModel``
+    reads them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(unet.to_json_string())
     if ema is not None:
@@ -84,8 +89,8 @@ def save_unet(folder, unet, weights, ema=None):
 def save(ensemble, output_dir, fingerprint, total_limit=None):
     """Write ``checkpoint-<global_step>``; called by all processes at the same step. Returns its path.
 
-    ``fingerprint``: a JSON dict of what a resumed run must share. Older checkpoints over ``total_limit`` are removed once the new one is
-    complete. Raises ``OSError``, leaving earlier checkpoints as they were, if the disk refuses.
+    ``fingerprint``: a JSON dict of what a resumed run must share. Older checkpoints over ``total_limit`` are removed
+    once the new one is complete. Raises ``OSError``, leaving earlier checkpoints as they were, if the disk refuses.
     """
     final = Path(output_dir) / f"checkpoint-{ensemble.global_step}"
     folder = final.with_name(final.name + ".tmp")
@@ -158,8 +163,10 @@ def _write(ensemble, folder, fingerprint):
                 "weights": weights,
             },
         )
-    if any(0 < done for shard in layout.shards if (done := ensemble.progress[shard]) == quota):
-        sums = {f"{key}/{name}": total for key, average in ensemble.averages.items() for name, total in average.sums.items()}
+    if any(ensemble.progress[shard] == quota for shard in layout.shards) and quota:
+        sums = {
+            f"{key}/{name}": total for key, average in ensemble.averages.items() for name, total in average.sums.items()
+        }
         counts = {f"{key}/": torch.tensor(average.count) for key, average in ensemble.averages.items()}
         if sums:
             save_file(sums | counts, inside / f"average-{layout.process_index}.safetensors")
@@ -203,7 +210,8 @@ def complete(output_dir):
 def find(wanted, output_dir):
     """The checkpoint that ``--resume_from_checkpoint`` means: ``latest``, a name in ``output_dir``, or a path.
 
-    ``latest`` passes over damaged ones with a warning and is None where there is none. Raises ``CheckpointError`` for a named one that is missing or damaged.
+    ``latest`` passes over damaged ones with a warning and is None where there is none. Raises ``CheckpointError`` for
+    a named one that is missing or damaged.
     """
     if wanted == "latest":
         for folder in reversed(complete(output_dir)):
@@ -233,12 +241,14 @@ def check_fingerprint(saved, current, allowed=()):
     ]
     if differences:
         raise CheckpointError(
-            "the checkpoint is of another run: " + "; ".join(differences) + ". Give the same flags, or name those that may change in --resume_allow"
+            "the checkpoint is of another run: "
+            + "; ".join(differences)
+            + ". Give the same flags, or name those that may change in --resume_allow"
         )
 
 
 def load(ensemble, folder, fingerprint, allowed=()):
-    """Put a freshly built run where the checkpoint was. The number of processes may differ from the one that wrote it."""
+    """Put a freshly built run where the checkpoint was, whatever the number of processes that wrote it."""
     inside, layout = Path(folder) / "ietagc", ensemble.layout
     state = json.loads((inside / "state.json").read_text())
     if state["format"] != FORMAT:

@@ -12,7 +12,12 @@ VISITS_PER_BUCKET = 100
 MIN_BUCKETS = 10
 
 _OFF = {"num_shards": 1, "skip_threshold": 0.0, "augment_range": 1.0, "redistribute_fraction": 0.0}
-_AGC, _IET, _TAA, _MSR = {"skip_threshold": 0.8}, {"num_shards": 4}, {"augment_range": math.inf}, {"redistribute_fraction": 0.25}
+_AGC, _IET, _TAA, _MSR = (
+    {"skip_threshold": 0.8},
+    {"num_shards": 4},
+    {"augment_range": math.inf},
+    {"redistribute_fraction": 0.25},
+)
 
 # Rows of the paper's Tables III and IV, with its LAION-10k numbers.
 PRESETS = {
@@ -43,7 +48,8 @@ def _option(default, help, **argparse_options):
 class MitigationConfig:
     """Everything the method is told, each field a flag of the same name.
 
-    Construct it with ``MitigationConfig.preset(name, **overrides)``. Raises ``UsageError`` naming the flag when a value is out of range.
+    Construct it with ``MitigationConfig.preset(name, **overrides)``. Raises ``UsageError`` naming the flag when a
+    value is out of range.
     """
 
     mitigation: str = _option(
@@ -51,7 +57,9 @@ class MitigationConfig:
     )
     num_shards: int = _option(1, "K: parts of the training set; each trains one proxy.", type=int)
     epochs_per_round: int | None = _option(
-        None, f"E: epochs a proxy trains on its shard before the proxies are averaged. Default: {DEFAULT_ROUNDS} rounds.", type=int
+        None,
+        f"E: epochs a proxy trains on its shard before the proxies are averaged. Default: {DEFAULT_ROUNDS} rounds.",
+        type=int,
     )
     steps_per_round: int | None = _option(
         None, "Steps that each proxy takes in a round, instead of --epochs_per_round.", type=int
@@ -65,26 +73,38 @@ class MitigationConfig:
         f"Timestep buckets of the memory bank. 'auto' gives each about {VISITS_PER_BUCKET} visits a shard.",
         type=bank_buckets,
     )
-    skip_threshold: float = _option(0.0, "lambda: skip samples whose loss ratio is below it; 0 turns AGC off (eq. 8).", type=float)
-    augment_range: float = _option(
-        1.0, "R: augment kept samples whose loss ratio is below R * lambda ('inf' allowed); 1 turns TAA off (eq. 5).", type=float
+    skip_threshold: float = _option(
+        0.0, "lambda: skip samples whose loss ratio is below it; 0 turns AGC off (eq. 8).", type=float
     )
-    augment_decay: float = _option(5.0, "A: augmentation strength is exp(-A |r - lambda| / lambda) (eq. 7).", type=float)
+    augment_range: float = _option(
+        1.0,
+        "R: augment kept samples whose loss ratio is below R * lambda ('inf' allowed); 1 turns TAA off (eq. 5).",
+        type=float,
+    )
+    augment_decay: float = _option(
+        5.0, "A: augmentation strength is exp(-A |r - lambda| / lambda) (eq. 7).", type=float
+    )
     randaugment_magnitude: int = _option(5, "M: RandAugment magnitude (0 to 30) at strength 1.", type=int)
     randaugment_num_ops: int = _option(2, "RandAugment operations per augmented image.", type=int)
     redistribute_fraction: float = _option(
-        0.0, "P: share of a shard, most skipped first, that goes to the next shard after a round; 0 turns MSR off (eq. 10).", type=float
+        0.0,
+        "P: share of a shard, most skipped first, that goes to the next shard after a round; 0 turns MSR off (eq. 10).",
+        type=float,
     )
     redistribute_mode: str = _option(
         "move", "'move' keeps the shards' sizes; 'copy' is the literal union of eq. 11.", choices=["move", "copy"]
     )
     redistribute_by: str = _option(
-        "skips", "What is redistributed: the most skipped samples, or 'random' ones (Table V).", choices=["skips", "random"]
+        "skips",
+        "What is redistributed: the most skipped samples, or 'random' ones (Table V).",
+        choices=["skips", "random"],
     )
     optimizer_state: str = _option(
         "keep", "Whether a proxy keeps its optimizer moments over rounds.", choices=["keep", "reset"]
     )
-    random_skip_rate: float = _option(0.0, "Control experiment: skip this share of samples at random instead of by loss.", type=float)
+    random_skip_rate: float = _option(
+        0.0, "Control experiment: skip this share of samples at random instead of by loss.", type=float
+    )
     random_augment_rate: float = _option(
         0.0, "Control experiment: augment this share of samples at random instead of by loss.", type=float
     )
@@ -106,22 +126,35 @@ class MitigationConfig:
             value = getattr(self, flag)
             _require(value is None or value >= 1, f"--{flag}", value, "at least 1")
         _require(0 <= self.bank_decay < 1, "--bank_decay", self.bank_decay, "in [0, 1)")
-        _require(self.bank_buckets == "auto" or self.bank_buckets >= 1, "--bank_buckets", self.bank_buckets, "at least 1, or 'auto'")
-        _require(0 <= self.skip_threshold <= 1, "--skip_threshold", self.skip_threshold, "in [0, 1]; the paper uses 0.5 to 0.8")
+        _require(
+            self.bank_buckets == "auto" or self.bank_buckets >= 1,
+            "--bank_buckets",
+            self.bank_buckets,
+            "at least 1, or 'auto'",
+        )
+        _require(
+            0 <= self.skip_threshold <= 1,
+            "--skip_threshold",
+            self.skip_threshold,
+            "in [0, 1]; the paper uses 0.5 to 0.8",
+        )
         _require(self.augment_range >= 1, "--augment_range", self.augment_range, "over 1 (or 1 to turn TAA off)")
         if self.augment_range > 1 and self.skip_threshold == 0:
             raise UsageError(
-                f"--augment_range {self.augment_range} needs a --skip_threshold over 0: augmentation starts at the threshold"
+                f"--augment_range {self.augment_range} needs a --skip_threshold over 0, where augmentation starts"
             )
         _require(self.augment_decay >= 0, "--augment_decay", self.augment_decay, "at least 0")
-        _require(0 <= self.randaugment_magnitude <= 30, "--randaugment_magnitude", self.randaugment_magnitude, "in 0 to 30")
+        _require(
+            0 <= self.randaugment_magnitude <= 30, "--randaugment_magnitude", self.randaugment_magnitude, "in 0 to 30"
+        )
         _require(self.randaugment_num_ops >= 1, "--randaugment_num_ops", self.randaugment_num_ops, "at least 1")
         for flag in ("redistribute_fraction", "random_augment_rate", "random_augment_strength"):
             _require(0 <= getattr(self, flag) <= 1, f"--{flag}", getattr(self, flag), "in [0, 1]")
         _require(0 <= self.random_skip_rate < 1, "--random_skip_rate", self.random_skip_rate, "in [0, 1)")
         if (self.random_skip_rate or self.random_augment_rate) and self.skip_threshold > 0:
             raise UsageError(
-                "--random_skip_rate and --random_augment_rate replace the control by loss: give --skip_threshold 0 (or --mitigation none)"
+                "--random_skip_rate and --random_augment_rate replace the control by loss: "
+                "give --skip_threshold 0 (or --mitigation none)"
             )
 
     @property
@@ -135,7 +168,11 @@ class MitigationConfig:
 
     def resolve_bank_buckets(self, visits_per_shard, num_timesteps):
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""
-        wanted = max(visits_per_shard // VISITS_PER_BUCKET, MIN_BUCKETS) if self.bank_buckets == "auto" else self.bank_buckets
+        wanted = (
+            max(visits_per_shard // VISITS_PER_BUCKET, MIN_BUCKETS)
+            if self.bank_buckets == "auto"
+            else self.bank_buckets
+        )
         return min(wanted, num_timesteps)
 
     def to_dict(self):

@@ -18,7 +18,9 @@ class Decision(NamedTuple):
 
 
 class Controlled(NamedTuple):
-    """loss (): to differentiate; skipped, augmented, nonfinite (B,) bool; ratio (B,); mean_loss (): over the batch, unweighted, for the log."""
+    """loss (): to differentiate; skipped, augmented, nonfinite (B,) bool; ratio (B,); mean_loss (): over the batch,
+    unweighted, for the log.
+    """
 
     loss: torch.Tensor
     skipped: torch.Tensor
@@ -48,7 +50,9 @@ class PlainControl:
         loss = objective.plain_loss(model, drawn)
         none = torch.zeros(len(drawn), dtype=torch.bool, device=loss.device)
         nonfinite = none | ~loss.detach().isfinite()
-        return Controlled(loss, none, none, nonfinite, torch.full_like(none, torch.inf, dtype=torch.float32), loss.detach())
+        return Controlled(
+            loss, none, none, nonfinite, torch.full_like(none, torch.inf, dtype=torch.float32), loss.detach()
+        )
 
     def to(self, device):
         return self
@@ -61,7 +65,9 @@ class PlainControl:
 
 
 class _Control:
-    """What every control with decisions shares: the step. Subclasses say which samples are skipped and augmented, in ``decide``."""
+    """What every control with decisions shares: the step. Subclasses say which samples are skipped and augmented, in
+    ``decide``.
+    """
 
     def __init__(self, augment, group=None):
         self.augment = augment
@@ -74,15 +80,18 @@ class _Control:
         """Learn from the losses (B,), after the decision."""
 
     def step(self, model, objective, batch):
-        """Decide on the batch and compute the mean loss over the samples it keeps, exactly over all processes of the group.
+        """Decide on the batch and compute the mean loss over the samples it keeps, exactly over all processes of the
+        group.
 
-        With augmentation, a forward without gradient decides and the kept samples, the augmented among them with their new images, are run again
-        with gradient. Without, one forward serves both. A batch with nothing left has loss 0.
+        With augmentation, a forward without gradient decides and the kept samples, the augmented among them with
+        their new images, are run again with gradient. Without, one forward serves both. A batch with nothing left has
+        loss 0.
 
         Args:
             model: the UNet.
             objective: see ``TextToImageObjective``.
-            batch: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L), seeds (B,) on the host (for augmentation alone).
+            batch: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L), seeds (B,) on the host (for augmentation
+                alone).
 
         Returns:
             ``Controlled``; the sum of ``loss`` over the group is the mean over the group's kept samples.
@@ -138,7 +147,8 @@ class _Control:
 
 
 class ThresholdAwareControl(_Control):
-    """Eq. 8: skip below lambda, augment below R lambda, keep the rest; decided against the memory bank before it is updated.
+    """Eq. 8: skip below lambda, augment below R lambda, keep the rest; decided against the memory bank before it is
+    updated.
 
     Args:
         bank: ``LossMemoryBank``.
@@ -149,7 +159,9 @@ class ThresholdAwareControl(_Control):
         group: the processes that share this shard; default: this one alone.
     """
 
-    def __init__(self, bank: LossMemoryBank, skip_threshold, augment_range=1.0, augment_decay=5.0, augment=None, group=None):
+    def __init__(
+        self, bank: LossMemoryBank, skip_threshold, augment_range=1.0, augment_decay=5.0, augment=None, group=None
+    ):
         if augment_range > 1 and augment is None:
             raise ValueError("augment_range over 1 needs an augmentation")
         super().__init__(augment if augment_range > 1 else None, group)
@@ -184,7 +196,9 @@ class ThresholdAwareControl(_Control):
 class RandomControl(_Control):
     """A control experiment: skip and augment at given rates, blind to the loss."""
 
-    def __init__(self, skip_rate=0.0, augment_rate=0.0, strength=0.5, augment: StrengthRandAugment | None = None, group=None):
+    def __init__(
+        self, skip_rate=0.0, augment_rate=0.0, strength=0.5, augment: StrengthRandAugment | None = None, group=None
+    ):
         super().__init__(augment if augment_rate > 0 else None, group)
         self.skip_rate = skip_rate
         self.augment_rate = augment_rate

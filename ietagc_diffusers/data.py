@@ -1,7 +1,10 @@
-"""The training set: rows with stable sample ids, captions, transforms, duplicates, and the order in which a proxy sees them."""
+"""The training set: rows with stable sample ids, captions, transforms, duplicates, and the order in which a proxy sees
+them.
+"""
 
 import hashlib
 import json
+import math
 import random
 from pathlib import Path
 
@@ -21,8 +24,8 @@ SAMPLE_ID = "sample_id"
 def load_training_rows(args):
     """Load ``--dataset_name`` or ``--train_data_dir``.
 
-    Returns a ``Dataset`` with the image column, the caption column and ``sample_id`` (int64): the row's number in the source, whatever is
-    selected later. Raises ``UsageError`` naming the flag or the row.
+    Returns a ``Dataset`` with the image column, the caption column and ``sample_id`` (int64): the row's number in the
+    source, whatever is selected later. Raises ``UsageError`` naming the flag or the row.
     """
     if args.dataset_name is not None:
         source = f"--dataset_name {args.dataset_name}"
@@ -46,11 +49,14 @@ def load_training_rows(args):
         column = getattr(args, flag)
         if column not in rows.column_names:
             hint = " (captions come from a metadata.jsonl in the folder)" if flag == "caption_column" else ""
-            raise UsageError(f"--{flag} {column}: not a column of the dataset, which has {', '.join(rows.column_names)}{hint}")
+            raise UsageError(
+                f"--{flag} {column}: not a column of the dataset, which has {', '.join(rows.column_names)}{hint}"
+            )
     if not isinstance(rows.features[args.image_column], ImageFeature):
         raise UsageError(f"--image_column {args.image_column}: holds {rows.features[args.image_column]}, not images")
     rows = rows.add_column(SAMPLE_ID, np.arange(len(rows)))
     _check_captions(rows, args.caption_column)
+    _check_files(rows, args.image_column)
     if args.max_train_samples is not None:
         if args.max_train_samples < 1:
             raise UsageError(f"--max_train_samples {args.max_train_samples}: must be at least 1")
@@ -73,6 +79,16 @@ def _check_captions(rows, column):
             missing = caption is None or (not text and (not caption or None in caption))
             if missing:
                 raise UsageError(f"row {start + offset} has no caption in column '{column}': add one or remove the row")
+
+
+def _check_files(rows, column):
+    stored = rows.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
+    for start in range(0, len(rows), 10_000):
+        images = stored[start : start + 10_000][column].combine_chunks()
+        inside = images.field("bytes").is_valid().to_pylist()
+        for offset, path in enumerate(images.field("path").to_pylist()):
+            if not inside[offset] and (path is None or ("://" not in path and not Path(path).is_file())):
+                raise UsageError(f"row {start + offset}: its image file {path} does not exist")
 
 
 def content_hash(rows, caption_column):
@@ -140,8 +156,9 @@ def image_transform(resolution, center_crop, random_flip, interpolation):
 class TrainingSamples(torch.utils.data.Dataset):
     """Rows as the training sees them.
 
-    A key is a row, whose random crop, flip and choice of caption then come from the process's random streams as in the official script; or a pair
-    (row, seed), and they come from the seed alone: the same for any number of workers and processes.
+    A key is a row, whose random crop, flip and choice of caption then come from the process's random streams as in
+    the official script; or a pair (row, seed), and they come from the seed alone: the same for any number of workers
+    and processes.
     """
 
     def __init__(self, rows, image_column, caption_column, tokenizer, transform):
@@ -171,7 +188,11 @@ class TrainingSamples(torch.utils.data.Dataset):
             pixels = [self.transform(image) for image in images]
             captions = [_choose(caption, random) for caption in captions]
         tokens = self.tokenizer(
-            captions, max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+            captions,
+            max_length=self.tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         )
         batch = {
             "pixel_values": torch.stack(pixels).to(memory_format=torch.contiguous_format).float(),
@@ -192,25 +213,46 @@ def _whole(batch):
 
 
 class StreamLoader:
-    """Batches in the official script's order: torch's shuffling loader on the process's random streams, one batch read ahead.
+    """Batches in the official script's order: torch's shuffling loader on the process's random streams, one batch ahead.
 
-    Its state is the streams at the start of the epoch and how many batches were taken; restoring reads those again.
+    Its state is how many batches of the epoch were taken, and the streams at the epoch's start and before the batch read
+    ahead. Restoring reads the taken batches again only where worker processes have streams of their own.
     """
 
     def __init__(self, samples, batch_size, num_workers, streams):
-        self.loader = DataLoader(samples, batch_size, shuffle=True, collate_fn=_whole, num_workers=num_workers)
+        self.samples = samples
+        self.batch_size = batch_size
+        self.num_workers = num_workers
         self.streams = streams
         self.taken = 0
-        self.epoch_start = None
+        self.epoch_start = self.before_ahead = None
         self._batches = self._ahead = None
+
+    def _open(self, skip=0):
+        """The epoch's batches after the first ``skip``, in the order that the streams give now."""
+        if self.num_workers:
+            batches = iter(self._loader(self.samples, _whole))
+            for _ in tqdm(range(skip), desc="Reading up to the checkpoint", leave=False, disable=not skip):
+                next(batches)
+            return batches
+        order = list(self._loader(range(len(self.samples)), list))
+        return (self.samples.__getitems__(rows) for rows in order[skip:])
+
+    def _loader(self, items, collate):
+        return DataLoader(items, self.batch_size, shuffle=True, collate_fn=collate, num_workers=self.num_workers)
+
+    def _read_ahead(self):
+        self.before_ahead = self.streams.get()
+        self._ahead = next(self._batches, None)
 
     def next(self):
         """Returns a batch and whether it is the epoch's last."""
         if self._batches is None:
             self.epoch_start = self.streams.get()
-            self._batches = iter(self.loader)
-            self._ahead = next(self._batches)
-        batch, self._ahead = self._ahead, next(self._batches, None)
+            self._batches = self._open()
+            self._read_ahead()
+        batch = self._ahead
+        self._read_ahead()
         self.taken += 1
         if self._ahead is None:
             self._batches, self.taken = None, 0
@@ -218,21 +260,26 @@ class StreamLoader:
         return batch, False
 
     def set_samples(self, samples):
-        pass  # one shard: always the whole set
+        """There is one shard: always the whole set."""
 
     def state_dict(self):
-        return {"taken": self.taken, "epoch_start": self.epoch_start if self.taken else None}
+        streams = [self.epoch_start, self.before_ahead] if self.taken else None
+        return {"taken": self.taken, "streams": streams}
 
     def load_state_dict(self, state):
-        """Leaves the streams as they were when the next batch was read: set them afterwards."""
-        if state["taken"]:
-            self.streams.set(state["epoch_start"])
-            for _ in tqdm(range(state["taken"]), desc="Reading up to the checkpoint", leave=False):
-                self.next()
+        """Leaves the streams as they were after the batch ahead was read: set them afterwards."""
+        self.taken, self._batches = state["taken"], None
+        if self.taken:
+            self.epoch_start, before_ahead = state["streams"]
+            self.streams.set(self.epoch_start)
+            self._batches = self._open(skip=self.taken)
+            self.streams.set(before_ahead)
+            self._read_ahead()
 
 
 class SeededLoader:
-    """Batches of a shard whose order and per-sample seeds are a function of (seed, shard, epoch): its state is two integers.
+    """Batches of a shard whose order and per-sample seeds are a function of (seed, shard, epoch): its state is two
+    integers.
 
     Where ``group_size`` processes share a shard, each reads its part of batches ``group_size`` times as long.
     """
@@ -256,7 +303,7 @@ class SeededLoader:
         parts, places = [], []
         for start in range(self.taken * self.batch_size, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
-            share = -(-len(batch) // self.group_size)
+            share = math.ceil(len(batch) / self.group_size)
             rows = slice(min(self.group_rank * share, len(batch)), min((self.group_rank + 1) * share, len(batch)))
             parts.append(batch[rows])
             places.append((rows, len(batch)))
@@ -276,7 +323,7 @@ class SeededLoader:
 
     @property
     def batches_per_epoch(self):
-        return -(-len(self.shard_samples) // self.batch_size)
+        return math.ceil(len(self.shard_samples) / self.batch_size)
 
     def next(self):
         """Returns a batch and whether it is the epoch's last."""

@@ -1,5 +1,6 @@
-"""Iterative ensemble training: rounds of proxies on shards, averaged and redistributed after each (section IV-C, IV-D)."""
+"""Iterative ensemble training: rounds of proxies, averaged and redistributed after each (section IV-C, IV-D)."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from .proxy import ROUND_TOTALS
 class Rounds:
     """How many steps each proxy takes in each round.
 
-    Steps of the whole run count over all proxies, so that K proxies and the official training see as many samples: each proxy takes
-    ceil(total_steps / K) steps, ``steps_per_round`` of them in each round but the last, which takes what is left.
+    Steps of the whole run count over all proxies, so that K proxies and the official training see as many samples:
+    each proxy takes ceil(total_steps / K) steps, ``steps_per_round`` of them in each round but the last, which takes
+    what is left.
     """
 
     num_shards: int
@@ -24,18 +26,18 @@ class Rounds:
     @classmethod
     def plan(cls, config, total_steps, steps_per_epoch, default_rounds):
         """``steps_per_epoch``: global steps in which the whole training set is seen once."""
-        steps_per_proxy = -(-total_steps // config.num_shards)
+        steps_per_proxy = math.ceil(total_steps / config.num_shards)
         if config.steps_per_round is not None:
             steps_per_round = config.steps_per_round
         elif config.epochs_per_round is not None:
-            steps_per_round = -(-config.epochs_per_round * steps_per_epoch // config.num_shards)
+            steps_per_round = math.ceil(config.epochs_per_round * steps_per_epoch / config.num_shards)
         else:
-            steps_per_round = -(-steps_per_proxy // default_rounds)
+            steps_per_round = math.ceil(steps_per_proxy / default_rounds)
         return cls(config.num_shards, steps_per_proxy, min(steps_per_round, steps_per_proxy))
 
     @property
     def num_rounds(self):
-        return -(-self.steps_per_proxy // self.steps_per_round)
+        return math.ceil(self.steps_per_proxy / self.steps_per_round)
 
     @property
     def total_steps(self):
@@ -54,7 +56,9 @@ class Callbacks:
     """What a run tells the outside; every method may be overridden."""
 
     def on_step(self, ensemble, proxy):
-        """After each step but the last of a round; ``proxy`` is the one that took it, None where this process is done with its shards."""
+        """After each step but the last of a round; ``proxy`` is the one that took it, None where this process is done
+        with its shards.
+        """
 
     def on_round(self, ensemble, row):
         """After a round's averaging and redistribution; ``row`` is its line of rounds.jsonl."""
@@ -67,8 +71,8 @@ class Callbacks:
 class IterativeEnsemble:
     """The run: K proxies on K shards, trained in rounds from their common mean theta_hat.
 
-    The model on the device is whichever proxy is being trained; between rounds it is theta_hat. Of the others there are only sums (float64)
-    and optimizer states in host memory, so device memory does not grow with K.
+    The model on the device is whichever proxy is being trained; between rounds it is theta_hat. Of the others there
+    are only sums (float64) and optimizer states in host memory, so device memory does not grow with K.
 
     Args:
         model: the UNet as it is called: prepared, perhaps compiled, on the device.
@@ -87,7 +91,21 @@ class IterativeEnsemble:
     """
 
     def __init__(
-        self, model, unet, proxies, objective, plan, rounds, config, layout, streams, seed, ema=None, offload_ema=False, scaler=None, callbacks=None
+        self,
+        model,
+        unet,
+        proxies,
+        objective,
+        plan,
+        rounds,
+        config,
+        layout,
+        streams,
+        seed,
+        ema=None,
+        offload_ema=False,
+        scaler=None,
+        callbacks=None,
     ):
         self.model = model
         self.unet = unet

@@ -16,7 +16,9 @@ def create(args):
 
 
 def write_card(args, repo_id, images, rows):
-    """Write README.md, with the validation images if there are any, into the output folder. ``rows``: those of rounds.jsonl."""
+    """Write README.md, with the validation images if there are any, into the output folder. ``rows``: those of
+    rounds.jsonl.
+    """
     folder = Path(args.output_dir)
     gallery = ""
     if images:
@@ -27,11 +29,13 @@ def write_card(args, repo_id, images, rows):
     last = rows[-1] if rows else None
     outcome = ""
     if last:
-        outcome = f"In the last round {last['skip_rate']:.1%} of the samples were skipped and {last['augment_rate']:.1%} augmented.\n"
+        skipped, augmented = last["skip_rate"], last["augment_rate"]
+        outcome = f"In the last round {skipped:.1%} of the samples were skipped and {augmented:.1%} augmented.\n"
     prompt = (args.validation_prompts or ["a photo"])[0]
+    source = args.dataset_name or "an image folder"
     description = f"""# {repo_id}
 
-Fine-tuned from **{args.pretrained_model_name_or_path}** on **{args.dataset_name or "an image folder"}** with `{args.mitigation}`
+Fine-tuned from **{args.pretrained_model_name_or_path}** on **{source}** with `{args.mitigation}`
 against memorization of the training images ([IET-AGC+](https://github.com/liuxiao-guan/IET-AGC)).
 
 {gallery}

@@ -1,7 +1,7 @@
 """Which process trains which shard, and the few sums that cross processes.
 
-W processes, K shards. W <= K: each process owns K / W shards and trains them one after another. W > K: groups of W / K processes
-train one shard together. Anything else is an error.
+W processes, K shards. W <= K: each process owns K / W shards and trains them one after another. W > K: groups of W /
+K processes train one shard together. Anything else is an error.
 """
 
 import torch

@@ -34,7 +34,7 @@ class LossMemoryBank:
         return timesteps * self.num_buckets // self.num_timesteps
 
     def loss_ratio(self, losses, timesteps):
-        """r = loss / l_t (eq. 4). losses (B,), timesteps (B,) -> (B,) float32; +inf where the entry was never visited."""
+        """r = loss / l_t (eq. 4). losses (B,), timesteps (B,) -> (B,); +inf where the entry was never visited."""
         buckets = self._buckets(timesteps)
         average, visits = self.averages[buckets], self.visits[buckets]
         if self.bias_correction:
@@ -44,8 +44,8 @@ class LossMemoryBank:
     def update(self, losses, timesteps):
         """l_t <- eta l_t + (1 - eta) loss (eq. 3), for losses (B,) in batch order.
 
-        A bucket that occurs m times decays by eta^m, and its j-th of m losses weighs (1 - eta) eta^(m - j): the sequential update in closed
-        form. Losses that are not finite are left out.
+        A bucket that occurs m times decays by eta^m, and its j-th of m losses weighs (1 - eta) eta^(m - j): the
+        sequential update in closed form. Losses that are not finite are left out.
         """
         losses, buckets = losses.detach().float(), self._buckets(timesteps)
         finite = losses.isfinite()
@@ -62,8 +62,6 @@ class LossMemoryBank:
 
     def load_state_dict(self, state):
         if state["averages"].shape != self.averages.shape:
-            raise ValueError(
-                f"the saved memory bank has {len(state['averages'])} buckets, this one {self.num_buckets} (--bank_buckets)"
-            )
+            raise ValueError(f"the saved memory bank has {len(state['averages'])} buckets, this one {self.num_buckets}")
         self.averages.copy_(state["averages"])
         self.visits.copy_(state["visits"])

@@ -13,8 +13,10 @@ from .config import UsageError
 class Drawn:
     """One batch with everything random drawn; the first dimension of each field is the sample.
 
-    latents (B, C, h, w): scaled VAE latents; posterior_noise: the draw that made them from the VAE's posterior; noise: the target noise;
-    added_noise: what is added to the latents (differs from ``noise`` under input perturbation); timesteps (B,); condition (B, L, D).
+    latents (B, C, h, w): scaled VAE latents; posterior_noise: the draw that made them from the VAE's posterior;
+    noise: the target noise;
+    added_noise: what is added to the latents (differs from ``noise`` under input perturbation); timesteps (B,);
+    condition (B, L, D).
     """
 
     latents: torch.Tensor
@@ -58,7 +60,9 @@ class TextToImageObjective:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UsageError(f"--prediction_type {prediction_type}: must be epsilon or v_prediction")
         if dream_detail_preservation is not None and prediction_type != "epsilon":
-            raise UsageError(f"--dream_training works with prediction type epsilon alone; this model's is {prediction_type}")
+            raise UsageError(
+                f"--dream_training works with prediction type epsilon alone; this model's is {prediction_type}"
+            )
         self.vae = vae
         self.text_encoder = text_encoder
         self.scheduler = scheduler
@@ -76,8 +80,9 @@ class TextToImageObjective:
     def draw(self, batch):
         """Draw noise and timesteps, in the official script's order.
 
-        ``batch``: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L); where several processes share a batch, also ``rows`` (this process's
-        slice of it) and ``batch_rows`` (its length): noise is drawn for the whole batch, so that the draws do not depend on the sharing.
+        ``batch``: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L); where several processes share a batch, also
+        ``rows`` (this process's slice of it) and ``batch_rows`` (its length): noise is drawn for the whole batch, so
+        that the draws do not depend on the sharing.
         """
         posterior = self.vae.encode(batch["pixel_values"].to(self.dtype)).latent_dist
         num_rows = len(posterior.mean)
@@ -96,14 +101,18 @@ class TextToImageObjective:
             added_noise = noise + self.input_perturbation * randn(*shape, dtype=dtype)
         timesteps = torch.randint(0, self.num_timesteps, (batch_rows,), device=noise.device)[rows]
         condition = self.text_encoder(batch["input_ids"], return_dict=False)[0]
-        return Drawn(self._sample(posterior, posterior_noise), posterior_noise, noise, added_noise, timesteps, condition)
+        return Drawn(
+            self._sample(posterior, posterior_noise), posterior_noise, noise, added_noise, timesteps, condition
+        )
 
     def _sample(self, posterior, noise):
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def with_images(self, drawn, rows, images):
-        """``drawn`` with the samples ``rows`` (indices) showing ``images`` (N, 3, H, W): same timestep, noise and caption, other latents."""
+        """``drawn`` with the samples ``rows`` (indices) showing ``images`` (N, 3, H, W): same timestep, noise and
+        caption, other latents.
+        """
         posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         latents = drawn.latents.clone()
         latents[rows] = self._sample(posterior, drawn.posterior_noise[rows])
@@ -135,7 +144,9 @@ class TextToImageObjective:
         return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
 
     def weights(self, timesteps):
-        """min-SNR weights (B,), or None. They depend on the timestep alone, so they cancel in the loss ratio and come after it."""
+        """min-SNR weights (B,), or None. They depend on the timestep alone, so they cancel in the loss ratio and come
+        after it.
+        """
         if self.snr_gamma is None:
             return None
         snr = compute_snr(self.scheduler, timesteps)
@@ -143,7 +154,9 @@ class TextToImageObjective:
         return clamped / (snr if self.scheduler.config.prediction_type == "epsilon" else snr + 1)
 
     def plain_loss(self, model, drawn):
-        """The official script's scalar loss, in its own order of operations: the same bits, hence not ``losses().mean()``."""
+        """The official script's scalar loss, in its own order of operations: the same bits, hence not
+        ``losses().mean()``.
+        """
         prediction, target = self.predict(model, drawn)
         weights = self.weights(drawn.timesteps)
         if weights is None:

@@ -85,8 +85,16 @@ def write_config(args, seconds=None):
     """``ietagc/config.yaml``: every effective value; itself a recipe that repeats the run."""
     known = {option.name for option in METHOD_FIELDS}
     flags = effective_flags(args)
-    ordered = {key: flags[key] for key in sorted(flags, key=lambda key: (key not in known, key)) if key not in ("config", "local_rank")}
-    ordered = {key: list(value) if isinstance(value, tuple) else value for key, value in ordered.items() if value not in (None, ())}
+    ordered = {
+        key: flags[key]
+        for key in sorted(flags, key=lambda key: (key not in known, key))
+        if key not in ("config", "local_rank")
+    }
+    ordered = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in ordered.items()
+        if value not in (None, ())
+    }
     (Path(args.output_dir) / "ietagc" / "config.yaml").write_text(yaml.safe_dump(ordered, sort_keys=False))
 
 

@@ -1,15 +1,17 @@
-"""A proxy theta_i: everything that belongs to the training of one shard, except the model's weights, which live in the one model on the device."""
+"""A proxy theta_i: all of one shard's training but the weights, which live in the one model on the device."""
 
 import torch
 
-# What a proxy counts on the device over a round: summed losses of micro-batches, micro-batches, visits, skips, augmentations, non-finite.
+# What a proxy counts on the device over a round; "loss" sums the micro-batches' mean losses.
 ROUND_TOTALS = ("loss", "batches", "visits", "skipped", "augmented", "nonfinite")
 
 
 class Proxy:
-    """One shard's training. Keeps its batches, control (with the memory bank), optimizer, schedule and random streams over the rounds.
+    """One shard's training. Keeps its batches, control (with the memory bank), optimizer, schedule and random streams
+    over the rounds.
 
-    Only one proxy of a process is on the device at a time: ``activate`` and ``suspend`` move its optimizer state and swap the random streams.
+    Only one proxy of a process is on the device at a time: ``activate`` and ``suspend`` move its optimizer state and
+    swap the random streams.
 
     Args:
         shard: i, in 0..K-1.
@@ -68,7 +70,7 @@ class Proxy:
 
         Returns the last micro-batch's ``Controlled``.
         """
-        for micro in range(1, self.accumulation + 1):
+        for _ in range(self.accumulation):
             batch, last_of_epoch = self.loader.next()
             samples = batch["samples"].to(self.device, non_blocking=True)
             batch["pixel_values"] = batch["pixel_values"].to(self.device, non_blocking=True)

@@ -1,4 +1,6 @@
-"""What a run shows and leaves behind while it goes: progress, tracker, checkpoints, rounds.jsonl, validation images, and a clean stop on signals."""
+"""What a run shows and leaves behind while it goes: progress, tracker, checkpoints, rounds.jsonl, validation images,
+and a clean stop on signals.
+"""
 
 import json
 import os
@@ -101,12 +103,15 @@ class Recorder(Callbacks):
             "shard": proxy.shard + 1,
         }
         self.accelerator.log(values, step=ensemble.global_step)
+        num_rounds, num_shards = ensemble.rounds.num_rounds, ensemble.layout.num_shards
         self.bar.set_postfix_str(
-            f"round {ensemble.round + 1}/{ensemble.rounds.num_rounds} shard {proxy.shard + 1}/{ensemble.layout.num_shards}"
+            f"round {ensemble.round + 1}/{num_rounds} shard {proxy.shard + 1}/{num_shards}"
             f" loss {values['train_loss']:.4f} skip {values['skip_rate']:.1%} augment {values['augment_rate']:.1%}"
         )
         if of["nonfinite"]:
-            logger.warning(f"{of['nonfinite']:.0f} losses were not finite in the last {self.args.log_every} steps of shard {proxy.shard + 1}")
+            logger.warning(
+                f"{of['nonfinite']:.0f} losses of shard {proxy.shard + 1} were not finite since the last log line"
+            )
 
     def _validate(self, ensemble, before):
         """Validation is due after epochs 1, 1 + X, 1 + 2X, ... as in the official script."""
@@ -124,11 +129,11 @@ class Recorder(Callbacks):
     def save(self, ensemble):
         """Write a checkpoint; a full disk costs the checkpoint, not the run."""
         try:
-            path = checkpoint.save(
-                ensemble, self.output_dir, self.fingerprint, self.args.checkpoints_total_limit
-            )
+            path = checkpoint.save(ensemble, self.output_dir, self.fingerprint, self.args.checkpoints_total_limit)
         except OSError as error:
-            logger.error(f"No checkpoint at step {ensemble.global_step}: {error}. Earlier ones are untouched; training goes on")
+            logger.error(
+                f"No checkpoint at step {ensemble.global_step}: {error}. Earlier ones are untouched; training goes on"
+            )
             return None
         self.last_checkpoint = ensemble.global_step
         return path

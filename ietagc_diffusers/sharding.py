@@ -1,4 +1,6 @@
-"""Shards of the training set: splitting (section IV-C) and redistribution of the most skipped samples (eq. 10, 11). Pure functions of their seeds."""
+"""Shards of the training set: splitting (section IV-C) and redistribution of the most skipped samples (eq. 10, 11).
+Pure functions of their seeds.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +13,8 @@ from .config import UsageError
 class ShardPlan:
     """Which samples each shard holds.
 
-    ``shards``: K sorted int64 arrays of sample ids in [0, N). ``groups``: int64 (N,), equal for rows that must stay together, or None.
+    ``shards``: K sorted int64 arrays of sample ids in [0, N). ``groups``: int64 (N,), equal for rows that must stay
+    together, or None.
     """
 
     shards: tuple
@@ -25,8 +28,9 @@ class ShardPlan:
     def split(cls, num_samples, num_shards, seed, labels=None, groups=None):
         """Split ids 0..N-1 into K parts by a seeded permutation.
 
-        Sizes differ by at most one (with groups: by at most the largest group). ``labels`` (N,) deals each class evenly over the shards.
-        ``groups`` (N,) keeps rows of one value in one shard. Raises ``UsageError`` if K exceeds the number of samples, or of groups.
+        Sizes differ by at most one (with groups: by at most the largest group). ``labels`` (N,) deals each class
+        evenly over the shards. ``groups`` (N,) keeps rows of one value in one shard. Raises ``UsageError`` if K
+        exceeds the number of samples, or of groups.
         """
         groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
         units = np.arange(num_samples) if groups is None else groups
@@ -55,7 +59,8 @@ class ShardPlan:
         return cls(tuple(np.flatnonzero(shard_of_sample == k) for k in range(num_shards)), groups)
 
     def easiest(self, shard, skip_counts, fraction, by, rng):
-        """D_easy of eq. 10: the share ``fraction`` of a shard with the highest skip counts, ties (and ``by='random'``) by ``rng``.
+        """D_easy of eq. 10: the share ``fraction`` of a shard with the highest skip counts, ties (and ``by='random'``)
+        by ``rng``.
 
         With groups, a group's score is its rows' mean, and whole groups are taken until the share is reached.
         """

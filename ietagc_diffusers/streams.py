@@ -18,7 +18,8 @@ class RandomStreams:
         numpy_state = np.random.get_state(legacy=False)
         state = {
             "python": [version, list(internal), gauss],
-            "numpy": numpy_state | {"state": {"key": numpy_state["state"]["key"].tolist(), "pos": numpy_state["state"]["pos"]}},
+            "numpy": numpy_state
+            | {"state": {"key": numpy_state["state"]["key"].tolist(), "pos": numpy_state["state"]["pos"]}},
             "torch": torch.get_rng_state(),
         }
         if self.device.type == "cuda":

@@ -1,4 +1,6 @@
-"""A tiny Stable Diffusion, made on the spot: the same classes and the same folder layout as the real one, a thousandth of its size."""
+"""A tiny Stable Diffusion, made on the spot: the same classes and the same folder layout as the real one, a thousandth
+of its size.
+"""
 
 import json
 

@@ -1,5 +1,6 @@
 """From flags to a run: models, data, proxies and the ensemble around them."""
 
+import math
 import secrets
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def agree_on_seed(args):
 
 
 class Models:
-    """The base model's parts, in the official script's order of loading: scheduler, tokenizer, text_encoder, vae, unet, ema."""
+    """The base model's parts, in the official script's order of loading: scheduler, tokenizer, text_encoder, vae, unet,
+    ema.
+    """
 
     def __init__(self, args, accelerator):
         base = args.pretrained_model_name_or_path
@@ -50,9 +53,7 @@ class Models:
         self.tokenizer = _load(CLIPTokenizer, base, "tokenizer", **pinned)
         self.text_encoder = _load(CLIPTextModel, base, "text_encoder", variant=args.variant, **pinned)
         self.vae = _load(AutoencoderKL, base, "vae", variant=args.variant, **pinned)
-        self.unet = _load(
-            UNet2DConditionModel, base, "unet", revision=args.non_ema_revision, cache_dir=args.cache_dir
-        )
+        self.unet = _load(UNet2DConditionModel, base, "unet", revision=args.non_ema_revision, cache_dir=args.cache_dir)
         for frozen in (self.vae, self.text_encoder):
             frozen.requires_grad_(False)
             frozen.to(accelerator.device, dtype=self.dtype)
@@ -90,7 +91,7 @@ def _load(cls, base, subfolder, **options):
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--pretrained_model_name_or_path {base}: no {cls.__name__} could be loaded from its '{subfolder}': {reason}"
+            f"--pretrained_model_name_or_path {base}: no {cls.__name__} in its subfolder '{subfolder}': {reason}"
         ) from error
 
 
@@ -153,7 +154,9 @@ def label_values(rows, column):
     if column is None:
         return None
     if column not in rows.column_names:
-        raise UsageError(f"--label_column {column}: not a column of the dataset, which has {', '.join(rows.column_names)}")
+        raise UsageError(
+            f"--label_column {column}: not a column of the dataset, which has {', '.join(rows.column_names)}"
+        )
     return np.asarray(rows[column])
 
 
@@ -165,7 +168,8 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * layout.size
     plan = ShardPlan.split(len(rows), config.num_shards, args.seed, label_values(rows, args.label_column), groups)
     visits_per_step = args.train_batch_size * layout.size * args.gradient_accumulation_steps
-    steps_per_epoch = -(-(-(-len(rows) // (args.train_batch_size * layout.size))) // args.gradient_accumulation_steps)
+    batches_per_epoch = math.ceil(len(rows) / (args.train_batch_size * layout.size))
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     rounds = Rounds.plan(config, total_steps, steps_per_epoch, DEFAULT_ROUNDS)
 
@@ -179,14 +183,12 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
         snr_gamma=args.snr_gamma,
         dream_detail_preservation=args.dream_detail_preservation if args.dream_training else None,
     )
-    transform = data.image_transform(
-        args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode
-    )
+    transform = data.image_transform(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode)
     samples = data.TrainingSamples(rows, args.image_column, args.caption_column, models.tokenizer, transform)
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(models.unet, evaluation_mode=True)
     new_optimizer = optimizer_factory(args, list(models.unet.parameters()))
-    # The official training runs on the process's own streams; everything else on streams of its shard, which no layout changes.
+    # The official training runs on the process's own streams; everything else on its shard's, which no layout changes.
     official = config.is_plain and layout.num_processes == 1
 
     def build_proxy(shard):
@@ -207,7 +209,7 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
             schedule = get_scheduler(
                 args.lr_scheduler,
                 optimizer,
-                num_warmup_steps=-(-args.lr_warmup_steps // config.num_shards),
+                num_warmup_steps=math.ceil(args.lr_warmup_steps / config.num_shards),
                 num_training_steps=rounds.steps_per_proxy,
             )
         except ValueError as error:
@@ -278,7 +280,9 @@ def fingerprint(args, rows, ensemble):
     """What a resumed run must share with the run that wrote the checkpoint, as a JSON dict."""
     flags = {name: getattr(args, name) for name in FINGERPRINT_FLAGS}
     flags["train_batch_size"] *= ensemble.layout.size
-    return flags | args.method.to_dict() | {"data": data.content_hash(rows, args.caption_column), "num_samples": len(rows)}
+    return (
+        flags | args.method.to_dict() | {"data": data.content_hash(rows, args.caption_column), "num_samples": len(rows)}
+    )
 
 
 def resume(args, ensemble, marks):

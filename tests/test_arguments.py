@@ -1,0 +1,99 @@
+"""Every official flag is there; recipes and the command line are one language."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ietagc_diffusers.arguments import effective_flags, parse_args
+
+NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
+RECIPES = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+
+# The flags of Diffusers' train_text_to_image.py and their defaults.
+OFFICIAL_DEFAULTS = {
+    "input_perturbation": 0, "revision": None, "variant": None, "dataset_name": None, "dataset_config_name": None,
+    "image_column": "image", "caption_column": "text", "max_train_samples": None, "validation_prompts": None,
+    "output_dir": "sd-model-finetuned", "cache_dir": None, "seed": None, "resolution": 512, "center_crop": False,
+    "random_flip": False, "train_batch_size": 16, "num_train_epochs": 100, "max_train_steps": None,
+    "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4, "scale_lr": False,
+    "lr_scheduler": "constant", "lr_warmup_steps": 500, "snr_gamma": None, "dream_training": False,
+    "dream_detail_preservation": 1.0, "use_8bit_adam": False, "allow_tf32": False, "use_ema": False,
+    "offload_ema": False, "foreach_ema": False, "non_ema_revision": None, "dataloader_num_workers": 0,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
+    "push_to_hub": False, "hub_token": None, "prediction_type": None, "hub_model_id": None, "logging_dir": "logs",
+    "mixed_precision": None, "report_to": "tensorboard", "local_rank": -1, "checkpointing_steps": 500,
+    "checkpoints_total_limit": None, "resume_from_checkpoint": None,
+    "enable_xformers_memory_efficient_attention": False, "noise_offset": 0, "validation_epochs": 5,
+    "tracker_project_name": "text2image-fine-tune", "image_interpolation_mode": "lanczos",
+}  # fmt: skip
+
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_official_flags_have_their_defaults(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    args = parse_args(NEEDED)
+    assert {name: getattr(args, name) for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS
+    assert args.mitigation == "iet-agc+" and args.method.augment_range == math.inf
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "mitigation: agc\nskip_threshold: 0.7\nuse_ema: true\nlearning_rate: 2.5e-6\nvalidation_prompts: [a b, c]\n"
+    )
+    args = parse_args([*NEEDED, f"--config={recipe}"])
+    assert (args.method.skip_threshold, args.use_ema, args.learning_rate) == (0.7, True, 2.5e-6)
+    assert args.validation_prompts == ["a b", "c"]
+    args = parse_args([*NEEDED, f"--config={recipe}", "--skip_threshold", "0.6", "--no-use_ema"])
+    assert (args.method.skip_threshold, args.use_ema) == (0.6, False)
+
+
+def test_recipe_values_are_checked_like_flags(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("num_shards: many\n")
+    assert "--num_shards" in refused(capsys, [*NEEDED, f"--config={recipe}"])
+    recipe.write_text("num_shard: 4\n")
+    assert "did you mean 'num_shards'" in refused(capsys, [*NEEDED, f"--config={recipe}"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_repository_parse(path):
+    args = parse_args([*NEEDED, f"--config={path}"])
+    defaults = parse_args(NEEDED)
+    for key in yaml.safe_load(path.read_text()):
+        same_as_default = getattr(args, key) == getattr(defaults, key)
+        assert not same_as_default, f"{key} is the default: it says nothing"
+
+
+def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
+    args = parse_args(
+        [*NEEDED, "--hub_token=secret", "--report_to=tensorboard", "--skip_threshold=0.6", "--random_flip"]
+    )
+    flags = effective_flags(args)
+    assert "secret" not in str(flags) and flags["skip_threshold"] == 0.6 and flags["num_shards"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_data_dir=d"], "--pretrained_model_name_or_path is needed"),
+        (["--pretrained_model_name_or_path=m"], "--dataset_name or --train_data_dir is needed"),
+        ([*NEEDED, "--resolution=0"], "--resolution 0: must be at least 1"),
+        ([*NEEDED, "--max_train_steps=0"], "--max_train_steps 0"),
+        ([*NEEDED, "--epochs_per_round=1", "--steps_per_round=1"], "were both given"),
+        ([*NEEDED, "--skip_threshold=2"], "--skip_threshold 2.0: must be in [0, 1]"),
+        ([*NEEDED, "--mitigation=all"], "invalid choice: 'all'"),
+        ([*NEEDED, "--report_to=wandb", "--hub_token=t"], "use `hf auth login` instead"),
+        ([*NEEDED, "--no_such_flag"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_names_the_flag(capsys, argv, message):
+    assert message in refused(capsys, argv)

@@ -1,0 +1,219 @@
+"""Skip, augment or keep: decisions equal a loop over samples, and the loss is the mean over what is kept."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ietagc_diffusers import (
+    LossMemoryBank,
+    PlainControl,
+    RandomControl,
+    StrengthRandAugment,
+    TextToImageObjective,
+    ThresholdAwareControl,
+    tiny,
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny.random_pipeline(["a red picture", "a blue picture"])
+
+
+@pytest.fixture
+def objective(pipeline):
+    return TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler)
+
+
+@pytest.fixture
+def model(pipeline):
+    pipeline.unet.zero_grad()
+    return pipeline.unet
+
+
+def make_batch(pipeline, size=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = pipeline.tokenizer(["a red picture"] * size, padding="max_length", return_tensors="pt").input_ids
+    return {
+        "pixel_values": torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1,
+        "input_ids": tokens,
+        "seeds": list(range(100, 100 + size)),
+    }
+
+
+def full_bank(average, **options):
+    """A bank that every timestep has visited, with the same average everywhere."""
+    bank = LossMemoryBank(1000, **options)
+    bank.averages.fill_(average)
+    bank.visits.fill_(1e6)
+    return bank
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_decisions_equal_a_loop_over_samples():
+    threshold, reach, decay = 0.8, 1.5, 5.0
+    control = ThresholdAwareControl(LossMemoryBank(20, 0.8, True, 10), threshold, reach, decay, StrengthRandAugment(5))
+    averages, visits = [0.0] * 10, [0] * 10
+    generator = torch.Generator().manual_seed(1)
+    seen = set()
+    for _ in range(30):
+        losses, timesteps = torch.rand(8, generator=generator) + 0.2, torch.randint(20, (8,), generator=generator)
+        decision = control.decide(losses, timesteps)
+        control.observe(losses, timesteps)
+        for i, (loss, t) in enumerate(zip(losses.tolist(), timesteps.tolist(), strict=True)):
+            n = visits[t // 2]
+            ratio = loss / (averages[t // 2] / (1 - 0.8**n)) if n else math.inf
+            skip = ratio < threshold
+            augment = threshold <= ratio < reach * threshold
+            seen.add((skip, augment))
+            assert (decision.skip[i].item(), decision.augment[i].item()) == (skip, augment)
+            assert decision.strength[i].item() == pytest.approx(
+                math.exp(-decay * abs(ratio - threshold) / threshold), rel=1e-3
+            )
+        for loss, t in zip(losses.tolist(), timesteps.tolist(), strict=True):
+            averages[t // 2] = 0.8 * averages[t // 2] + 0.2 * loss
+            visits[t // 2] += 1
+    assert seen == {(True, False), (False, True), (False, False)}
+
+
+def test_infinite_range_augments_all_that_has_a_history():
+    bank = full_bank(1.0)
+    bank.visits[7] = bank.averages[7] = 0
+    control = ThresholdAwareControl(bank, 0.8, math.inf, 5.0, StrengthRandAugment(5))
+    decision = control.decide(torch.tensor([0.5, 0.9, 50.0, 1.0]), torch.tensor([0, 1, 2, 7]))
+    assert decision.skip.tolist() == [True, False, False, False]
+    assert decision.augment.tolist() == [False, True, True, False]
+    assert decision.strength[3] == 0
+
+
+def test_deciding_never_waits_for_the_device():
+    """Fake tensors have no values: anything that asks for one fails."""
+    with FakeTensorMode():
+        control = ThresholdAwareControl(LossMemoryBank(100, num_buckets=10), 0.8, math.inf, 5.0, StrengthRandAugment(5))
+        losses, timesteps = torch.rand(8), torch.randint(100, (8,))
+        control.decide(losses, timesteps)
+        control.observe(losses, timesteps)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            losses.sum().item()
+
+
+def test_skipped_samples_have_no_part_in_the_gradient(pipeline, objective, model):
+    batch = make_batch(pipeline)
+    torch.manual_seed(3)
+    losses = objective.losses(model, objective.draw(batch))
+    median = losses.detach().median().item()
+    keep = losses.detach() >= median * 0.9999
+    losses[keep].mean().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+
+    torch.manual_seed(3)
+    control = ThresholdAwareControl(full_bank(median), 0.9999)
+    controlled = control.step(model, objective, batch)
+    controlled.loss.backward()
+    assert controlled.skipped.tolist() == (~keep).tolist() and 0 < int(keep.sum()) < 6
+    assert controlled.mean_loss.item() == pytest.approx(losses.mean().item(), rel=1e-6)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
+
+
+def test_augmented_samples_keep_noise_timestep_and_caption(pipeline, objective, model):
+    """By hand: encode the augmented images with the same posterior noise, run the kept samples, take the mean."""
+    batch, augment = make_batch(pipeline, 8), StrengthRandAugment(20)
+    torch.manual_seed(4)
+    drawn = objective.draw(batch)
+    with torch.no_grad():
+        losses = objective.losses(model, drawn)
+    bank = full_bank(losses.median().item())
+    decision = ThresholdAwareControl(bank, 0.99, 1.1, 5.0, augment).decide(losses, drawn.timesteps)
+    magnitudes = (augment.magnitudes(decision.strength) * decision.augment).tolist()
+    assert any(magnitudes) and decision.skip.any() and not all(magnitudes)
+    latents = drawn.latents.clone()
+    with torch.no_grad():
+        for i, magnitude in enumerate(magnitudes):
+            if magnitude:
+                image = augment(batch["pixel_values"][i : i + 1], [magnitude], [batch["seeds"][i]])
+                posterior = pipeline.vae.encode(image).latent_dist
+                latent = posterior.mean + posterior.std * drawn.posterior_noise[i]
+                latents[i] = latent[0] * pipeline.vae.config.scaling_factor
+    noisy = pipeline.scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
+    target = pipeline.scheduler.get_velocity(latents, drawn.noise, drawn.timesteps)
+    prediction = model(noisy, drawn.timesteps, drawn.condition).sample
+    kept = (prediction - target).pow(2).mean(dim=(1, 2, 3))[~decision.skip]
+    kept.mean().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+
+    torch.manual_seed(4)
+    controlled = ThresholdAwareControl(bank, 0.99, 1.1, 5.0, augment).step(model, objective, batch)
+    controlled.loss.backward()
+    assert controlled.augmented.tolist() == [m > 0 for m in magnitudes]
+    assert controlled.loss.item() == pytest.approx(kept.mean().item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [1.0, math.inf])
+def test_the_bank_decides_before_it_learns_and_learns_from_skipped_samples_too(pipeline, objective, model, reach):
+    bank = full_bank(1e9)
+    control = ThresholdAwareControl(bank, 0.8, reach, 5.0, StrengthRandAugment(5))
+    controlled = control.step(model, objective, make_batch(pipeline))
+    assert controlled.skipped.all()
+    assert controlled.loss.item() == 0
+    assert (bank.visits > 1e6).any()
+
+
+def test_threshold_zero_is_plain_training(pipeline, objective, model):
+    batch = make_batch(pipeline)
+    results = []
+    for control in (PlainControl(), ThresholdAwareControl(full_bank(1.0), 0.0)):
+        model.zero_grad()
+        torch.manual_seed(0)
+        controlled = control.step(model, objective, batch)
+        controlled.loss.backward()
+        assert not controlled.skipped.any()
+        results.append(gradients(model))
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_come_after_the_decision(pipeline, model):
+    """min-SNR weights scale the loss, not the ratio."""
+    batch = make_batch(pipeline)
+    plain = TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler)
+    weighted = TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler, snr_gamma=5.0)
+    outcomes = []
+    for objective in (plain, weighted):
+        torch.manual_seed(1)
+        outcomes.append(ThresholdAwareControl(full_bank(1.0), 0.8).step(model, objective, batch))
+    assert torch.equal(outcomes[0].ratio, outcomes[1].ratio)
+    assert outcomes[0].loss.item() != outcomes[1].loss.item()
+
+
+@pytest.mark.parametrize("reach", [1.0, math.inf])
+def test_nonfinite_samples_are_counted_and_left_out(pipeline, model, reach):
+    class Poisoned(TextToImageObjective):
+        def losses(self, model, drawn):
+            losses = super().losses(model, drawn)
+            return torch.cat([losses[:1] * torch.nan, losses[1:]]) if len(losses) == 6 else losses
+
+    objective = Poisoned(pipeline.vae, pipeline.text_encoder, pipeline.scheduler)
+    bank = full_bank(1e-9)
+    control = ThresholdAwareControl(bank, 0.8, reach, 5.0, StrengthRandAugment(5))
+    controlled = control.step(model, objective, make_batch(pipeline))
+    assert controlled.nonfinite.tolist() == [True] + [False] * 5
+    assert controlled.loss.isfinite() and bank.averages.isfinite().all()
+
+
+def test_random_control_skips_and_augments_at_its_rates():
+    control = RandomControl(0.25, 0.5, 0.4, StrengthRandAugment(5))
+    torch.manual_seed(0)
+    decision = control.decide(torch.rand(40_000), torch.zeros(40_000, dtype=torch.long))
+    assert decision.skip.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert decision.augment[~decision.skip].float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert not (decision.skip & decision.augment).any()

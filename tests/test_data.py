@@ -1,0 +1,214 @@
+"""Rows keep their ids; bad rows are named; order and randomness are functions of the seed."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+
+from ietagc_diffusers import UsageError, data, tiny
+from ietagc_diffusers.streams import RandomStreams
+
+
+def flags(folder, **changes):
+    defaults = {
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": str(folder), "image_column": "image",
+        "caption_column": "text", "max_train_samples": None, "cache_dir": None, "seed": 3,
+    }  # fmt: skip
+    return argparse.Namespace(**(defaults | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.build_tokenizer(["a red picture"], num_merges=8)
+
+
+@pytest.fixture(scope="module")
+def samples(pictures, tokenizer):
+    rows = data.load_training_rows(flags(pictures))
+    transform = data.image_transform(16, center_crop=False, random_flip=True, interpolation="lanczos")
+    return data.TrainingSamples(rows, "image", "text", tokenizer, transform)
+
+
+def test_sample_ids_survive_selection(pictures):
+    everything = data.load_training_rows(flags(pictures))
+    assert everything[data.SAMPLE_ID] == list(range(24))
+    some = data.load_training_rows(flags(pictures, max_train_samples=9))
+    assert len(some) == 9 and len(set(some[data.SAMPLE_ID])) == 9
+    for row in some:
+        assert np.array_equal(row["image"], everything[row[data.SAMPLE_ID]]["image"])
+
+
+def test_deduplication_keeps_one_row_of_each_image(pictures):
+    rows = data.load_training_rows(flags(pictures))
+    hashes = data.pixel_hashes(rows, "image")
+    assert len(rows) == 24 and len(set(hashes.tolist())) == 22
+    kept = data.deduplicate(rows, hashes)
+    assert len(kept) == 22
+    assert len(set(data.pixel_hashes(kept, "image").tolist())) == 22
+
+
+def test_parquet_and_arrow_are_read_like_the_folder(pictures, tmp_path):
+    rows = data.load_training_rows(flags(pictures))
+    (tmp_path / "parquet").mkdir()
+    rows.remove_columns(data.SAMPLE_ID).to_parquet(str(tmp_path / "parquet" / "train.parquet"))
+    again = data.load_training_rows(flags(None, dataset_name=str(tmp_path / "parquet"), train_data_dir=None))
+    assert again["text"] == rows["text"]
+    assert np.array_equal(again[5]["image"], rows[5]["image"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: [p.unlink() for p in f.iterdir()], "the folder is empty"),
+        (lambda f: (f / "metadata.jsonl").unlink(), "--caption_column text: not a column"),
+        (lambda f: rewrite(f, 2, text=None), "row 2 has no caption in column 'text'"),
+        (lambda f: rewrite(f, 2, file_name="absent.png"), "row 2: its image file"),
+    ],
+)
+def test_bad_folders_are_named_before_training(tmp_path, spoil, message):
+    folder = write_folder(tmp_path / "pictures", 4)
+    spoil(folder)
+    with pytest.raises(UsageError) as error:
+        data.load_training_rows(flags(folder))
+    assert message in str(error.value)
+
+
+def rewrite(folder, row, **changes):
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[row] |= changes
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_absent_folder_and_wrong_columns_are_named(pictures, tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        data.load_training_rows(flags(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="--image_column photo: not a column of the dataset, which has image"):
+        data.load_training_rows(flags(pictures, image_column="photo"))
+    with pytest.raises(UsageError, match="--image_column label: holds"):
+        data.load_training_rows(flags(pictures, image_column="label"))
+    with pytest.raises(UsageError, match="--caption_column label: should hold strings"):
+        data.load_training_rows(flags(pictures, caption_column="label"))
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):
+    folder = write_folder(tmp_path / "pictures", 5)
+    whole = (folder / "003_0.png").read_bytes()
+    (folder / "003_0.png").write_bytes(whole[: len(whole) // 2])
+    rows = data.load_training_rows(flags(folder))
+    transform = data.image_transform(16, True, False, "bilinear")
+    samples = data.TrainingSamples(rows, "image", "text", tokenizer, transform)
+    with pytest.raises(UsageError, match=r"row 3 \(.*003_0.png\): the image does not decode"):
+        samples.__getitems__([1, 3, 4])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
+def test_any_kind_of_image_becomes_rgb(tmp_path, tokenizer, mode):
+    folder = write_folder(tmp_path / "pictures", 2)
+    suffix = "tif" if mode == "CMYK" else "png"
+    Image.new("I;16" if mode == "I;16" else mode, (20, 31)).save(folder / f"odd.{suffix}")
+    rewrite(folder, 0, file_name=f"odd.{suffix}")
+    rows = data.load_training_rows(flags(folder))
+    samples = data.TrainingSamples(rows, "image", "text", tokenizer, data.image_transform(16, True, False, "bilinear"))
+    assert samples.__getitems__([0, 1])["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_lists_of_captions_are_drawn_from(pictures, tokenizer, samples):
+    rows = data.load_training_rows(flags(pictures))
+    several = [["a red picture", "a blue picture", "a green picture"]] * len(rows)
+    rows = rows.remove_columns("text").add_column("text", several)
+    drawn = data.TrainingSamples(rows, "image", "text", tokenizer, samples.transform)
+    tokens = drawn.__getitems__([(0, seed) for seed in range(30)])["input_ids"]
+    assert len({tuple(t) for t in tokens.tolist()}) == 3
+    assert torch.equal(tokens[:4], drawn.__getitems__([(0, seed) for seed in range(4)])["input_ids"])
+
+
+def make_loader(samples, workers=0, shard=None, **group):
+    shard = np.arange(24) if shard is None else shard
+    return data.SeededLoader(samples, 5, workers, [3, 0], shard, **group)
+
+
+def take(loader, batches):
+    return [loader.next()[0] for _ in range(batches)]
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a["samples"], b["samples"]) and torch.equal(a["pixel_values"], b["pixel_values"])
+        assert a.get("seeds") == b.get("seeds")
+
+
+def test_seeded_batches_do_not_depend_on_workers_or_on_the_stream(samples):
+    torch.manual_seed(0)
+    first = take(make_loader(samples), 7)
+    torch.manual_seed(1)
+    assert_same(first, take(make_loader(samples, workers=2), 7))
+
+
+def test_an_epoch_sees_each_sample_once_and_says_when_it_ends(samples):
+    loader = make_loader(samples)
+    seen, ends = [], []
+    for _ in range(10):
+        batch, last = loader.next()
+        seen.append(batch["samples"].tolist())
+        ends.append(last)
+    assert ends == [False, False, False, False, True] * 2
+    for epoch in (seen[:5], seen[5:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(24))
+    assert seen[:5] != seen[5:]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 5, 6, 11])
+def test_seeded_loader_resumes_anywhere(samples, taken):
+    whole = make_loader(samples)
+    take(whole, taken)
+    resumed = make_loader(samples)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert_same(take(whole, 6), take(resumed, 6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("taken", [1, 4, 5, 8])
+def test_stream_loader_resumes_anywhere(samples, taken, workers):
+    streams = RandomStreams()
+
+    def fresh():
+        return data.StreamLoader(samples, 5, workers, streams)
+
+    streams.seed([9])
+    whole = fresh()
+    for _ in range(taken):
+        whole.next()
+        torch.rand(3)  # the training draws in between
+    state, now = whole.state_dict(), streams.get()
+    following = take(whole, 6)
+    streams.seed([1])
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    streams.set(now)
+    assert_same(following, take(resumed, 6))
+
+
+def test_group_members_share_each_batch(samples):
+    single = data.SeededLoader(samples, 6, 0, [3, 0], np.arange(24))
+    members = [data.SeededLoader(samples, 3, 0, [3, 0], np.arange(24), 2, rank) for rank in range(2)]
+    for _ in range(5):
+        whole, last = single.next()
+        parts = [member.next() for member in members]
+        assert torch.equal(whole["samples"], torch.cat([part["samples"] for part, _ in parts]))
+        assert torch.equal(whole["pixel_values"], torch.cat([part["pixel_values"] for part, _ in parts]))
+        assert [end for _, end in parts] == [last, last]
+        assert all(part["batch_rows"] == len(whole["samples"]) for part, _ in parts)
+
+
+def test_a_new_shard_starts_a_new_epoch_and_the_same_one_does_not(samples):
+    loader = make_loader(samples, shard=np.arange(12))
+    take(loader, 1)
+    loader.set_samples(np.arange(12))
+    assert loader.state_dict() == {"epoch": 0, "taken": 1}
+    loader.set_samples(np.arange(6, 18))
+    seen = torch.cat([batch["samples"] for batch in take(loader, 3)])
+    assert sorted(seen.tolist()) == list(range(6, 18))
