@@ -213,10 +213,10 @@ def _whole(batch):
 
 
 class StreamLoader:
-    """Batches in the official script's order: torch's shuffling loader on the process's random streams, one batch ahead.
+    """Batches in the official script's order: torch's shuffling loader on the process's streams, one batch ahead.
 
-    Its state is how many batches of the epoch were taken, and the streams at the epoch's start and before the batch read
-    ahead. Restoring reads the taken batches again only where worker processes have streams of their own.
+    Its state is how many batches of the epoch were taken, and the streams at the epoch's start and before the batch
+    read ahead. Restoring reads the taken batches again only where worker processes have streams of their own.
     """
 
     def __init__(self, samples, batch_size, num_workers, streams):
@@ -229,7 +229,7 @@ class StreamLoader:
         self._batches = self._ahead = None
 
     def _open(self, skip=0):
-        """The epoch's batches after the first ``skip``, in the order that the streams give now."""
+        """The epoch's batches after the first ``skip``, in the order the streams give."""
         if self.num_workers:
             batches = iter(self._loader(self.samples, _whole))
             for _ in tqdm(range(skip), desc="Reading up to the checkpoint", leave=False, disable=not skip):

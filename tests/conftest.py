@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
+import train_text_to_image_ietagc as script
 from ietagc_diffusers import tiny
+from ietagc_diffusers.arguments import parse_args
+from ietagc_diffusers.recording import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_text_to_image_ietagc.py"
@@ -84,6 +89,25 @@ def train_flags(base, pictures, *more):
         "--checkpointing_steps=100000",
         *more,
     ]
+
+
+def train_here(flags, output_dir, stop_at=None):
+    """Run the training script in this process, optionally stopped as by a signal once ``stop_at`` steps are done.
+
+    Returns the output folder.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    should_stop = Recorder.should_stop
+    if stop_at is not None:
+        Recorder.should_stop = lambda self, ensemble: ensemble.global_step >= stop_at
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        script.train(parse_args([*map(str, flags), f"--output_dir={output_dir}"]))
+    finally:
+        Recorder.should_stop = should_stop
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Path(output_dir)
 
 
 def unet_bytes(folder):
