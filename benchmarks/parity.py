@@ -54,7 +54,7 @@ def main():
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        captions, pictures = make_set(38, "mosaic", 7)
+        captions, pictures = make_set(38, "mosaic", [7])
         write_image_folder(scratch / "pictures", captions, pictures)
         for number, (name, flags) in enumerate(COMBINATIONS.items()):
             common = [

@@ -108,11 +108,23 @@ def render(scene, style, rng):
     return (picture * 255).round().astype(np.uint8)
 
 
-def make_set(num_images, style, seed):
-    """Draw scenes and render them. Returns captions (list of N) and pictures uint8 (N, RESOLUTION, RESOLUTION, 3)."""
+def draw_scenes(num_scenes, seed):
     rng = np.random.default_rng(seed)
-    scenes = [draw_scene(rng) for _ in range(num_images)]
-    return [scene.caption for scene in scenes], np.stack([render(scene, style, rng) for scene in scenes])
+    return [draw_scene(rng) for _ in range(num_scenes)]
+
+
+def render_all(scenes, style, seed):
+    """Pictures of scenes, uint8 (N, 32, 32, 3); another seed gives other pictures of the same captions."""
+    rng = np.random.default_rng(seed)
+    return np.stack([render(scene, style, rng) for scene in scenes])
+
+
+def make_set(num_images, style, seed):
+    """Draw scenes and render them. ``seed``: a list of integers. Returns N captions and uint8 (N, RESOLUTION,
+    RESOLUTION, 3).
+    """
+    scenes = draw_scenes(num_images, [*seed, 0])
+    return [scene.caption for scene in scenes], render_all(scenes, style, [*seed, 1])
 
 
 def write_image_folder(folder, captions, pictures, copies=None):

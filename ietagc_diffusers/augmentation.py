@@ -1,7 +1,8 @@
 """Threshold-aware augmentation: how strongly (eq. 6, 7), and with what (RandAugment)."""
 
 import torch
-from torchvision.transforms import RandAugment
+from torchvision.transforms import InterpolationMode, RandAugment
+from torchvision.transforms import functional as F
 
 
 def augmentation_strength(ratio, skip_threshold, decay):
@@ -18,14 +19,42 @@ def augmentation_strength(ratio, skip_threshold, decay):
     return torch.exp(-decay * (ratio - skip_threshold).abs() / skip_threshold)
 
 
-class StrengthRandAugment:
-    """RandAugment whose magnitude is ``round(strength * magnitude)`` on torchvision's 31-bin scale; 0 leaves a sample
-    as it is.
+class GradedRandAugment(RandAugment):
+    """RandAugment whose effect grows with the magnitude and leaves no marks of its own.
+
+    Left out are operations that ignore the magnitude (AutoContrast, Equalize) or shift whole ranges of colours at
+    once (Posterize, Solarize). Geometric ones are bilinear and reflect the image at its borders instead of filling
+    with black, which a generative model would learn.
     """
 
-    def __init__(self, magnitude=5, num_ops=2):
+    UNGRADED = ("AutoContrast", "Equalize", "Posterize", "Solarize")
+
+    def __init__(self, num_ops, magnitude):
+        super().__init__(num_ops, magnitude, interpolation=InterpolationMode.BILINEAR)
+
+    def _augmentation_space(self, num_bins, image_size):
+        height, width = image_size
+        space = super()._augmentation_space(num_bins, (height - 2 * (height // 4), width - 2 * (width // 4)))
+        return {name: operation for name, operation in space.items() if name not in self.UNGRADED}
+
+    def forward(self, image):
+        height, width = image.shape[-2:]
+        padded = F.pad(image, [width // 2, height // 2], padding_mode="reflect")
+        return F.center_crop(super().forward(padded), [height, width])
+
+
+OPERATIONS = {"all": RandAugment, "graded": GradedRandAugment}
+
+
+class StrengthRandAugment:
+    """RandAugment whose magnitude is ``round(strength * magnitude)`` on torchvision's 31-bin scale; 0 leaves a sample
+    as it is. ``operations``: ``all`` of torchvision's, or the ``graded`` ones.
+    """
+
+    def __init__(self, magnitude=5, num_ops=2, operations="all"):
         self.magnitude = magnitude
-        self.by_magnitude = [RandAugment(num_ops=num_ops, magnitude=m) for m in range(magnitude + 1)]
+        kind = OPERATIONS[operations]
+        self.by_magnitude = [kind(num_ops=num_ops, magnitude=m) for m in range(magnitude + 1)]
 
     def magnitudes(self, strength):
         """(B,) strengths in [0, 1] -> (B,) int64 magnitudes in [0, M]."""

@@ -86,6 +86,11 @@ class MitigationConfig:
     )
     randaugment_magnitude: int = _option(5, "M: RandAugment magnitude (0 to 30) at strength 1.", type=int)
     randaugment_num_ops: int = _option(2, "RandAugment operations per augmented image.", type=int)
+    randaugment_operations: str = _option(
+        "all",
+        "'all' of torchvision's; 'graded' leaves out those whose effect does not grow with the magnitude.",
+        choices=["all", "graded"],
+    )
     redistribute_fraction: float = _option(
         0.0,
         "P: share of a shard, most skipped first, that goes to the next shard after a round; 0 turns MSR off (eq. 10).",

@@ -116,7 +116,11 @@ def build_control(config, num_timesteps, visits_per_shard, layout):
     """The control of one shard."""
     if config.is_plain and layout.size == 1:
         return PlainControl()
-    augment = StrengthRandAugment(config.randaugment_magnitude, config.randaugment_num_ops) if config.augments else None
+    augment = None
+    if config.augments:
+        augment = StrengthRandAugment(
+            config.randaugment_magnitude, config.randaugment_num_ops, config.randaugment_operations
+        )
     if config.random_skip_rate or config.random_augment_rate:
         if layout.size > 1:
             raise UsageError("--random_skip_rate and --random_augment_rate: at most as many processes as shards")

@@ -194,7 +194,7 @@ def test_a_resumed_run_of_other_flags_is_refused(base, pictures, tmp_path):
     train_here(flags, tmp_path, stop_at=4)
     with pytest.raises(UsageError, match=r"skip_threshold was 0.9, is 0.8.*--resume_allow"):
         train_here([*flags, "--skip_threshold=0.8", "--resume_from_checkpoint=latest"], tmp_path)
-    with pytest.raises(UsageError, match="checkpoint-77: not found; checkpoints in .*: checkpoint-4"):
+    with pytest.raises(UsageError, match=r"checkpoint-77: not found; checkpoints in .*: checkpoint-4"):
         train_here([*flags, "--resume_from_checkpoint=checkpoint-77"], tmp_path)
 
 

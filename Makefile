@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Two jobs of one thread each beat one of two on small models.
+export OMP_NUM_THREADS ?= 1
+# Nothing here needs the Hub; offline, its client does not retry.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo demo-controls test test-slow quality tiny-sd clean
+
+demo: $(VENV)/.ready
+	$(RUN) -m demo.run
+
+demo-controls: $(VENV)/.ready
+	$(RUN) -m demo.run --controls
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.ready
+	$(RUN) -m pytest -m slow
+
+quality: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+tiny-sd: $(VENV)/.ready
+	OMP_NUM_THREADS=2 $(RUN) -m demo.tiny_sd
+
+$(VENV)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (diffusers 0.42 asks for it), found " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
