@@ -19,7 +19,8 @@ from accelerate.utils import ProjectConfiguration
 from ietagc_diffusers import hub, output, training
 from ietagc_diffusers.arguments import effective_flags, parse_args
 from ietagc_diffusers.config import UsageError
-from ietagc_diffusers.recording import Recorder
+from ietagc_diffusers.data import SAMPLE_ID
+from ietagc_diffusers.recording import Diverged, Recorder
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -96,7 +97,7 @@ def train(args):
         f"{args.mitigation}: {len(rows)} samples in {args.method.num_shards} shards, "
         f"{rounds.num_rounds} rounds of {rounds.steps_per_round} steps a proxy, {rounds.total_steps} steps in all"
     )
-    recorder.begin(ensemble, marks, steps_per_epoch)
+    recorder.begin(ensemble, marks, steps_per_epoch, rows[SAMPLE_ID])
     if not ensemble.run():
         recorder.stop(ensemble)
         accelerator.end_training()
@@ -126,6 +127,9 @@ def main():
     except UsageError as error:
         print(f"train_text_to_image_ietagc.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Diverged as error:
+        print(f"train_text_to_image_ietagc.py: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,12 @@ OURS = {
     "deduplicate": (None, str, "'exact' trains on one row of each image, by decoded pixels. Recommended."),
     "group_duplicates": (False, "flag", "Keep rows that show the same image in one shard, and move them together."),
     "label_column": (None, str, "Column of class labels to deal evenly over the shards."),
+    "on_bad_sample": (
+        "error",
+        str,
+        "A row without image or caption: 'error' stops, 'skip' trains on another of its shard.",
+    ),
+    "max_nonfinite": (20, int, "Stop after this many steps in a row with losses that are not finite."),
     "log_every": (10, int, "Steps between log lines; the device is read only then."),
     "save_shards": (False, "flag", "Write each shard of the final plan as a dataset to ietagc/shards/."),
     "save_rounds": (False, "flag", "Save the aggregated model of every round as a pipeline to rounds/."),
@@ -117,6 +123,7 @@ CHOICES = {
     "prediction_type": ["epsilon", "v_prediction"],
     "image_interpolation_mode": INTERPOLATION_MODES,
     "deduplicate": ["exact"],
+    "on_bad_sample": ["error", "skip"],
 }
 LISTS = ("validation_prompts", "resume_allow")
 
@@ -201,6 +208,7 @@ def _check(args):
         "checkpointing_steps",
         "validation_epochs",
         "log_every",
+        "max_nonfinite",
     ):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")

@@ -18,8 +18,9 @@ class Decision(NamedTuple):
 
 
 class Controlled(NamedTuple):
-    """loss (): to differentiate; skipped, augmented, nonfinite (B,) bool; ratio (B,); mean_loss (): over the batch,
-    unweighted, for the log.
+    """What a step did. loss (): to differentiate; skipped, augmented, nonfinite (B,) bool; ratio (B,).
+
+    total_loss (): summed over the batch's finite losses, for the log. all_finite: known to the host.
     """
 
     loss: torch.Tensor
@@ -27,7 +28,8 @@ class Controlled(NamedTuple):
     augmented: torch.Tensor
     nonfinite: torch.Tensor
     ratio: torch.Tensor
-    mean_loss: torch.Tensor
+    total_loss: torch.Tensor
+    all_finite: bool
 
 
 class Solo:
@@ -46,13 +48,19 @@ class PlainControl:
     """No control at all: the official training step."""
 
     def step(self, model, objective, batch):
+        """The official loss, less samples whose loss is not finite. Reads the device once, as the official script."""
         drawn = objective.draw(batch)
         loss = objective.plain_loss(model, drawn)
-        none = torch.zeros(len(drawn), dtype=torch.bool, device=loss.device)
-        nonfinite = none | ~loss.detach().isfinite()
-        return Controlled(
-            loss, none, none, nonfinite, torch.full_like(none, torch.inf, dtype=torch.float32), loss.detach()
-        )
+        nonfinite = torch.zeros(len(drawn), dtype=torch.bool, device=loss.device)
+        all_finite = bool(loss.isfinite())
+        if not all_finite:
+            with torch.no_grad():
+                nonfinite = ~objective.losses(model, drawn).isfinite()
+            drawn = drawn[~nonfinite]
+            loss = objective.plain_loss(model, drawn) if len(drawn) else torch.zeros_like(loss.detach())
+        nothing = torch.zeros_like(nonfinite)
+        ratio = torch.full_like(nothing, torch.inf, dtype=torch.float32)
+        return Controlled(loss, nothing, nothing, nonfinite, ratio, loss.detach() * len(drawn), all_finite)
 
     def to(self, device):
         return self
@@ -99,6 +107,8 @@ class _Control:
         drawn = objective.draw(batch)
         with torch.set_grad_enabled(self.augment is None):
             losses = objective.losses(model, drawn)
+        if batch.get("ghost"):
+            losses, drawn = losses[:0], drawn[:0]
         observed = losses.detach()
         finite = observed.isfinite()
         skip, augment, strength, ratio = self.decide(observed, drawn.timesteps)
@@ -106,26 +116,33 @@ class _Control:
         keep = ~skip & finite
         num_kept = self.group.sum(keep.sum()).clamp(min=1)
         if self.augment is None:
-            loss = self._weighted_sum(objective, losses, drawn.timesteps, keep) / num_kept
+            augment = torch.zeros_like(keep)
+            all_finite = bool(finite.all())  # the step's one read of the device
         else:
             magnitudes = self.augment.magnitudes(strength) * (augment & keep)
             augment = magnitudes > 0
-            drawn = self._augmented(objective, drawn, batch, magnitudes)[keep]
+            host_magnitudes, host_finite = torch.stack([magnitudes, finite.long()]).tolist()  # likewise
+            all_finite = all(host_finite)
+            drawn = self._augmented(objective, drawn, batch, host_magnitudes)
+        if self.augment is None and all_finite:
+            loss = self._weighted_sum(objective, losses, drawn.timesteps, keep) / num_kept
+        else:
+            # Only what is kept goes backward: a loss that is not finite would spoil every gradient, masked or not.
+            drawn = drawn[keep]
             if len(drawn):
-                losses = objective.losses(model, drawn)
-                loss = self._weighted_sum(objective, losses, drawn.timesteps) / num_kept
+                loss = self._weighted_sum(objective, objective.losses(model, drawn), drawn.timesteps) / num_kept
             else:
                 loss = observed.new_zeros(())
-        mean_loss = torch.where(finite, observed, 0.0).mean()
-        return Controlled(loss, skip & finite, augment, ~finite, ratio, mean_loss)
+        total_loss = torch.where(finite, observed, 0.0).sum()
+        return Controlled(loss, skip & finite, augment, ~finite, ratio, total_loss, all_finite)
 
     def _augmented(self, objective, drawn, batch, magnitudes):
-        host_magnitudes = magnitudes.tolist()  # the one synchronisation of a step with augmentation
-        rows = [row for row, magnitude in enumerate(host_magnitudes) if magnitude]
+        """``drawn`` with each image augmented whose magnitude (a host integer) is not 0."""
+        rows = [row for row, magnitude in enumerate(magnitudes) if magnitude]
         if not rows:
             return drawn
         images = self.augment(
-            batch["pixel_values"][rows], [host_magnitudes[row] for row in rows], [batch["seeds"][row] for row in rows]
+            batch["pixel_values"][rows], [magnitudes[row] for row in rows], [batch["seeds"][row] for row in rows]
         )
         return objective.with_images(drawn, rows, images)
 

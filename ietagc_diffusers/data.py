@@ -3,9 +3,11 @@ them.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import random
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +57,9 @@ def load_training_rows(args):
     if not isinstance(rows.features[args.image_column], ImageFeature):
         raise UsageError(f"--image_column {args.image_column}: holds {rows.features[args.image_column]}, not images")
     rows = rows.add_column(SAMPLE_ID, np.arange(len(rows)))
-    _check_captions(rows, args.caption_column)
-    _check_files(rows, args.image_column)
+    _check_captions(rows, args.caption_column, only_type=args.on_bad_sample == "skip")
+    if args.on_bad_sample == "error":
+        _check_files(rows, args.image_column)
     if args.max_train_samples is not None:
         if args.max_train_samples < 1:
             raise UsageError(f"--max_train_samples {args.max_train_samples}: must be at least 1")
@@ -68,17 +71,22 @@ def _one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _check_captions(rows, column):
+def _check_captions(rows, column, only_type=False):
     feature = rows.features[column]
     text = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
     if not text and not isinstance(feature, (Sequence, list)):
         raise UsageError(f"--caption_column {column}: should hold strings or lists of strings, holds {feature}")
+    if only_type:
+        return
     captions = rows.select_columns([column]).with_format("arrow")
     for start in range(0, len(rows), 10_000):
         for offset, caption in enumerate(captions[start : start + 10_000][column].to_pylist()):
-            missing = caption is None or (not text and (not caption or None in caption))
-            if missing:
+            if not _is_caption(caption):
                 raise UsageError(f"row {start + offset} has no caption in column '{column}': add one or remove the row")
+
+
+def _is_caption(value):
+    return isinstance(value, str) or (bool(value) and all(isinstance(caption, str) for caption in value))
 
 
 def _check_files(rows, column):
@@ -111,7 +119,7 @@ def pixel_hashes(rows, image_column):
     digests = []
     images = rows.select_columns([image_column])
     for row in tqdm(range(len(rows)), desc="Looking for duplicates", leave=False):
-        image = decode(images, image_column, [row])[0]
+        image = decode(images, image_column, row)
         digests.append(hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest())
     return np.unique(digests, return_inverse=True)[1]
 
@@ -122,21 +130,17 @@ def deduplicate(rows, hashes):
     return rows.select(np.sort(first))
 
 
-def decode(rows, image_column, indices):
-    """RGB images of the given rows. Raises ``UsageError`` naming the row that does not decode."""
+def decode(rows, image_column, index):
+    """The RGB image of a row. Raises ``UsageError`` naming the row if it does not decode."""
     try:
-        return [image.convert("RGB") for image in rows[indices][image_column]]
-    except Exception as batch_error:
-        for index in indices:
-            try:
-                rows[int(index)][image_column].convert("RGB")
-            except Exception as error:
-                where = image_path(rows, image_column, index)
-                name = f" ({where})" if where else ""
-                raise UsageError(
-                    f"row {index}{name}: the image does not decode: {_one_line(error)}; repair or remove it"
-                ) from error
-        raise batch_error
+        return rows[int(index)][image_column].convert("RGB")
+    except Exception as error:  # whatever PIL and its plugins raise on broken files
+        where = image_path(rows, image_column, index)
+        name = f" ({where})" if where else ""
+        raise UsageError(
+            f"row {index}{name}: the image does not decode: {_one_line(error)}; repair or remove it, "
+            "or give --on_bad_sample skip"
+        ) from error
 
 
 def image_transform(resolution, center_crop, random_flip, interpolation):
@@ -156,34 +160,64 @@ def image_transform(resolution, center_crop, random_flip, interpolation):
 class TrainingSamples(torch.utils.data.Dataset):
     """Rows as the training sees them.
 
-    A key is a row, whose random crop, flip and choice of caption then come from the process's random streams as in
-    the official script; or a pair (row, seed), and they come from the seed alone: the same for any number of workers
-    and processes.
+    A key is a row, whose random crop, flip and choice of caption then come from the process's random streams as in the
+    official script; or a pair (row, seed), and they come from the seed alone: the same for any number of workers and
+    processes.
+
+    With ``skip_bad``, a row without image or caption is replaced by another of ``pool``, drawn from the key's seed.
     """
 
-    def __init__(self, rows, image_column, caption_column, tokenizer, transform):
+    def __init__(self, rows, image_column, caption_column, tokenizer, transform, skip_bad=False):
         self.images = rows.select_columns([image_column])  # apart, so that reading a caption decodes no image
         self.captions = rows.select_columns([caption_column])
         self.image_column = image_column
         self.caption_column = caption_column
         self.tokenizer = tokenizer
         self.transform = transform
+        self.skip_bad = skip_bad
+        self.pool = np.arange(len(rows))
+
+    def of_shard(self, shard_samples):
+        """The same rows, with replacements from this shard."""
+        samples = copy(self)
+        samples.pool = shard_samples
+        return samples
 
     def __len__(self):
         return len(self.captions)
 
+    def _read(self, row):
+        """Image and caption of a row. Raises ``UsageError`` naming it."""
+        caption = self.captions[int(row)][self.caption_column]
+        if not _is_caption(caption):
+            raise UsageError(f"row {row} has no caption in column '{self.caption_column}'")
+        return decode(self.images, self.image_column, row), caption
+
+    def _read_or_replace(self, row, seed):
+        """Returns image, caption, the row they are of, and [row, reason] for each that was bad."""
+        bad = []
+        rng = random.Random(seed)
+        for candidate in itertools.chain([row], (int(rng.choice(self.pool)) for _ in range(1000))):
+            try:
+                return *self._read(candidate), candidate, bad
+            except UsageError as error:
+                if not self.skip_bad:
+                    raise
+                bad.append([candidate, str(error)])
+        raise UsageError(f"row {row}: bad, and so were 1,000 others drawn in its place: {bad[0][1]}")
+
     def __getitems__(self, keys):
         seeded = isinstance(keys[0], tuple)
-        indices, seeds = zip(*keys, strict=True) if seeded else (keys, None)
-        images = decode(self.images, self.image_column, list(indices))
-        captions = self.captions[list(indices)][self.caption_column]
+        keys = keys if seeded else [(row, row) for row in keys]
+        read = [self._read_or_replace(row, seed) for row, seed in keys]
+        images, captions, rows, bad = zip(*read, strict=True)
         if seeded:
             pixels = []
             with torch.random.fork_rng(devices=[]):
-                for image, seed in zip(images, seeds, strict=True):
+                for image, (_, seed) in zip(images, keys, strict=True):
                     torch.manual_seed(seed)
                     pixels.append(self.transform(image))
-            captions = [_choose(caption, random.Random(seed)) for caption, seed in zip(captions, seeds, strict=True)]
+            captions = [_choose(c, random.Random(seed)) for c, (_, seed) in zip(captions, keys, strict=True)]
         else:
             pixels = [self.transform(image) for image in images]
             captions = [_choose(caption, random) for caption in captions]
@@ -197,10 +231,11 @@ class TrainingSamples(torch.utils.data.Dataset):
         batch = {
             "pixel_values": torch.stack(pixels).to(memory_format=torch.contiguous_format).float(),
             "input_ids": tokens.input_ids,
-            "samples": torch.tensor(indices),
+            "samples": torch.tensor(rows),
+            "bad": [entry for entries in bad for entry in entries],
         }
         if seeded:
-            batch["seeds"] = list(seeds)
+            batch["seeds"] = [seed for _, seed in keys]
         return batch
 
 
@@ -210,6 +245,14 @@ def _choose(caption, rng):
 
 def _whole(batch):
     return batch
+
+
+def _next(batches):
+    """The next batch or None. An error from a worker process comes as the one line it was."""
+    try:
+        return next(batches, None)
+    except UsageError as error:
+        raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from error
 
 
 class StreamLoader:
@@ -243,7 +286,7 @@ class StreamLoader:
 
     def _read_ahead(self):
         self.before_ahead = self.streams.get()
-        self._ahead = next(self._batches, None)
+        self._ahead = _next(self._batches)
 
     def next(self):
         """Returns a batch and whether it is the epoch's last."""
@@ -295,7 +338,7 @@ class SeededLoader:
         self._batches = None
 
     def _plan(self):
-        """This epoch's batches from ``taken`` on: lists of (row, seed), and their places in the group's batch."""
+        """This epoch's batches from ``taken`` on: lists of (row, seed), and their places in the group's batches."""
         rng = np.random.default_rng([*self.seed, self.epoch])
         order = rng.permutation(self.shard_samples).tolist()
         seeds = rng.integers(2**63, size=len(order)).tolist()
@@ -304,16 +347,19 @@ class SeededLoader:
         for start in range(self.taken * self.batch_size, len(keys), self.batch_size):
             batch = keys[start : start + self.batch_size]
             share = math.ceil(len(batch) / self.group_size)
-            rows = slice(min(self.group_rank * share, len(batch)), min((self.group_rank + 1) * share, len(batch)))
-            parts.append(batch[rows])
-            places.append((rows, len(batch)))
+            first, end = (min(rank * share, len(batch)) for rank in (self.group_rank, self.group_rank + 1))
+            ghost = first == end
+            if ghost:  # a row that does not count, since models cannot run on none
+                first, end = 0, 1
+            parts.append(batch[first:end])
+            places.append({"rows": slice(first, end), "batch_rows": len(batch), "ghost": ghost})
         return parts, places
 
     def _start(self):
         parts, places = self._plan()
         # A generator of its own, so that starting an epoch leaves the process's stream alone.
         loader = DataLoader(
-            self.samples,
+            self.samples.of_shard(self.shard_samples),
             batch_sampler=parts,
             collate_fn=_whole,
             num_workers=self.num_workers,
@@ -329,9 +375,11 @@ class SeededLoader:
         """Returns a batch and whether it is the epoch's last."""
         if self._batches is None:
             self._batches = self._start()
-        batch, (rows, length) = next(self._batches)
+        batch, place = _next(self._batches)
         if self.group_size > 1:
-            batch |= {"rows": rows, "batch_rows": length}
+            batch |= place
+            if place["ghost"]:
+                batch["samples"] = batch["samples"][:0]
         self.taken += 1
         last = self.taken == self.batches_per_epoch
         if last:

@@ -60,6 +60,12 @@ class Callbacks:
         with its shards.
         """
 
+    def on_nonfinite(self, ensemble, proxy, samples):
+        """After a step in which the losses of these samples were not finite. May raise to end the run."""
+
+    def on_bad_samples(self, ensemble, proxy, bad):
+        """After a step in which unreadable rows were replaced: [row, reason] each."""
+
     def on_round(self, ensemble, row):
         """After a round's averaging and redistribution; ``row`` is its line of rounds.jsonl."""
 
@@ -175,7 +181,11 @@ class IterativeEnsemble:
             proxy = self.proxies.get(current(self.layout.shards))
             if proxy is not None:
                 self._activate(proxy)
-                proxy.step(self.model, self.objective, self.layout, self.scaler)
+                nonfinite, bad = proxy.step(self.model, self.objective, self.layout, self.scaler)
+                if bad:
+                    self.callbacks.on_bad_samples(self, proxy, bad)
+                if nonfinite:
+                    self.callbacks.on_nonfinite(self, proxy, nonfinite)
                 self._update_ema()
             for shard in stepping:
                 if shard is not None:
@@ -263,12 +273,13 @@ class IterativeEnsemble:
         return {
             "round": self.round + 1,
             "global_step": self.rounds.steps_before(self.round + 1),
-            "loss": of["loss"] / of["batches"],
+            "loss": of["loss"] / of["visits"],
             "skip_rate": of["skipped"] / of["visits"],
             "augment_rate": of["augmented"] / of["visits"],
             "nonfinite": int(of["nonfinite"]),
+            "overflow_steps": int(of["overflows"]),
             "moved": moved,
-            "shard_loss": _ratios(by_shard, "loss", "batches"),
+            "shard_loss": _ratios(by_shard, "loss", "visits"),
             "shard_skip_rate": _ratios(by_shard, "skipped", "visits"),
             "seconds": round(self.seconds, 2),
         }

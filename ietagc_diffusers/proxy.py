@@ -2,8 +2,8 @@
 
 import torch
 
-# What a proxy counts on the device over a round; "loss" sums the micro-batches' mean losses.
-ROUND_TOTALS = ("loss", "batches", "visits", "skipped", "augmented", "nonfinite")
+# What a proxy counts over a round, on the device; "overflows" are steps that the fp16 gradient scaler left out.
+ROUND_TOTALS = ("loss", "visits", "skipped", "augmented", "nonfinite", "overflows")
 
 
 class Proxy:
@@ -34,6 +34,7 @@ class Proxy:
         self.max_grad_norm = max_grad_norm
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.steps = 0
+        self.nonfinite_in_a_row = 0  # steps
         self.streams_state = None
         self.weights = None  # where a checkpoint found this proxy in the middle of a round
         self.round_totals = torch.zeros(len(ROUND_TOTALS))
@@ -68,18 +69,21 @@ class Proxy:
     def step(self, model, objective, layout, scaler=None):
         """One optimizer step: forward and backward over its micro-batches, which end with the epoch if need be.
 
-        Returns the last micro-batch's ``Controlled``.
+        Returns two lists, as a rule empty: the samples whose loss was not finite, and [row, reason] of replaced rows.
         """
+        nonfinite, bad = [], []
         for _ in range(self.accumulation):
             batch, last_of_epoch = self.loader.next()
-            samples = batch["samples"].to(self.device, non_blocking=True)
-            batch["pixel_values"] = batch["pixel_values"].to(self.device, non_blocking=True)
-            batch["input_ids"] = batch["input_ids"].to(self.device, non_blocking=True)
+            bad += batch["bad"]
+            for name in ("samples", "pixel_values", "input_ids"):
+                batch[name] = batch[name].to(self.device, non_blocking=True)
             controlled = self.control.step(model, objective, batch)
             if controlled.loss.requires_grad:
                 loss = controlled.loss / self.accumulation
                 (scaler.scale(loss) if scaler else loss).backward()
-            self._count(samples, controlled)
+            self._count(batch["samples"], controlled)
+            if not controlled.all_finite:
+                nonfinite += batch["samples"][controlled.nonfinite].tolist()
             if last_of_epoch:
                 break
         for parameter in self.parameters:
@@ -91,9 +95,12 @@ class Proxy:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if self._apply(scaler):
             self.schedule.step()
+        else:
+            self.round_totals[ROUND_TOTALS.index("overflows")] += 1
         self.optimizer.zero_grad()
         self.steps += 1
-        return controlled
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if nonfinite else 0
+        return nonfinite, bad
 
     def _apply(self, scaler):
         """Step the optimizer. Returns False where the fp16 loss scale overflowed and the step was left out."""
@@ -110,17 +117,9 @@ class Proxy:
         self.round_skips.index_add_(0, samples, skipped)
         self.total_skips.index_add_(0, samples, skipped)
         self.total_visits.index_add_(0, samples, torch.ones_like(skipped))
-        one = torch.ones((), device=self.device)
-        self.round_totals += torch.stack(
-            [
-                controlled.mean_loss.float(),
-                one,
-                one * len(samples),
-                skipped.sum().float(),
-                controlled.augmented.sum().float(),
-                controlled.nonfinite.sum().float(),
-            ]
-        )
+        masks = (controlled.skipped, controlled.augmented, controlled.nonfinite)
+        counts = [torch.full_like(controlled.total_loss, len(samples)), *(mask.sum() for mask in masks)]
+        self.round_totals[:5] += torch.stack([controlled.total_loss, *(c.to(controlled.total_loss) for c in counts)])
 
     def end_round(self, shard_samples, reset_optimizer=False):
         """Start a new round on ``shard_samples``."""

@@ -18,6 +18,10 @@ from .proxy import ROUND_TOTALS
 logger = get_logger(__name__)
 
 
+class Diverged(RuntimeError):
+    """The losses stopped being finite; the message says what would do."""
+
+
 class Recorder(Callbacks):
     """The callbacks of the training script.
 
@@ -36,13 +40,15 @@ class Recorder(Callbacks):
         self.save_round = save_round
         self.output_dir = Path(args.output_dir)
         self.signalled = None
+        self.bad_rows = None
         self.fingerprint = None
         self.last_step = 0
         self.logged = torch.zeros(len(ROUND_TOTALS), dtype=torch.float64)
         self.logged_shard = None
 
-    def begin(self, ensemble, fingerprint, steps_per_epoch):
-        """Call once the ensemble is where it starts."""
+    def begin(self, ensemble, fingerprint, steps_per_epoch, sample_ids):
+        """Call once the ensemble is where it starts. ``sample_ids`` (N,): of the rows, by position."""
+        self.sample_ids = sample_ids
         self.fingerprint = fingerprint
         self.steps_per_epoch = steps_per_epoch
         self.last_step = self.last_checkpoint = ensemble.global_step
@@ -90,12 +96,13 @@ class Recorder(Callbacks):
     def _log(self, ensemble, proxy):
         """One read of the device for the steps since the last."""
         totals = proxy.round_totals.cpu().double()
-        new_round = totals[1] < self.logged[1]
+        visits = ROUND_TOTALS.index("visits")
+        new_round = totals[visits] < self.logged[visits]
         since = totals if proxy.shard != self.logged_shard or new_round else totals - self.logged
         self.logged, self.logged_shard = totals, proxy.shard
         of = dict(zip(ROUND_TOTALS, since.tolist(), strict=True))
         values = {
-            "train_loss": of["loss"] / of["batches"],
+            "train_loss": of["loss"] / of["visits"],
             "skip_rate": of["skipped"] / of["visits"],
             "augment_rate": of["augmented"] / of["visits"],
             "lr": proxy.schedule.get_last_lr()[0],
@@ -108,10 +115,34 @@ class Recorder(Callbacks):
             f"round {ensemble.round + 1}/{num_rounds} shard {proxy.shard + 1}/{num_shards}"
             f" loss {values['train_loss']:.4f} skip {values['skip_rate']:.1%} augment {values['augment_rate']:.1%}"
         )
-        if of["nonfinite"]:
-            logger.warning(
-                f"{of['nonfinite']:.0f} losses of shard {proxy.shard + 1} were not finite since the last log line"
+
+    def on_nonfinite(self, ensemble, proxy, samples):
+        ids = ", ".join(str(self.sample_ids[sample]) for sample in samples[:10])
+        logger.warning(
+            f"Step {ensemble.global_step}, shard {proxy.shard + 1}: {len(samples)} losses are not finite and left out"
+            f" (sample_id {ids}{', ...' if len(samples) > 10 else ''})",
+            main_process_only=False,
+        )
+        if proxy.nonfinite_in_a_row >= self.args.max_nonfinite:
+            raise Diverged(
+                f"{proxy.nonfinite_in_a_row} steps in a row had losses that are not finite: the training has diverged. "
+                "Resume from an earlier checkpoint with a lower --learning_rate or --max_grad_norm, or with "
+                "--mixed_precision bf16 or no instead of fp16"
             )
+
+    def on_bad_samples(self, ensemble, proxy, bad):
+        """Each is logged once: ``bad`` holds [row, reason]."""
+        path = self.output_dir / "ietagc" / "bad_samples.jsonl"
+        if self.bad_rows is None:
+            known = path.read_text().splitlines() if path.exists() else []
+            self.bad_rows = {json.loads(line)["sample_id"] for line in known}
+        for row, reason in bad:
+            sample_id = self.sample_ids[row]
+            if sample_id not in self.bad_rows:
+                self.bad_rows.add(sample_id)
+                with path.open("a") as file:
+                    file.write(json.dumps({"sample_id": sample_id, "shard": proxy.shard, "reason": reason}) + "\n")
+                logger.warning(f"Replaced by another sample of its shard: {reason}", main_process_only=False)
 
     def _validate(self, ensemble, before):
         """Validation is due after epochs 1, 1 + X, 1 + 2X, ... as in the official script."""

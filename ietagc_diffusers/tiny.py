@@ -87,6 +87,7 @@ def build_scheduler(prediction_type="v_prediction"):
         beta_schedule="scaled_linear",
         prediction_type=prediction_type,
         clip_sample=False,
+        steps_offset=1,
     )
 
 

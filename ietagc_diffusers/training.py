@@ -188,7 +188,9 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
         dream_detail_preservation=args.dream_detail_preservation if args.dream_training else None,
     )
     transform = data.image_transform(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode)
-    samples = data.TrainingSamples(rows, args.image_column, args.caption_column, models.tokenizer, transform)
+    samples = data.TrainingSamples(
+        rows, args.image_column, args.caption_column, models.tokenizer, transform, args.on_bad_sample == "skip"
+    )
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(models.unet, evaluation_mode=True)
     new_optimizer = optimizer_factory(args, list(models.unet.parameters()))

@@ -16,7 +16,7 @@ from ietagc_diffusers.streams import RandomStreams
 def flags(folder, **changes):
     defaults = {
         "dataset_name": None, "dataset_config_name": None, "train_data_dir": str(folder), "image_column": "image",
-        "caption_column": "text", "max_train_samples": None, "cache_dir": None, "seed": 3,
+        "caption_column": "text", "max_train_samples": None, "cache_dir": None, "seed": 3, "on_bad_sample": "error",
     }  # fmt: skip
     return argparse.Namespace(**(defaults | changes))
 
@@ -103,6 +103,28 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):
     samples = data.TrainingSamples(rows, "image", "text", tokenizer, transform)
     with pytest.raises(UsageError, match=r"row 3 \(.*003_0.png\): the image does not decode"):
         samples.__getitems__([1, 3, 4])
+    for workers in (0, 2):
+        loader = data.StreamLoader(samples, 5, workers, RandomStreams())
+        with pytest.raises(UsageError, match=r"^row 3 \(.*003_0.png\): the image does not decode.*skip$"):
+            loader.next()
+
+
+def test_bad_rows_are_replaced_from_their_shard(tmp_path, tokenizer):
+    folder = write_folder(tmp_path / "pictures", 8)
+    (folder / "003_0.png").write_bytes(b"not an image")
+    rewrite(folder, 5, text=None)
+    rows = data.load_training_rows(flags(folder, on_bad_sample="skip"))
+    transform = data.image_transform(16, True, False, "bilinear")
+    samples = data.TrainingSamples(rows, "image", "text", tokenizer, transform, skip_bad=True)
+    shard = np.array([1, 3, 5, 6])
+    loaders = [data.SeededLoader(samples, 4, workers, [3, 0], shard) for workers in (0, 2)]
+    for _ in range(4):
+        (batch, _), (other, _) = (loader.next() for loader in loaders)
+        assert set(batch["samples"].tolist()) <= {1, 6} and len(batch["samples"]) == 4
+        assert {row for row, _ in batch["bad"]} == {3, 5}
+        assert_same([batch], [other])
+    with pytest.raises(UsageError, match="bad, and so were 1,000 others"):
+        samples.of_shard(np.array([3, 5])).__getitems__([(3, 0)])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
