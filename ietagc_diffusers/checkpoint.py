@@ -95,30 +95,44 @@ def save(ensemble, output_dir, fingerprint, total_limit=None):
     final = Path(output_dir) / f"checkpoint-{ensemble.global_step}"
     folder = final.with_name(final.name + ".tmp")
     layout = ensemble.layout
-    if layout.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "ietagc").mkdir(parents=True)
-    layout.barrier()
-    error = None
-    try:
-        _write(ensemble, folder, fingerprint)
-    except (OSError, SafetensorError) as refused:
-        error = refused
-    failures = layout.total(torch.tensor([float(error is not None)])).item()
-    if failures:
+
+    def prepare():
         if layout.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(str(error) if error else "another process could not write its part")
-    if layout.is_main:
-        _write_manifest(folder)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(folder, final)
-        if total_limit is not None:
-            for old in complete(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
-    layout.barrier()
+            (folder / "ietagc").mkdir(parents=True)
+
+    def publish():
+        if layout.is_main:
+            _write_manifest(folder)
+            replaced = final.with_name(final.name + ".old")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                os.replace(final, replaced)
+            os.replace(folder, final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if total_limit is not None:
+                for old in complete(output_dir)[:-total_limit]:
+                    shutil.rmtree(old)
+
+    try:
+        for action in (prepare, lambda: _write(ensemble, folder, fingerprint), publish):
+            _together(layout, action)
+    except OSError:
+        if layout.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return final
+
+
+def _together(layout, action):
+    """Run ``action`` on all processes; if the disk refuses one of them, all raise ``OSError``."""
+    error = None
+    try:
+        action()
+    except (OSError, SafetensorError) as refused:
+        error = refused
+    if layout.total(torch.tensor([float(error is not None)])).item():
+        raise OSError(str(error) if error else "another process could not write its part")
 
 
 def _write(ensemble, folder, fingerprint):

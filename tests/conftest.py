@@ -56,21 +56,15 @@ def pictures(tmp_path_factory):
 
 def environment():
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "RANK", "WORLD_SIZE"))}
-    return keep | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return keep | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
 
 
 def launch(flags, output_dir, processes=1, check=True):
     """Run the training script as its user does. Returns the finished process."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--mixed_precision=no"]
-        command += [
-            "--num_machines=1",
-            "--dynamo_backend=no",
-            "--main_process_port=0",
-            "--num_cpu_threads_per_process=1",
-        ]
-    command += [str(SCRIPT), *map(str, flags), f"--output_dir={output_dir}"]
+    # accelerate's own launcher starts several CPU processes through MPI alone; torchrun does without.
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(several if processes > 1 else []), str(SCRIPT)]
+    command += [*map(str, flags), f"--output_dir={output_dir}"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

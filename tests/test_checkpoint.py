@@ -1,0 +1,155 @@
+"""Checkpoints: whole or not there; damage is seen; a full disk costs the checkpoint alone."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SCRIPT, environment, launch, train_flags, train_here, unet_bytes
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+
+from ietagc_diffusers import UsageError, checkpoint
+from ietagc_diffusers.checkpoint import flatten, unflatten
+
+METHOD = [
+    "--num_shards=2", "--steps_per_round=4", "--max_train_steps=24", "--skip_threshold=0.9", "--augment_range=1.3",
+    "--bank_buckets=2", "--use_ema", "--checkpointing_steps=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flags(base, pictures):
+    return train_flags(base, pictures, *METHOD)
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    return train_here(flags, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_state_survives_flattening():
+    state = {"a": [1, 2.5, None, "x", True], 3: {"t": torch.arange(4)}, "e": {}, "i": float("inf"), "u": (1, [2])}
+    tensors = {}
+    rest = json.loads(json.dumps(flatten(state, tensors)))
+    back = unflatten(rest, tensors)
+    assert torch.equal(back[3].pop("t"), state[3].pop("t"))
+    assert back == state | {"u": [1, [2]]}
+
+
+def test_models_inside_are_loaded_by_diffusers(whole):
+    newest = checkpoint.complete(whole)[-1]
+    unet = UNet2DConditionModel.from_pretrained(newest / "unet_ema")
+    final = UNet2DConditionModel.from_pretrained(whole / "unet")
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), final.parameters(), strict=True))
+    ema = EMAModel.from_pretrained(newest / "unet_ema", UNet2DConditionModel)
+    assert ema.optimization_step == 12
+    UNet2DConditionModel.from_pretrained(newest / "unet")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "ietagc" / "manifest.json").unlink(),
+        lambda folder: (folder / "ietagc" / "proxy-1.safetensors").unlink(),
+        lambda folder: (folder / "unet" / "config.json").write_text("{}"),
+        lambda folder: flip_a_byte(folder / "ietagc" / "proxy-0.safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path, harm):
+    train_here(flags, tmp_path, stop_at=10)
+    newest, before = reversed(checkpoint.complete(tmp_path)[-2:])
+    assert (newest.name, before.name) == ("checkpoint-10", "checkpoint-8")
+    harm(newest)
+    assert checkpoint.find("latest", tmp_path) == before
+    with pytest.raises(UsageError, match=r"--resume_from_checkpoint checkpoint-10: .*; 'latest' takes"):
+        checkpoint.find("checkpoint-10", tmp_path)
+    train_here([*flags, "--resume_from_checkpoint=latest"], tmp_path)
+    assert unet_bytes(tmp_path) == unet_bytes(whole)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_full_disk_costs_the_checkpoint_alone(flags, whole, tmp_path, monkeypatch, caplog):
+    save_file, calls = checkpoint.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if "checkpoint-12" in str(path) and len(calls) % 3 == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    train_here(flags, tmp_path)
+    names = [path.name for path in checkpoint.complete(tmp_path)]
+    assert names == [f"checkpoint-{step}" for step in (4, 8, 16, 20, 24)]
+    assert not list(tmp_path.glob("*.tmp"))
+    assert "No checkpoint at step 12" in caplog.text and "No space left" in caplog.text
+    assert unet_bytes(tmp_path) == unet_bytes(whole)
+
+
+def test_another_number_of_processes_goes_on(flags, whole, tmp_path):
+    train_here(flags, tmp_path, stop_at=11)
+    launch([*flags, "--resume_from_checkpoint=latest"], tmp_path, processes=2)
+    assert unet_bytes(tmp_path) == unet_bytes(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint_and_a_word(base, pictures, tmp_path, number):
+    flags = train_flags(base, pictures, "--num_shards=2", "--max_train_steps=100000", "--log_every=1")
+    command = [sys.executable, str(SCRIPT), *flags, f"--output_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "ietagc" / "rounds.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    (saved,) = checkpoint.complete(tmp_path)
+    assert checkpoint.damage(saved) is None
+    last = output.strip().splitlines()[-1]
+    assert last == f"Stopped at step {saved.name.split('-')[1]}; go on with --resume_from_checkpoint {saved.name}"
+
+
+def test_groups_of_processes_equal_one_process_with_the_whole_batch(base, pictures, tmp_path):
+    """Two processes on one shard: the same run as one process with batches twice as long, up to rounding."""
+    common = [
+        "--num_shards=1",
+        "--max_train_steps=9",
+        "--skip_threshold=0.9",
+        "--augment_range=1.3",
+        "--bank_buckets=2",
+    ]
+    flags = train_flags(base, pictures, *common, "--lr_scheduler=cosine")
+    one = train_here([*flags, "--train_batch_size=10"], tmp_path / "one")
+    launch([*flags, "--train_batch_size=5"], tmp_path / "two", processes=2)
+    first, second = (
+        UNet2DConditionModel.from_pretrained(folder / "unet").state_dict() for folder in (one, tmp_path / "two")
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=2e-4)
+    rows = [
+        json.loads((folder / "ietagc" / "rounds.jsonl").read_text().splitlines()[-1])
+        for folder in (one, tmp_path / "two")
+    ]
+    assert rows[0]["skip_rate"] == pytest.approx(rows[1]["skip_rate"], abs=0.05)
+
+
+def test_diverged_training_stops_with_advice(base, pictures, tmp_path):
+    flags = train_flags(
+        base, pictures, "--mitigation=agc", "--max_train_steps=200", "--learning_rate=1e30", "--max_nonfinite=3"
+    )
+    done = launch(flags, tmp_path, check=False)
+    assert done.returncode == 1
+    assert "3 steps in a row had losses that are not finite" in done.stderr
+    assert "sample_id" in done.stderr and "Traceback" not in done.stderr

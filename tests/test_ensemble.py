@@ -1,0 +1,176 @@
+"""Rounds of proxies: a run equals K separate trainings, averaged by hand."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from ietagc_diffusers import (
+    Callbacks,
+    IterativeEnsemble,
+    Layout,
+    MitigationConfig,
+    PlainControl,
+    Proxy,
+    Rounds,
+    ShardPlan,
+)
+from ietagc_diffusers.streams import RandomStreams
+
+N, WIDTH = 24, 3
+INPUTS = torch.arange(N * WIDTH, dtype=torch.float32).view(N, WIDTH).sin()
+TARGETS = INPUTS.sum(1, keepdim=True).cos()
+
+
+class Regression:
+    """An objective on rows of INPUTS: no images, no timesteps, but noise from the stream."""
+
+    def draw(self, batch):
+        rows = batch["samples"]
+        return _Rows(INPUTS[rows] + 0.1 * torch.randn(len(rows), WIDTH), TARGETS[rows])
+
+    def plain_loss(self, model, drawn):
+        return (model(drawn.inputs) - drawn.targets).pow(2).mean()
+
+
+class _Rows:
+    def __init__(self, inputs, targets):
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self):
+        return len(self.inputs)
+
+
+class Cycle:
+    """A loader that walks through its shard in order."""
+
+    def __init__(self, shard_samples):
+        self.shard_samples, self.position = shard_samples, 0
+
+    def next(self):
+        rows = np.take(self.shard_samples, range(self.position, self.position + 4), mode="wrap")
+        self.position += 4
+        rows = torch.from_numpy(rows)
+        return {"samples": rows, "pixel_values": rows, "input_ids": rows, "bad": []}, False
+
+    def set_samples(self, shard_samples):
+        self.shard_samples = shard_samples
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Linear(WIDTH, 1)
+
+
+def make_proxy(model, shard, samples, streams):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+    proxy = Proxy(shard, Cycle(samples), PlainControl(), optimizer, schedule, N, max_grad_norm=1e9)
+    proxy.streams_state = streams.fresh([7, shard])
+    return proxy
+
+
+def make_run(num_shards=3, steps=12, per_round=2, callbacks=None, **config):
+    config = MitigationConfig.preset("iet", num_shards=num_shards, steps_per_round=per_round, **config)
+    model, streams = make_model(), RandomStreams()
+    plan = ShardPlan.split(N, num_shards, seed=1)
+    proxies = {k: make_proxy(model, k, plan.shards[k], streams) for k in range(num_shards)}
+    rounds = Rounds.plan(config, steps, 6, 25)
+    return IterativeEnsemble(
+        model, model, proxies, Regression(), plan, rounds, config, Layout(num_shards), streams, 1, callbacks=callbacks
+    )
+
+
+def test_a_run_equals_separate_trainings_averaged_by_hand():
+    run = make_run()
+    assert run.run()
+    streams, weights = RandomStreams(), dict(make_model().state_dict())
+    plan = ShardPlan.split(N, 3, seed=1)
+    models = [make_model() for _ in range(3)]
+    proxies = [make_proxy(model, k, plan.shards[k], streams) for k, model in enumerate(models)]
+    states = [proxy.streams_state for proxy in proxies]
+    for _ in range(2):  # 12 steps = 2 rounds x 3 proxies x 2 steps
+        for k, (model, proxy) in enumerate(zip(models, proxies, strict=True)):
+            model.load_state_dict(weights)
+            streams.set(states[k])
+            for _ in range(2):
+                loss = Regression().plain_loss(model, Regression().draw(proxy.loader.next()[0]))
+                proxy.optimizer.zero_grad()
+                loss.backward()
+                proxy.optimizer.step()
+                proxy.schedule.step()
+            states[k] = streams.get()
+        stacked = {name: torch.stack([m.state_dict()[name].double() for m in models]) for name in weights}
+        weights = {name: value.mean(0).float() for name, value in stacked.items()}
+    for name, value in run.unet.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+@pytest.mark.parametrize(
+    ("shards", "steps", "flags", "expected"),
+    [
+        (4, 100, {"steps_per_round": 10}, [10, 10, 5]),
+        (1, 7, {"steps_per_round": 3}, [3, 3, 1]),
+        (4, 10, {"steps_per_round": 50}, [3]),
+        (2, 24, {"epochs_per_round": 2}, [6, 6]),
+        (3, 75, {}, [1] * 25),
+    ],
+)
+def test_rounds_share_out_the_steps(shards, steps, flags, expected):
+    rounds = Rounds.plan(MitigationConfig.preset("iet", num_shards=shards, **flags), steps, 6, 25)
+    assert [rounds.steps_in(r) for r in range(rounds.num_rounds)] == expected
+    assert 0 <= rounds.total_steps - steps < shards
+    assert [rounds.steps_before(r + 1) - rounds.steps_before(r) for r in range(rounds.num_rounds)] == [
+        shards * s for s in expected
+    ]
+
+
+def test_learning_rates_follow_the_steps_a_proxy_takes():
+    run = make_run()
+    run.run()
+    for proxy in run.proxies.values():
+        assert proxy.steps == 4
+        assert proxy.schedule.get_last_lr()[0] == pytest.approx(0.05 * 0.95**4)
+
+
+def test_optimizer_state_can_be_reset():
+    kept, reset = make_run(), make_run(optimizer_state="reset")
+    kept.run()
+    reset.run()
+    assert all(proxy.optimizer.state for proxy in kept.proxies.values())
+    assert not any(proxy.optimizer.state for proxy in reset.proxies.values())
+
+
+@pytest.mark.parametrize("num_shards", [2, 8])
+def test_only_one_proxy_is_on_the_device(num_shards, monkeypatch):
+    """However many shards: one model, and one optimizer's moments at a time."""
+    on_device, most = set(), []
+    activate, suspend = Proxy.activate, Proxy.suspend
+
+    def track_activate(proxy, streams):
+        on_device.add(proxy.shard)
+        most.append((len(on_device), sum(isinstance(o, torch.nn.Linear) for o in gc.get_objects())))
+        activate(proxy, streams)
+
+    def track_suspend(proxy, streams):
+        suspend(proxy, streams)
+        on_device.discard(proxy.shard)
+
+    gc.collect()
+    before = sum(isinstance(o, torch.nn.Linear) for o in gc.get_objects())
+    monkeypatch.setattr(Proxy, "activate", track_activate)
+    monkeypatch.setattr(Proxy, "suspend", track_suspend)
+    make_run(num_shards=num_shards, steps=2 * num_shards).run()
+    assert {count for count, _ in most} == {1}
+    assert {models - before for _, models in most} == {1}
+
+
+def test_a_stop_is_honoured_at_each_step():
+    class Stop(Callbacks):
+        def should_stop(self, ensemble):
+            return ensemble.global_step == 5
+
+    run = make_run(callbacks=Stop())
+    assert not run.run()
+    assert run.global_step == 5 and run.progress == [2, 2, 1]
