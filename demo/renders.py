@@ -120,11 +120,10 @@ def render_all(scenes, style, seed):
 
 
 def make_set(num_images, style, seed):
-    """Draw scenes and render them. ``seed``: a list of integers. Returns N captions and uint8 (N, RESOLUTION,
-    RESOLUTION, 3).
-    """
-    scenes = draw_scenes(num_images, [*seed, 0])
-    return [scene.caption for scene in scenes], render_all(scenes, style, [*seed, 1])
+    """Draw scenes and render them. Returns captions (list of N) and pictures uint8 (N, RESOLUTION, RESOLUTION, 3)."""
+    rng = np.random.default_rng(seed)
+    scenes = [draw_scene(rng) for _ in range(num_images)]
+    return [scene.caption for scene in scenes], np.stack([render(scene, style, rng) for scene in scenes])
 
 
 def write_image_folder(folder, captions, pictures, copies=None):

@@ -47,7 +47,6 @@ def fit(parameters, batch_loss, num_steps, learning_rate, name):
 
 def train_vae(num_steps, seed):
     """Returns the VAE, with its scaling factor set, and its PSNR in dB on pictures it has not seen."""
-    torch.manual_seed(seed)
     pictures = torch.cat(
         [to_tensor(make_set(4000, style, [seed, 1, i])[1]) for i, style in enumerate(("waves", "mosaic"))]
     )
@@ -72,7 +71,6 @@ def train_vae(num_steps, seed):
 
 
 def train_text_to_image(vae, num_steps, seed):
-    torch.manual_seed(seed)
     captions, pictures = make_set(8000, "waves", [seed, 3])
     tokenizer = tiny.build_tokenizer(captions)
     text_encoder = tiny.build_text_encoder(tokenizer)
@@ -103,10 +101,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "tiny-sd")
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--unet_steps", type=int, default=10000)
+    parser.add_argument("--unet_steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    torch.manual_seed(args.seed)
     start = time.perf_counter()
     vae, psnr = train_vae(args.vae_steps, args.seed)
     print(f"VAE: {psnr:.1f} dB on unseen pictures")
