@@ -14,13 +14,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from demo.measure import IMAGES_PER_CAPTION, NUM_IMAGES, score, similarities, to_image
+from demo.measure import IMAGES_PER_CAPTION, NUM_IMAGES, flat, score, similarities, to_image
 from eval.front import FrontPoint, at_gap, by_run, write_csv
-from eval.neighbours import most_similar
+from eval.memorized_quantity import THRESHOLDS, l2_ratio
+from eval.neighbours import most_similar, nearest_l2
 from sscd import pixel_descriptor
 
 CONTROL, METHOD = "none", "iet-agc+"
-GAPS = (0.02, 0.025, 0.03, 0.035, 0.04, 0.05)
+GAPS = (0.01, 0.0125, 0.015, 0.0175, 0.02, 0.03, 0.04)
 COLOURS = {CONTROL: "#333333", METHOD: "#c1272d"}
 SHEET = 16  # captions shown
 
@@ -122,8 +123,8 @@ def _plot_front(axes, points):
         )
     lowest = min(p.heldout_loss for p in points)
     axes.set_ylim(lowest - 0.002, lowest + 0.024)
-    axes.set_xlim(0.01, min(0.1, max(p.gap for p in points) + 0.003))
-    axes.set_xlabel("gap: held-out minus training loss  (memorization →)")
+    axes.set_xlim(0, max(p.gap for p in points if p.heldout_loss < lowest + 0.024) + 0.003)
+    axes.set_xlabel("gap between held-out and training loss, from the base on  (memorization →)")
     axes.set_ylabel("held-out loss  (← quality)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
@@ -157,32 +158,32 @@ def _picture(tensor):
     return _inline(buffer.getvalue())
 
 
-def _sheet(pictures, images, values, threshold):
-    """Where plain training comes nearest to a training picture: that picture, and what both models drew."""
+def _most_copied(pictures, images):
+    """Rows of ``images`` with the lowest l2 ratio, one for each training image, and those training images."""
+    ratios = l2_ratio(flat(images), flat(pictures.training))
+    nearest = nearest_l2(flat(images), flat(pictures.training))[1][:, 0].tolist()
+    chosen = {}
+    for row in ratios.argsort().tolist():
+        chosen.setdefault(nearest[row], row)
+    return list(chosen.values())[:SHEET], list(chosen)[:SHEET]
+
+
+def _sheet(pictures, images, rows, nearest):
+    """HTML cells: a training picture, and what both models drew for the same caption and seed."""
+    ratios = {name: l2_ratio(flat(x[rows]), flat(pictures.training)).tolist() for name, x in images.items()}
     cells = []
-    plain, method = images[CONTROL], images[METHOD]
-    similarity, nearest = values[CONTROL], similarities(pictures, plain)[1]
-    chosen, seen = [], set()
-    for row in similarity.argsort(descending=True).tolist():
-        if nearest[row].item() not in seen:
-            seen.add(nearest[row].item())
-            chosen.append(row)
-        if len(chosen) == SHEET:
-            break
-    for row in chosen:
-        trio = [
-            (_picture(pictures.training[nearest[row]]), "training", ""),
-            *(
-                (_picture(x[row]), f"{name} {v[row]:.2f}", "copied" if v[row] > threshold else "")
-                for name, x, v in ((CONTROL, plain, similarity), (METHOD, method, values[METHOD]))
-            ),
-        ]
-        shown = "".join(
-            f'<div><img src="{src}" class="{kind}" alt="{label}">{label}</div>' for src, label, kind in trio
+    for number, (row, training) in enumerate(zip(rows, nearest, strict=True)):
+        shown = [(pictures.training[training], "training", "")]
+        for name in (CONTROL, METHOD):
+            ratio = ratios[name][number]
+            shown.append((images[name][row], f"{name} {ratio:.2f}", "copied" if ratio <= THRESHOLDS[0] else ""))
+        trio = "".join(
+            f'<div><img src="{_picture(picture)}" class="{kind}" alt="{label}">{label}</div>'
+            for picture, label, kind in shown
         )
         caption = html.escape(pictures.captions[row % NUM_IMAGES])
-        cells.append(f'<div class="cell"><div class="trio">{shown}</div><p>{caption}</p></div>')
-    return "".join(cells), chosen, nearest
+        cells.append(f'<div class="cell"><div class="trio">{trio}</div><p>{caption}</p></div>')
+    return "".join(cells)
 
 
 def _rows(header, rows):
@@ -195,7 +196,7 @@ def _rows(header, rows):
 def _readme_figure(pictures, points, images, chosen, nearest):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), gridspec_kw={"width_ratios": [1, 1.25]})
     _plot_front(left, points)
-    rows = [pictures.training[nearest[chosen]], images[CONTROL][chosen], images[METHOD][chosen]]
+    rows = [pictures.training[nearest], images[CONTROL][chosen], images[METHOD][chosen]]
     strip = torch.cat([torch.cat(list(row[:10]), dim=2) for row in rows], dim=1)
     right.imshow(strip.permute(1, 2, 0).numpy())
     right.set_yticks([16, 48, 80], ["training", CONTROL, METHOD])
@@ -228,7 +229,7 @@ def write(folder, pictures, arms, sampled):
     _plot_histograms(axes, groups)
     axes.axvline(threshold, color="#888888", linewidth=0.8)
     histogram_png = _png(figure)
-    sheet, chosen, nearest = _sheet(pictures, images, values, threshold)
+    chosen, nearest = _most_copied(pictures, images[CONTROL])
     (folder / "figure.png").write_bytes(_readme_figure(pictures, points, images, chosen, nearest))
 
     texts = {
@@ -254,7 +255,7 @@ def write(folder, pictures, arms, sampled):
             ["drawn for training captions", *COLUMNS],
             [[name, *(show(numbers) for show in COLUMNS.values())] for name, numbers in scores.items()],
         ),
-        "sheet": sheet,
+        "sheet": _sheet(pictures, images, chosen, nearest),
     }
     page = Template(TEMPLATE.read_text()).substitute(texts)
     path = folder / "index.html"

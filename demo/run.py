@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -33,66 +33,56 @@ class Runner:
         self.folder = folder
         self.seed = seed
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.bar = None
 
-    def command(self, name, flags):
-        run_dir = self.folder / slug(name)
-        return [
-            sys.executable,
-            ROOT / "train_text_to_image_ietagc.py",
+    def train(self, name, flags):
+        common = [
             f"--config={ROOT / 'configs' / 'demo.yaml'}",
             f"--pretrained_model_name_or_path={BASE}",
             f"--train_data_dir={self.folder / 'pictures'}",
-            f"--output_dir={run_dir}",
+            f"--output_dir={self.folder / slug(name)}",
             f"--seed={self.seed}",
             "--resume_from_checkpoint=latest",
-            *flags,
         ]
+        self.call([ROOT / "train_text_to_image_ietagc.py", *common, *flags], name, "train.log")
+
+    def measure(self, name, sample):
+        common = ["--measure", name, "--folder", self.folder, "--seed", self.seed]
+        self.call(["-m", "demo.run", *common, *(["--sample"] if sample else [])], name, "measure.log")
+
+    def call(self, command, name, log):
+        """Run Python on a command, its output in a file of the arm. Exits with the end of it if it fails."""
+        path = self.folder / slug(name) / log
+        with path.open("w") as output:
+            done = subprocess.run(
+                [sys.executable, *map(str, command)], stdout=output, stderr=output, env=self.environment, cwd=ROOT
+            )
+        if done.returncode:
+            raise SystemExit(f"{path} ends with:\n{path.read_text()[-1500:]}")
 
     def run(self, name, flags, sample):
         run_dir = self.folder / slug(name)
         run_dir.mkdir(parents=True, exist_ok=True)
         if not (run_dir / "model_index.json").exists():
-            self.call(self.command(name, flags), run_dir / "train.log", watch=run_dir)
-        measured = run_dir / ("scores.json" if sample else "front.json")
-        if not measured.exists():
-            command = [
-                sys.executable,
-                "-m",
-                "demo.run",
-                "--measure",
-                name,
-                "--folder",
-                self.folder,
-                "--seed",
-                str(self.seed),
-            ]
-            self.call([*command, *(["--sample"] if sample else [])], run_dir / "measure.log")
-        self.bar.update(1)
+            self.train(name, flags)
+        if not all((run_dir / wanted).exists() for wanted in ("front.json", *(["scores.json"] if sample else []))):
+            self.measure(name, sample)
 
-    def call(self, command, log, watch=None):
-        """Run a command with its output in a file. Raises with the end of it if it fails."""
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT
-            )
-            seen = 0
-            while process.poll() is None:
-                time.sleep(0.5)
-                if watch is not None:
-                    now = len(list((watch / "rounds").glob("round-*")))
-                    self.bar.update((now - seen) / POINTS)
-                    seen = now
-        if process.returncode:
-            raise SystemExit(f"{log} ends with:\n{log.read_text()[-1500:]}")
+    def progress(self, name):
+        """From 0 to 1: training is three quarters."""
+        run_dir = self.folder / slug(name)
+        trained = len(list((run_dir / "rounds").glob("round-*"))) / POINTS
+        return 0.75 * min(trained, 1) + 0.25 * (run_dir / "front.json").exists()
 
     def run_all(self, arms, sample):
         """Run {name: flags}; ``sample`` says whether the last model's images are drawn and scored."""
-        self.bar = tqdm(total=2 * len(arms), desc="Training and measuring", bar_format="{l_bar}{bar}| {elapsed}")
-        with self.bar, ThreadPoolExecutor(max_workers=min(len(arms), os.cpu_count() or 1)) as pool:
+        bar = tqdm(desc="Training and measuring", total=len(arms), bar_format="{l_bar}{bar}| {elapsed}")
+        with bar, ThreadPoolExecutor(max_workers=min(len(arms), os.cpu_count() or 1)) as pool:
             jobs = [pool.submit(self.run, name, flags, sample) for name, flags in arms.items()]
-            for job in jobs:
-                job.result()
+            while wait(jobs, timeout=1).not_done:
+                bar.n = sum(map(self.progress, arms))
+                bar.refresh()
+        for job in jobs:
+            job.result()
 
 
 def filled(arms, rates):

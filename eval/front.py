@@ -25,16 +25,17 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A model on the front: mean losses over the training images and over held-out images, and their gap."""
+    """A model on the front: mean losses over the training images and over held-out images.
+
+    gap: held-out minus training loss, less the base model's, which is no memorization but the two sets' unequal
+    difficulty: a run starts at gap 0.
+    """
 
     run: str
     step: int
     train_loss: float
     heldout_loss: float
-
-    @property
-    def gap(self):
-        return self.heldout_loss - self.train_loss
+    gap: float
 
 
 class FixedLosses:
@@ -116,17 +117,17 @@ def measure(base, runs, train, heldout, draws=3, seed=0, device="cpu", predictio
     options = {"draws": draws, "seed": seed, "device": device, "prediction_type": prediction_type}
     train_losses, heldout_losses = FixedLosses(base, *train, **options), FixedLosses(base, *heldout, **options)
     models = [(name, step, folder) for name, run_dir in runs.items() for step, folder in saved_models(run_dir)]
-    points = []
 
-    def point(name, step, folder, **where):
+    def losses(folder, **where):
         unet = UNet2DConditionModel.from_pretrained(folder, **where).to(device).eval()
-        return FrontPoint(name, step, train_losses(unet).mean().item(), heldout_losses(unet).mean().item())
+        return train_losses(unet).mean().item(), heldout_losses(unet).mean().item()
 
-    start = point("", 0, base, subfolder="unet")
-    for name in runs:
-        points.append(FrontPoint(name, 0, start.train_loss, start.heldout_loss))
+    start = losses(base, subfolder="unet")
+    difficulty = start[1] - start[0]
+    points = [FrontPoint(name, 0, *start, gap=0.0) for name in runs]
     for name, step, folder in tqdm(models, desc="Front"):
-        points.append(point(name, step, folder))
+        train_loss, heldout_loss = losses(folder)
+        points.append(FrontPoint(name, step, train_loss, heldout_loss, heldout_loss - train_loss - difficulty))
     return points
 
 
@@ -152,4 +153,4 @@ def write_csv(points, path):
         writer = csv.writer(file)
         writer.writerow(["run", "step", "train_loss", "heldout_loss", "gap"])
         for p in points:
-            writer.writerow([*asdict(p).values(), p.gap])
+            writer.writerow(asdict(p).values())
