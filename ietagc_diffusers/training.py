@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import is_xformers_available
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import checkpoint, data
+from . import checkpoint, data, loaders
 from .augmentation import StrengthRandAugment
 from .config import DEFAULT_ROUNDS, UsageError
 from .control import PlainControl, RandomControl, ThresholdAwareControl
@@ -199,9 +199,9 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
 
     def build_proxy(shard):
         if official:
-            loader = data.StreamLoader(samples, args.train_batch_size, args.dataloader_num_workers, streams)
+            loader = loaders.StreamLoader(samples, args.train_batch_size, args.dataloader_num_workers, streams)
         else:
-            loader = data.SeededLoader(
+            loader = loaders.SeededLoader(
                 samples,
                 args.train_batch_size,
                 args.dataloader_num_workers,

@@ -9,7 +9,7 @@ import torch
 from conftest import write_folder
 from PIL import Image
 
-from ietagc_diffusers import UsageError, data, tiny
+from ietagc_diffusers import UsageError, data, loaders, tiny
 from ietagc_diffusers.streams import RandomStreams
 
 
@@ -104,7 +104,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):
     with pytest.raises(UsageError, match=r"row 3 \(.*003_0.png\): the image does not decode"):
         samples.__getitems__([1, 3, 4])
     for workers in (0, 2):
-        loader = data.StreamLoader(samples, 5, workers, RandomStreams())
+        loader = loaders.StreamLoader(samples, 5, workers, RandomStreams())
         with pytest.raises(UsageError, match=r"^row 3 \(.*003_0.png\): the image does not decode.*skip$"):
             loader.next()
 
@@ -117,9 +117,9 @@ def test_bad_rows_are_replaced_from_their_shard(tmp_path, tokenizer):
     transform = data.image_transform(16, True, False, "bilinear")
     samples = data.TrainingSamples(rows, "image", "text", tokenizer, transform, skip_bad=True)
     shard = np.array([1, 3, 5, 6])
-    loaders = [data.SeededLoader(samples, 4, workers, [3, 0], shard) for workers in (0, 2)]
+    both = [loaders.SeededLoader(samples, 4, workers, [3, 0], shard) for workers in (0, 2)]
     for _ in range(4):
-        (batch, _), (other, _) = (loader.next() for loader in loaders)
+        (batch, _), (other, _) = (loader.next() for loader in both)
         assert set(batch["samples"].tolist()) <= {1, 6} and len(batch["samples"]) == 4
         assert {row for row, _ in batch["bad"]} == {3, 5}
         assert_same([batch], [other])
@@ -150,7 +150,7 @@ def test_lists_of_captions_are_drawn_from(pictures, tokenizer, samples):
 
 def make_loader(samples, workers=0, shard=None, **group):
     shard = np.arange(24) if shard is None else shard
-    return data.SeededLoader(samples, 5, workers, [3, 0], shard, **group)
+    return loaders.SeededLoader(samples, 5, workers, [3, 0], shard, **group)
 
 
 def take(loader, batches):
@@ -198,7 +198,7 @@ def test_stream_loader_resumes_anywhere(samples, taken, workers):
     streams = RandomStreams()
 
     def fresh():
-        return data.StreamLoader(samples, 5, workers, streams)
+        return loaders.StreamLoader(samples, 5, workers, streams)
 
     streams.seed([9])
     whole = fresh()
@@ -215,8 +215,8 @@ def test_stream_loader_resumes_anywhere(samples, taken, workers):
 
 
 def test_group_members_share_each_batch(samples):
-    single = data.SeededLoader(samples, 6, 0, [3, 0], np.arange(24))
-    members = [data.SeededLoader(samples, 3, 0, [3, 0], np.arange(24), 2, rank) for rank in range(2)]
+    single = loaders.SeededLoader(samples, 6, 0, [3, 0], np.arange(24))
+    members = [loaders.SeededLoader(samples, 3, 0, [3, 0], np.arange(24), 2, rank) for rank in range(2)]
     for _ in range(5):
         whole, last = single.next()
         parts = [member.next() for member in members]
