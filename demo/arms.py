@@ -31,4 +31,5 @@ CONTROLS = {
     "iet": ["--mitigation=iet", rounds(STEPS, 4)],
     "iet-agc": ["--mitigation=iet-agc", rounds(STEPS, 4)],
     "iet-agc+, de-duplicated": [*FULL, "--deduplicate=exact"],
+    "iet-agc+, RandAugment as it is": ["--mitigation=iet-agc+", rounds(STEPS, 4), "--augment_range=1.25"],
 }

@@ -81,21 +81,14 @@ def save_pipeline(args, models, folder):
         build_pipeline(args, models).save_pretrained(folder)
 
 
-def write_config(args, seconds=None):
-    """``ietagc/config.yaml``: every effective value; itself a recipe that repeats the run."""
-    known = {option.name for option in METHOD_FIELDS}
+def write_config(args):
+    """``ietagc/config.yaml``: every effective value, the method's first; itself a recipe that repeats the run."""
+    method = [option.name for option in METHOD_FIELDS]
     flags = effective_flags(args)
-    ordered = {
-        key: flags[key]
-        for key in sorted(flags, key=lambda key: (key not in known, key))
-        if key not in ("config", "local_rank")
-    }
-    ordered = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in ordered.items()
-        if value not in (None, ())
-    }
-    (Path(args.output_dir) / "ietagc" / "config.yaml").write_text(yaml.safe_dump(ordered, sort_keys=False))
+    others = sorted(flags.keys() - set(method) - {"config", "local_rank", "resume_from_checkpoint"})
+    values = {key: flags[key] for key in [*method, *others]}
+    shown = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v not in (None, ())}
+    (Path(args.output_dir) / "ietagc" / "config.yaml").write_text(yaml.safe_dump(shown, sort_keys=False))
 
 
 def write_sample_counts(args, ensemble, rows):

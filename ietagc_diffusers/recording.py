@@ -28,7 +28,6 @@ class Recorder(Callbacks):
     Args:
         args: the flags.
         accelerator: for trackers and logging.
-        steps_per_epoch: global steps in an epoch over the whole training set.
         validate: called with (ensemble) where validation is due, or None.
         save_round: called with (ensemble, folder) after each round, or None.
     """
@@ -40,6 +39,7 @@ class Recorder(Callbacks):
         self.save_round = save_round
         self.output_dir = Path(args.output_dir)
         self.signalled = None
+        self.questions = 0
         self.bad_rows = None
         self.fingerprint = None
         self.last_step = 0
@@ -47,11 +47,15 @@ class Recorder(Callbacks):
         self.logged_shard = None
 
     def begin(self, ensemble, fingerprint, steps_per_epoch, sample_ids):
-        """Call once the ensemble is where it starts. ``sample_ids`` (N,): of the rows, by position."""
+        """Call once the ensemble is where it starts.
+
+        ``steps_per_epoch``: global steps in an epoch over the whole training set; ``sample_ids`` (N,): of the rows.
+        """
         self.sample_ids = sample_ids
         self.fingerprint = fingerprint
         self.steps_per_epoch = steps_per_epoch
-        self.last_step = self.last_checkpoint = ensemble.global_step
+        self.last_step = ensemble.global_step
+        self.last_checkpoint = self.last_step or None  # a run that starts late was resumed from there
         self.bar = tqdm(
             total=ensemble.rounds.total_steps,
             initial=ensemble.global_step,
@@ -64,7 +68,7 @@ class Recorder(Callbacks):
 
     def _on_signal(self, number, frame):
         if self.signalled is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         self.signalled = number
 
     def on_step(self, ensemble, proxy):
@@ -160,34 +164,35 @@ class Recorder(Callbacks):
     def save(self, ensemble):
         """Write a checkpoint; a full disk costs the checkpoint, not the run."""
         try:
-            path = checkpoint.save(ensemble, self.output_dir, self.fingerprint, self.args.checkpoints_total_limit)
+            checkpoint.save(ensemble, self.output_dir, self.fingerprint, self.args.checkpoints_total_limit)
         except OSError as error:
             logger.error(
                 f"No checkpoint at step {ensemble.global_step}: {error}. Earlier ones are untouched; training goes on"
             )
-            return None
-        self.last_checkpoint = ensemble.global_step
-        return path
+        else:
+            self.last_checkpoint = ensemble.global_step
 
     def should_stop(self, ensemble):
         """After SIGTERM or SIGINT on any process."""
         layout = ensemble.layout
         if layout.num_processes == 1:
             return self.signalled is not None
-        # Asking costs every process a wait: ask as often as the log is written.
-        if ensemble.global_step % (len(layout.groups) * self.args.log_every) and min(ensemble.progress) > 0:
+        # Asking costs every process a wait: ask as often as the log is written, all at the same steps.
+        self.questions += 1
+        if self.questions % self.args.log_every:
             return False
         return layout.total(torch.tensor([float(self.signalled is not None)])).item() > 0
 
     def stop(self, ensemble):
         """Write a checkpoint where there is none yet and say how to go on."""
-        path = None
         if self.last_checkpoint != ensemble.global_step:
-            path = self.save(ensemble)
+            self.save(ensemble)
         self.bar.close()
         if ensemble.layout.is_main:
-            name = path.name if path else f"checkpoint-{self.last_checkpoint}"
-            print(f"Stopped at step {ensemble.global_step}; go on with --resume_from_checkpoint {name}", flush=True)
+            on = "without a checkpoint"
+            if self.last_checkpoint is not None:
+                on = f"go on with --resume_from_checkpoint checkpoint-{self.last_checkpoint}"
+            print(f"Stopped at step {ensemble.global_step}; {on}", flush=True)
 
     def _write_rounds(self, ensemble):
         if not ensemble.layout.is_main:

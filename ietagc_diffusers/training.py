@@ -95,7 +95,7 @@ def _load(cls, base, subfolder, **options):
         ) from error
 
 
-def optimizer_factory(args, parameters):
+def optimizer_factory(args, parameters, learning_rate):
     if args.use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit as optimizer_class
@@ -105,7 +105,7 @@ def optimizer_factory(args, parameters):
         optimizer_class = torch.optim.AdamW
     return lambda: optimizer_class(
         parameters,
-        lr=args.learning_rate,
+        lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -168,8 +168,6 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
     """Everything of the run, at its first step."""
     config = args.method
     layout = Layout(config.num_shards, accelerator.num_processes, accelerator.process_index, accelerator.device)
-    if args.scale_lr:
-        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * layout.size
     plan = ShardPlan.split(len(rows), config.num_shards, args.seed, label_values(rows, args.label_column), groups)
     visits_per_step = args.train_batch_size * layout.size * args.gradient_accumulation_steps
     batches_per_epoch = math.ceil(len(rows) / (args.train_batch_size * layout.size))
@@ -193,7 +191,8 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
     )
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(models.unet, evaluation_mode=True)
-    new_optimizer = optimizer_factory(args, list(models.unet.parameters()))
+    learning_rate = args.learning_rate * (visits_per_step if args.scale_lr else 1)
+    new_optimizer = optimizer_factory(args, list(models.unet.parameters()), learning_rate)
     # The official training runs on the process's own streams; everything else on its shard's, which no layout changes.
     official = config.is_plain and layout.num_processes == 1
 
@@ -258,6 +257,7 @@ FINGERPRINT_FLAGS = (
     "random_flip",
     "image_interpolation_mode",
     "learning_rate",
+    "scale_lr",
     "lr_scheduler",
     "lr_warmup_steps",
     "adam_beta1",

@@ -244,6 +244,14 @@ def test_every_preset_runs(base, pictures, tmp_path, mitigation):
     assert rows[-1]["global_step"] == shards * math.ceil(2 * 6 / shards)
 
 
+def test_half_precision_and_scaled_learning_rate_run(base, pictures, tmp_path):
+    flags = train_flags(base, pictures, *METHOD, "--mixed_precision=bf16", "--gradient_checkpointing", "--scale_lr")
+    folder = train_here([*flags, "--learning_rate=1e-4", "--noise_offset=0.1", "--input_perturbation=0.1"], tmp_path)
+    assert all(math.isfinite(row["loss"]) for row in rounds(folder))
+    config = yaml.safe_load((folder / "ietagc" / "config.yaml").read_text())
+    assert config["learning_rate"] == 1e-4 and config["mixed_precision"] == "bf16"
+
+
 def test_controls_run(base, pictures, tmp_path):
     flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=40")
     row = rounds(train_here([*flags, "--random_skip_rate=0.3", "--random_augment_rate=0.4"], tmp_path))[0]

@@ -1,0 +1,31 @@
+"""The model card says what was done, and never a token."""
+
+from PIL import Image
+
+from ietagc_diffusers import hub
+from ietagc_diffusers.arguments import parse_args
+
+
+def test_the_card_tells_base_mitigation_and_outcome(tmp_path):
+    argv = ["--pretrained_model_name_or_path=some/base", "--dataset_name=some/data", f"--output_dir={tmp_path}"]
+    args = parse_args([*argv, "--hub_token=secret", "--validation_prompts", "a cat", "a dog", "--skip_threshold=0.7"])
+    rows = [{"skip_rate": 0.25, "augment_rate": 0.5}]
+    hub.write_card(args, "me/model", [Image.new("RGB", (8, 8))] * 2, rows)
+    card = (tmp_path / "README.md").read_text()
+    for word in (
+        "base_model: some/base",
+        "some/data",
+        "`skip_threshold` | 0.7",
+        "25.0%",
+        "a cat",
+        "me/model",
+        "ietagc",
+    ):
+        assert word in card
+    assert "secret" not in card and (tmp_path / "val_imgs_grid.png").exists()
+
+
+def test_a_card_without_images_or_rounds(tmp_path):
+    args = parse_args(["--pretrained_model_name_or_path=b", "--train_data_dir=d", f"--output_dir={tmp_path}"])
+    hub.write_card(args, "me/model", [], [])
+    assert "an image folder" in (tmp_path / "README.md").read_text()
