@@ -127,7 +127,10 @@ def _plot_front(axes, points):
     axes.set_xlabel("gap between held-out and training loss, from the base on  (memorization →)")
     axes.set_ylabel("held-out loss  (← quality)")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    if len(runs) > 3:
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        axes.legend(fontsize=8)
 
 
 def _plot_histograms(axes, groups):
@@ -195,7 +198,7 @@ def _rows(header, rows):
 
 def _readme_figure(pictures, points, images, chosen, nearest):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), gridspec_kw={"width_ratios": [1, 1.25]})
-    _plot_front(left, points)
+    _plot_front(left, [point for point in points if point.run in COLOURS])
     rows = [pictures.training[nearest], images[CONTROL][chosen], images[METHOD][chosen]]
     strip = torch.cat([torch.cat(list(row[:10]), dim=2) for row in rows], dim=1)
     right.imshow(strip.permute(1, 2, 0).numpy())
