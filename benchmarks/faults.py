@@ -111,15 +111,19 @@ def child(flags, log, stage, count, rank, world, port):
     if world > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1",
         )  # fmt: skip
     try:
+        from accelerate.state import AcceleratorState
+
         import train_text_to_image_ietagc as script
         from ietagc_diffusers.arguments import parse_args
 
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent found
         if stage is not None:
             arm(stage, count)
         script.train(parse_args(flags))
+        assert AcceleratorState().num_processes == world
     except BaseException:
         import traceback
 

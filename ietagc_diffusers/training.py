@@ -300,5 +300,6 @@ def resume(args, ensemble, marks):
         logger.warning("--resume_from_checkpoint latest: no checkpoint yet, starting a new run")
         return False
     checkpoint.load(ensemble, folder, marks, args.resume_allow)
+    ensemble.layout.barrier()  # none may go on, and in time remove this checkpoint, while another still reads it
     logger.info(f"Resuming from {folder} at step {ensemble.global_step}")
     return True
