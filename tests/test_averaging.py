@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from ietagc_diffusers import ModelAverage
@@ -23,8 +24,9 @@ def average(order):
     return dict(mean.mean())
 
 
-def test_equals_the_float64_mean_in_any_order():
-    proxies = models(4)
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_equals_the_float64_mean_in_any_order(k):
+    proxies = models(k)
     for order in itertools.permutations(proxies):
         for name, value in average(list(order)).items():
             exact = torch.stack([p[name].double() for p in proxies]).mean(0).float()
