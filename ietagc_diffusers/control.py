@@ -1,5 +1,6 @@
 """Threshold-aware control: skip, augment or keep each sample (eq. 5, 8), and reduce what is kept to one loss."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,25 @@ class Solo:
         return tensor
 
 
-class PlainControl:
+class Control(ABC):
+    """Decides what becomes of each sample of a batch, and reduces the batch to one loss."""
+
+    @abstractmethod
+    def step(self, model, objective, batch):
+        """Returns ``Controlled``."""
+
+    def to(self, device):
+        return self
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        if state:
+            raise ValueError("this control keeps no state")
+
+
+class PlainControl(Control):
     """No control at all: the official training step."""
 
     def step(self, model, objective, batch):
@@ -62,27 +81,17 @@ class PlainControl:
         ratio = torch.full_like(nothing, torch.inf, dtype=torch.float32)
         return Controlled(loss, nothing, nothing, nonfinite, ratio, loss.detach() * len(drawn), all_finite)
 
-    def to(self, device):
-        return self
 
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
-class _Control:
-    """What every control with decisions shares: the step. Subclasses say which samples are skipped and augmented, in
-    ``decide``.
-    """
+class DecidingControl(Control):
+    """The step of every control that skips and augments; subclasses say which samples, in ``decide``."""
 
     def __init__(self, augment, group=None):
         self.augment = augment
         self.group = group or Solo()
 
+    @abstractmethod
     def decide(self, losses, timesteps):
-        raise NotImplementedError
+        """losses (B,), timesteps (B,) -> ``Decision``."""
 
     def observe(self, losses, timesteps):
         """Learn from the losses (B,), after the decision."""
@@ -99,7 +108,7 @@ class _Control:
             model: the UNet.
             objective: see ``TextToImageObjective``.
             batch: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L), seeds (B,) on the host (for augmentation
-                alone).
+                alone); ``ghost`` where this process got none of its group's rows and brings one that does not count.
 
         Returns:
             ``Controlled``; the sum of ``loss`` over the group is the mean over the group's kept samples.
@@ -153,17 +162,8 @@ class _Control:
             losses = losses * weights
         return losses.sum() if keep is None else torch.where(keep, losses, 0.0).sum()
 
-    def to(self, device):
-        return self
 
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
-class ThresholdAwareControl(_Control):
+class ThresholdAwareControl(DecidingControl):
     """Eq. 8: skip below lambda, augment below R lambda, keep the rest; decided against the memory bank before it is
     updated.
 
@@ -210,7 +210,7 @@ class ThresholdAwareControl(_Control):
         self.bank.load_state_dict(state)
 
 
-class RandomControl(_Control):
+class RandomControl(DecidingControl):
     """A control experiment: skip and augment at given rates, blind to the loss."""
 
     def __init__(

@@ -122,7 +122,10 @@ def test_a_signal_ends_with_a_checkpoint_and_a_word(base, pictures, tmp_path, nu
 
 
 def test_groups_of_processes_equal_one_process_with_the_whole_batch(base, pictures, tmp_path):
-    """Two processes on one shard: the same run as one process with batches twice as long, up to rounding."""
+    """Two processes on one shard: the same run as one process with batches twice as long, up to rounding.
+
+    Epochs of 21 end on a batch of one, of which the second process gets nothing.
+    """
     common = [
         "--num_shards=1",
         "--max_train_steps=9",
@@ -130,7 +133,7 @@ def test_groups_of_processes_equal_one_process_with_the_whole_batch(base, pictur
         "--augment_range=1.3",
         "--bank_buckets=2",
     ]
-    flags = train_flags(base, pictures, *common, "--lr_scheduler=cosine")
+    flags = train_flags(base, pictures, *common, "--lr_scheduler=cosine", "--max_train_samples=21")
     one = train_here([*flags, "--train_batch_size=10"], tmp_path / "one")
     launch([*flags, "--train_batch_size=5"], tmp_path / "two", processes=2)
     first, second = (

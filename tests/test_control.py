@@ -210,6 +210,42 @@ def test_nonfinite_samples_are_counted_and_left_out(pipeline, model, reach):
     assert controlled.loss.isfinite() and bank.averages.isfinite().all()
 
 
+class Sick(torch.nn.Module):
+    """A model whose first sample of a full batch comes out NaN, with NaN gradients."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy, timesteps, condition, return_dict):
+        prediction = self.unet(noisy, timesteps, condition, return_dict=False)[0]
+        if len(prediction) == 6:
+            prediction = prediction * torch.tensor([torch.nan, 1, 1, 1, 1, 1]).view(6, 1, 1, 1)
+        return (prediction,)
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked", "augmented"])
+def test_a_sample_that_is_not_finite_leaves_the_gradient_of_the_others(pipeline, objective, model, kind):
+    control = {
+        "plain": lambda: PlainControl(),
+        "masked": lambda: ThresholdAwareControl(full_bank(1e-9), 0.8),
+        "augmented": lambda: ThresholdAwareControl(full_bank(1e-9), 0.8, 1.1, 5.0, StrengthRandAugment(5)),
+    }[kind]()
+    batch = make_batch(pipeline)
+    torch.manual_seed(0)
+    drawn = objective.draw(batch)
+    objective.losses(model, drawn[1:]).mean().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(0)
+    controlled = control.step(Sick(model), objective, batch)
+    controlled.loss.backward()
+    assert controlled.nonfinite.tolist() == [True] + [False] * 5 and not controlled.all_finite
+    assert controlled.total_loss.isfinite()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
+
+
 def test_random_control_skips_and_augments_at_its_rates():
     control = RandomControl(0.25, 0.5, 0.4, StrengthRandAugment(5))
     torch.manual_seed(0)
