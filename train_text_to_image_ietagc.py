@@ -65,7 +65,10 @@ def train(args):
     output_dir = Path(args.output_dir)
     repo_id = None
     if accelerator.is_main_process:
-        (output_dir / "ietagc").mkdir(parents=True, exist_ok=True)
+        try:
+            (output_dir / "ietagc").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {output_dir}: {error.strerror}") from error
         if args.push_to_hub:
             repo_id = hub.create(args)
     models = training.Models(args, accelerator)

@@ -215,7 +215,20 @@ def _check(args):
     for name in ("max_train_steps", "checkpoints_total_limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "learning_rate", "noise_offset", "input_perturbation"):
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed {args.seed}: must be in 0 to 2^32 - 1")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be in [0, 1)")
+    for name in (
+        "dataloader_num_workers",
+        "lr_warmup_steps",
+        "learning_rate",
+        "noise_offset",
+        "input_perturbation",
+        "adam_epsilon",
+        "adam_weight_decay",
+    ):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     if args.dream_detail_preservation <= 0:

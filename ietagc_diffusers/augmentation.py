@@ -71,6 +71,6 @@ class StrengthRandAugment:
         augmented = []
         with torch.random.fork_rng(devices=[]):
             for image, magnitude, seed in zip(pixels, magnitudes, seeds, strict=True):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
                 augmented.append(self.by_magnitude[magnitude](image))
         return torch.stack(augmented).to(images.dtype) / 127.5 - 1

@@ -25,7 +25,7 @@ from .sharding import ShardPlan
 logger = get_logger(__name__)
 
 FORMAT = 1
-MODELS = ("unet", "unet_ema")
+COUNTS = ("round_totals", "round_skips", "total_skips", "total_visits")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -155,6 +155,8 @@ def _write(ensemble, folder, fingerprint):
             "scaler": ensemble.scaler.state_dict() if ensemble.scaler else None,
         }
         (inside / "state.json").write_text(json.dumps(state))
+    # Each process of a group counts its own rows; the leader writes what they counted together.
+    counts = {shard: {n: layout.sum(getattr(p, n)) for n in COUNTS} for shard, p in ensemble.proxies.items()}
     if not layout.leads:
         return
     for shard, proxy in ensemble.proxies.items():
@@ -170,10 +172,7 @@ def _write(ensemble, folder, fingerprint):
                 "optimizer": proxy.optimizer.state_dict(),
                 "schedule": proxy.schedule.state_dict(),
                 "streams": ensemble.streams.get() if proxy is ensemble.active else proxy.streams_state,
-                "round_totals": proxy.round_totals,
-                "round_skips": proxy.round_skips,
-                "total_skips": proxy.total_skips,
-                "total_visits": proxy.total_visits,
+                "counts": counts[shard],
                 "weights": weights,
             },
         )
@@ -286,10 +285,10 @@ def load(ensemble, folder, fingerprint, allowed=()):
                 for name, total in average.sums.items():
                     total += sums[f"{key}/{name}"]
     for shard, proxy in ensemble.proxies.items():
-        _restore(proxy, _load_state(inside / f"proxy-{shard}"), ensemble.plan.shards[shard])
+        _restore(proxy, _load_state(inside / f"proxy-{shard}"), ensemble.plan.shards[shard], layout.leads)
 
 
-def _restore(proxy, saved, shard_samples):
+def _restore(proxy, saved, shard_samples, leads):
     proxy.steps = saved["steps"]
     proxy.loader.set_samples(shard_samples)
     proxy.loader.load_state_dict(saved["loader"])
@@ -297,6 +296,8 @@ def _restore(proxy, saved, shard_samples):
     proxy.optimizer.load_state_dict(saved["optimizer"])
     proxy.schedule.load_state_dict(saved["schedule"])
     proxy.streams_state = saved["streams"]
-    for name in ("round_totals", "round_skips", "total_skips", "total_visits"):
-        getattr(proxy, name).copy_(saved[name])
+    for name in COUNTS:
+        if leads:
+            getattr(proxy, name).copy_(saved["counts"][name])
     proxy.weights = saved["weights"]
+    proxy.to_host()

@@ -201,8 +201,8 @@ def read_recipe(path, known_keys):
         recipe = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):

@@ -108,7 +108,7 @@ class DecidingControl(Control):
             model: the UNet.
             objective: see ``TextToImageObjective``.
             batch: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L), seeds (B,) on the host (for augmentation
-                alone); ``ghost`` where this process got none of its group's rows and brings one that does not count.
+                alone).
 
         Returns:
             ``Controlled``; the sum of ``loss`` over the group is the mean over the group's kept samples.
@@ -116,8 +116,6 @@ class DecidingControl(Control):
         drawn = objective.draw(batch)
         with torch.set_grad_enabled(self.augment is None):
             losses = objective.losses(model, drawn)
-        if batch.get("ghost"):
-            losses, drawn = losses[:0], drawn[:0]
         observed = losses.detach()
         finite = observed.isfinite()
         skip, augment, strength, ratio = self.decide(observed, drawn.timesteps)
@@ -130,8 +128,9 @@ class DecidingControl(Control):
         else:
             magnitudes = self.augment.magnitudes(strength) * (augment & keep)
             augment = magnitudes > 0
-            host_magnitudes, host_finite = torch.stack([magnitudes, finite.long()]).tolist()  # likewise
-            all_finite = all(host_finite)
+            table = torch.stack([magnitudes, finite.long(), keep.long()])
+            host_magnitudes, host_finite, host_keep = table.tolist()  # likewise
+            all_finite, keep = all(host_finite), [row for row, kept in enumerate(host_keep) if kept]
             drawn = self._augmented(objective, drawn, batch, host_magnitudes)
         if self.augment is None and all_finite:
             loss = self._weighted_sum(objective, losses, drawn.timesteps, keep) / num_kept

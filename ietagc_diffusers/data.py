@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Image as ImageFeature
-from datasets import Sequence, Value, load_dataset
+from datasets import Sequence, Value, load_dataset, load_from_disk
 from torchvision import transforms
 from tqdm.auto import tqdm
 
@@ -37,7 +37,10 @@ def load_training_rows(args):
             raise UsageError(f"{source}: the folder is empty; it needs images and a metadata.jsonl")
         load = {"path": "imagefolder", "data_files": {"train": str(folder / "**")}}
     try:
-        dataset = load_dataset(**load, cache_dir=args.cache_dir)
+        if args.dataset_name is not None and (Path(args.dataset_name) / "state.json").is_file():
+            dataset = {"train": load_from_disk(args.dataset_name)}  # as save_to_disk and --save_shards write it
+        else:
+            dataset = load_dataset(**load, cache_dir=args.cache_dir)
     except Exception as error:
         raise UsageError(f"{source}: datasets could not read it: {_one_line(error)}") from error
     if "train" not in dataset:
@@ -52,7 +55,8 @@ def load_training_rows(args):
             )
     if not isinstance(rows.features[args.image_column], ImageFeature):
         raise UsageError(f"--image_column {args.image_column}: holds {rows.features[args.image_column]}, not images")
-    rows = rows.add_column(SAMPLE_ID, np.arange(len(rows)))
+    if SAMPLE_ID not in rows.column_names:
+        rows = rows.add_column(SAMPLE_ID, np.arange(len(rows)))
     _check_captions(rows, args.caption_column, only_type=args.on_bad_sample == "skip")
     if args.on_bad_sample == "error":
         _check_files(rows, args.image_column)
@@ -211,7 +215,7 @@ class TrainingSamples(torch.utils.data.Dataset):
             pixels = []
             with torch.random.fork_rng(devices=[]):
                 for image, (_, seed) in zip(images, keys, strict=True):
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
                     pixels.append(self.transform(image))
             captions = [_choose(c, random.Random(seed)) for c, (_, seed) in zip(captions, keys, strict=True)]
         else:

@@ -85,5 +85,12 @@ def upload(args, repo_id):
         folder_path=args.output_dir,
         token=args.hub_token,
         commit_message="End of training",
-        ignore_patterns=["step_*", "epoch_*", "checkpoint-*", "logs/**"],
+        # Never the training pictures, nor paths of this machine.
+        ignore_patterns=[
+            "checkpoint-*",
+            "rounds/**",
+            "ietagc/shards/**",
+            "ietagc/bad_samples.jsonl",
+            f"{args.logging_dir}/**",
+        ],
     )

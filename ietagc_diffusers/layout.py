@@ -57,22 +57,17 @@ class Layout:
         return self.rank == 0
 
     def gather(self, tensor):
-        """Concatenate the group's tensors (equal trailing shapes, any lengths) in the order of the batch."""
+        """Concatenate the group's tensors, all of one shape, in the order of the batch."""
         if self.size == 1:
             return tensor
-        lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device), group=self._group)
-        longest = int(torch.stack(lengths).max())
-        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
-        gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(gathered, padded, group=self._group)
-        return torch.cat([part[: int(n)] for part, n in zip(gathered, lengths, strict=True)])
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self._group)
+        return torch.cat(parts)
 
     def sum(self, tensor):
         """Sum over the group."""
         if self.size > 1:
-            tensor = tensor.clone()
+            tensor = tensor.to(self.device, copy=True)
             dist.all_reduce(tensor, group=self._group)
         return tensor
 

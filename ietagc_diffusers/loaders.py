@@ -88,79 +88,74 @@ class StreamLoader:
 
 
 class SeededLoader:
-    """Batches of a shard whose order and per-sample seeds are a function of (seed, shard, epoch): its state is two
-    integers.
+    """Batches of a shard; order and per-sample seeds are functions of (seed, shard, epoch), the state two integers.
 
-    Where ``group_size`` processes share a shard, each reads its part of batches ``group_size`` times as long.
+    One epoch follows another without a short batch between them, so that small shards see as many samples a step as
+    large ones. Where ``group_size`` processes share a shard, each reads its part of batches that many times as long.
     """
+
+    BLOCK = 256  # batches planned at a time
 
     def __init__(self, samples, batch_size, num_workers, seed, shard_samples, group_size=1, group_rank=0):
         self.samples = samples
-        self.batch_size = batch_size * group_size
+        self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.shard_samples = shard_samples
         self.group_size, self.group_rank = group_size, group_rank
-        self.epoch = self.taken = 0
-        self._batches = None
+        self.first_epoch = 0  # of this set of samples
+        self.taken = 0  # batches since then
+        self._batches = iter(())
+
+    def _epoch(self, number):
+        """One epoch's order: a list of (row, seed)."""
+        rng = np.random.default_rng([*self.seed, number])
+        order = rng.permutation(self.shard_samples).tolist()
+        return list(zip(order, rng.integers(2**63, size=len(order)).tolist(), strict=True))
 
     def _plan(self):
-        """This epoch's batches from ``taken`` on: lists of (row, seed), and their places in the group's batches."""
-        rng = np.random.default_rng([*self.seed, self.epoch])
-        order = rng.permutation(self.shard_samples).tolist()
-        seeds = rng.integers(2**63, size=len(order)).tolist()
-        keys = list(zip(order, seeds, strict=True))
-        parts, places = [], []
-        for start in range(self.taken * self.batch_size, len(keys), self.batch_size):
-            batch = keys[start : start + self.batch_size]
-            share = math.ceil(len(batch) / self.group_size)
-            first, end = (min(rank * share, len(batch)) for rank in (self.group_rank, self.group_rank + 1))
-            ghost = first == end
-            if ghost:  # a row that does not count, since models cannot run on none
-                first, end = 0, 1
-            parts.append(batch[first:end])
-            places.append({"rows": slice(first, end), "batch_rows": len(batch), "ghost": ghost})
-        return parts, places
-
-    def _start(self):
-        parts, places = self._plan()
-        # A generator of its own, so that starting an epoch leaves the process's stream alone.
-        loader = DataLoader(
-            self.samples.of_shard(self.shard_samples),
-            batch_sampler=parts,
-            collate_fn=_whole,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
-        return zip(loader, places, strict=True)
-
-    @property
-    def batches_per_epoch(self):
-        return math.ceil(len(self.shard_samples) / self.batch_size)
+        """This process's part of the next batches: lists of (row, seed)."""
+        length, size = self.batch_size * self.group_size, len(self.shard_samples)
+        start = self.taken * length
+        epoch, end = start // size, start + self.BLOCK * length
+        keys = []
+        for number in range(epoch, math.ceil(end / size)):
+            keys += self._epoch(self.first_epoch + number)
+        keys = keys[start - epoch * size :]
+        mine = self.group_rank * self.batch_size
+        return [keys[i + mine : i + mine + self.batch_size] for i in range(0, self.BLOCK * length, length)]
 
     def next(self):
-        """Returns a batch and whether it is the epoch's last."""
-        if self._batches is None:
-            self._batches = self._start()
-        batch, place = _next(self._batches)
+        """Returns a batch and False: no epoch ends on a batch."""
+        batch = _next(self._batches)
+        if batch is None:
+            # A generator of its own, so that starting to read leaves the process's stream alone.
+            self._batches = iter(
+                DataLoader(
+                    self.samples.of_shard(self.shard_samples),
+                    batch_sampler=self._plan(),
+                    collate_fn=_whole,
+                    num_workers=self.num_workers,
+                    generator=torch.Generator(),
+                )
+            )
+            batch = _next(self._batches)
         if self.group_size > 1:
-            batch |= place
-            if place["ghost"]:
-                batch["samples"] = batch["samples"][:0]
+            first = self.group_rank * self.batch_size
+            rows = slice(first, first + self.batch_size)
+            batch |= {"rows": rows, "batch_rows": self.batch_size * self.group_size}
         self.taken += 1
-        last = self.taken == self.batches_per_epoch
-        if last:
-            self.epoch, self.taken, self._batches = self.epoch + 1, 0, None
-        return batch, last
+        return batch, False
 
     def set_samples(self, shard_samples):
         """Go on with another set of samples, from a new epoch on; with the same set, nothing changes."""
         if not np.array_equal(shard_samples, self.shard_samples):
-            self.shard_samples = shard_samples
-            self.epoch, self.taken, self._batches = self.epoch + 1, 0, None
+            epochs = math.ceil(self.taken * self.batch_size * self.group_size / len(self.shard_samples))
+            self.first_epoch, self.taken = self.first_epoch + epochs, 0
+            self.shard_samples, self._batches = shard_samples, iter(())
 
     def state_dict(self):
-        return {"epoch": self.epoch, "taken": self.taken}
+        return {"first_epoch": self.first_epoch, "taken": self.taken}
 
     def load_state_dict(self, state):
-        self.epoch, self.taken, self._batches = state["epoch"], state["taken"], None
+        self.first_epoch, self.taken, self._batches = state["first_epoch"], state["taken"], iter(())

@@ -55,6 +55,9 @@ class Proxy:
     def suspend(self, streams):
         """Off the device, to wait in host memory."""
         self.streams_state = streams.get()
+        self.to_host()
+
+    def to_host(self):
         self._move("cpu")
 
     def _move(self, device):
@@ -91,6 +94,7 @@ class Proxy:
                 parameter.grad = torch.zeros_like(parameter)
         layout.sum_gradients(self.parameters)
         if scaler:
+            scaler.scale(torch.zeros((), device=self.device))  # a scaler that never scaled cannot unscale
             scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if self._apply(scaler):

@@ -217,7 +217,7 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
                 num_warmup_steps=math.ceil(args.lr_warmup_steps / config.num_shards),
                 num_training_steps=rounds.steps_per_proxy,
             )
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise UsageError(f"--lr_scheduler {args.lr_scheduler}: {error}") from error
         control = build_control(config, objective.num_timesteps, rounds.steps_per_proxy * visits_per_step, layout)
         proxy = Proxy(
@@ -282,13 +282,32 @@ FINGERPRINT_FLAGS = (
 )
 
 
+# What the state in a checkpoint is built on: --resume_allow cannot change it.
+STRUCTURAL = {
+    "data",
+    "num_samples",
+    "sample_order",
+    "num_shards",
+    "max_train_steps",
+    "num_train_epochs",
+    "steps_per_round",
+    "epochs_per_round",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "use_ema",
+    "use_8bit_adam",
+    "bank_buckets",
+}
+
+
 def fingerprint(args, rows, ensemble):
     """What a resumed run must share with the run that wrote the checkpoint, as a JSON dict."""
-    flags = {name: getattr(args, name) for name in FINGERPRINT_FLAGS}
-    flags["train_batch_size"] *= ensemble.layout.size
-    return (
-        flags | args.method.to_dict() | {"data": data.content_hash(rows, args.caption_column), "num_samples": len(rows)}
-    )
+    marks = {name: getattr(args, name) for name in FINGERPRINT_FLAGS} | args.method.to_dict()
+    marks["train_batch_size"] *= ensemble.layout.size
+    marks["data"] = data.content_hash(rows, args.caption_column)
+    marks["num_samples"] = len(rows)
+    marks["sample_order"] = type(next(iter(ensemble.proxies.values())).loader).__name__
+    return marks
 
 
 def resume(args, ensemble, marks):
@@ -299,6 +318,11 @@ def resume(args, ensemble, marks):
     if folder is None:
         logger.warning("--resume_from_checkpoint latest: no checkpoint yet, starting a new run")
         return False
+    for name in args.resume_allow:
+        if name in STRUCTURAL:
+            raise UsageError(f"--resume_allow {name}: cannot change within a run; start a new one")
+        if name not in marks:
+            raise UsageError(f"--resume_allow {name}: not among {', '.join(sorted(marks.keys() - STRUCTURAL))}")
     checkpoint.load(ensemble, folder, marks, args.resume_allow)
     ensemble.layout.barrier()  # none may go on, and in time remove this checkpoint, while another still reads it
     logger.info(f"Resuming from {folder} at step {ensemble.global_step}")

@@ -122,10 +122,7 @@ def test_a_signal_ends_with_a_checkpoint_and_a_word(base, pictures, tmp_path, nu
 
 
 def test_groups_of_processes_equal_one_process_with_the_whole_batch(base, pictures, tmp_path):
-    """Two processes on one shard: the same run as one process with batches twice as long, up to rounding.
-
-    Epochs of 21 end on a batch of one, of which the second process gets nothing.
-    """
+    """Two processes on one shard: the same run as one process with batches twice as long, up to rounding."""
     common = [
         "--num_shards=1",
         "--max_train_steps=9",

@@ -170,17 +170,24 @@ def test_seeded_batches_do_not_depend_on_workers_or_on_the_stream(samples):
     assert_same(first, take(make_loader(samples, workers=2), 7))
 
 
-def test_an_epoch_sees_each_sample_once_and_says_when_it_ends(samples):
+def test_batches_are_full_and_each_epoch_sees_each_sample_once(samples):
     loader = make_loader(samples)
-    seen, ends = [], []
-    for _ in range(10):
-        batch, last = loader.next()
-        seen.append(batch["samples"].tolist())
-        ends.append(last)
-    assert ends == [False, False, False, False, True] * 2
-    for epoch in (seen[:5], seen[5:]):
-        assert sorted(i for batch in epoch for i in batch) == list(range(24))
-    assert seen[:5] != seen[5:]
+    seen = torch.cat([batch["samples"] for batch in take(loader, 24)]).tolist()
+    assert len(seen) == 120  # five epochs of 24
+    epochs = [seen[start : start + 24] for start in range(0, 120, 24)]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_a_shard_smaller_than_a_batch_fills_it(samples):
+    (batch,) = take(make_loader(samples, shard=np.array([3, 8])), 1)
+    assert len(batch["samples"]) == 5 and set(batch["samples"].tolist()) == {3, 8}
+
+
+def test_reading_in_blocks_changes_nothing(samples, monkeypatch):
+    whole = take(make_loader(samples), 11)
+    monkeypatch.setattr(loaders.SeededLoader, "BLOCK", 3)
+    assert_same(whole, take(make_loader(samples), 11))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 5, 6, 11])
@@ -218,11 +225,10 @@ def test_group_members_share_each_batch(samples):
     single = loaders.SeededLoader(samples, 6, 0, [3, 0], np.arange(24))
     members = [loaders.SeededLoader(samples, 3, 0, [3, 0], np.arange(24), 2, rank) for rank in range(2)]
     for _ in range(5):
-        whole, last = single.next()
+        whole, _ = single.next()
         parts = [member.next() for member in members]
         assert torch.equal(whole["samples"], torch.cat([part["samples"] for part, _ in parts]))
         assert torch.equal(whole["pixel_values"], torch.cat([part["pixel_values"] for part, _ in parts]))
-        assert [end for _, end in parts] == [last, last]
         assert all(part["batch_rows"] == len(whole["samples"]) for part, _ in parts)
 
 
@@ -230,7 +236,8 @@ def test_a_new_shard_starts_a_new_epoch_and_the_same_one_does_not(samples):
     loader = make_loader(samples, shard=np.arange(12))
     take(loader, 1)
     loader.set_samples(np.arange(12))
-    assert loader.state_dict() == {"epoch": 0, "taken": 1}
+    assert loader.state_dict() == {"first_epoch": 0, "taken": 1}
     loader.set_samples(np.arange(6, 18))
-    seen = torch.cat([batch["samples"] for batch in take(loader, 3)])
-    assert sorted(seen.tolist()) == list(range(6, 18))
+    assert loader.state_dict() == {"first_epoch": 1, "taken": 0}
+    seen = torch.cat([batch["samples"] for batch in take(loader, 12)])
+    assert sorted(seen[:12].tolist()) == list(range(6, 18))
