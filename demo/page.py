@@ -61,7 +61,7 @@ def reading(points):
         f"Held-out loss of {METHOD} minus that of plain training stopped at the same gap, "
         f"where below zero is better: {matched}. "
         f"Lowest held-out loss: {lowest[METHOD]:.4f} against {lowest[CONTROL]:.4f}. "
-        f"Gap after the same number of sample visits: {last[METHOD]:.3f} against {last[CONTROL]:.3f}."
+        f"Gap after the same number of steps: {last[METHOD]:.3f} against {last[CONTROL]:.3f}."
     )
 
 

@@ -92,6 +92,9 @@ def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
         ([*NEEDED, "--skip_threshold=2"], "--skip_threshold 2.0: must be in [0, 1]"),
         ([*NEEDED, "--mitigation=all"], "invalid choice: 'all'"),
         ([*NEEDED, "--report_to=wandb", "--hub_token=t"], "use `hf auth login` instead"),
+        ([*NEEDED, "--seed=-1"], "--seed -1: must be in 0 to 2^32 - 1"),
+        ([*NEEDED, "--adam_beta1=2"], "--adam_beta1 2.0: must be in [0, 1)"),
+        ([*NEEDED, "--adam_weight_decay=-1"], "--adam_weight_decay -1.0: must not be negative"),
         ([*NEEDED, "--no_such_flag"], "unrecognized arguments"),
     ],
 )

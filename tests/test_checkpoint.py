@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SCRIPT, environment, launch, train_flags, train_here, unet_bytes
@@ -143,6 +145,32 @@ def test_groups_of_processes_equal_one_process_with_the_whole_batch(base, pictur
         for folder in (one, tmp_path / "two")
     ]
     assert rows[0]["skip_rate"] == pytest.approx(rows[1]["skip_rate"], abs=0.05)
+
+
+def test_groups_of_processes_resume_with_all_their_counts(base, pictures, tmp_path):
+    flags = train_flags(
+        base, pictures, "--num_shards=1", "--max_train_steps=8", "--skip_threshold=0.9", "--bank_buckets=2"
+    )
+    flags += ["--augment_range=1", "--steps_per_round=8", "--checkpointing_steps=4"]
+    launch(flags, tmp_path / "whole", processes=2)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    launch([*flags, "--resume_from_checkpoint=latest"], tmp_path / "cut", processes=2)
+    assert unet_bytes(tmp_path / "cut") == unet_bytes(tmp_path / "whole")
+    counts = [pq.read_table(tmp_path / name / "ietagc" / "skip_counts.parquet") for name in ("whole", "cut")]
+    assert counts[0].equals(counts[1]) and sum(counts[0]["visits"].to_pylist()) == 8 * 2 * 4
+    rows = [json.loads((tmp_path / name / "ietagc" / "rounds.jsonl").read_text()) for name in ("whole", "cut")]
+    assert rows[0] | {"seconds": 0} == rows[1] | {"seconds": 0}
+
+
+def test_plain_training_is_not_resumed_in_another_order(base, pictures, tmp_path):
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=8")
+    train_here(flags, tmp_path, stop_at=4)
+    more = ["--resume_from_checkpoint=latest", "--train_batch_size=2"]
+    done = launch([*flags, *more], tmp_path, processes=2, check=False)
+    assert (
+        "sample_order was 'StreamLoader', is 'SeededLoader'" in done.stderr
+        and "Traceback" not in done.stderr.split("error:")[0]
+    )
 
 
 def test_diverged_training_stops_with_advice(base, pictures, tmp_path):

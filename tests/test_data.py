@@ -9,7 +9,7 @@ import torch
 from conftest import write_folder
 from PIL import Image
 
-from ietagc_diffusers import UsageError, data, loaders, tiny
+from ietagc_diffusers import StrengthRandAugment, UsageError, data, loaders, tiny
 from ietagc_diffusers.streams import RandomStreams
 
 
@@ -92,6 +92,23 @@ def test_absent_folder_and_wrong_columns_are_named(pictures, tmp_path):
         data.load_training_rows(flags(pictures, image_column="label"))
     with pytest.raises(UsageError, match="--caption_column label: should hold strings"):
         data.load_training_rows(flags(pictures, caption_column="label"))
+
+
+def test_a_saved_shard_is_a_dataset_that_keeps_its_ids(pictures, tmp_path):
+    data.load_training_rows(flags(pictures)).select([3, 9]).save_to_disk(tmp_path / "shard")
+    rows = data.load_training_rows(flags(None, dataset_name=str(tmp_path / "shard"), train_data_dir=None))
+    assert rows[data.SAMPLE_ID] == [3, 9]
+
+
+def test_seeded_samples_leave_the_device_s_stream_alone(samples, monkeypatch):
+    """torch.manual_seed would seed every device with it."""
+
+    def forbidden(seed):
+        raise AssertionError("seeds the device")
+
+    monkeypatch.setattr(torch, "manual_seed", forbidden)
+    samples.__getitems__([(0, 1), (1, 2)])
+    StrengthRandAugment(5)(torch.zeros(1, 3, 16, 16), [5], [1])
 
 
 def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):

@@ -134,6 +134,19 @@ def test_learning_rates_follow_the_steps_a_proxy_takes():
         assert proxy.schedule.get_last_lr()[0] == pytest.approx(0.05 * 0.95**4)
 
 
+def test_a_step_with_nothing_kept_works_under_a_gradient_scaler():
+    class Nothing(PlainControl):
+        def step(self, model, objective, batch):
+            return super().step(model, objective, batch)._replace(loss=torch.zeros(()))
+
+    model = make_model()
+    proxy = make_proxy(model, 0, np.arange(N), RandomStreams())
+    proxy.control = Nothing()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert proxy.step(model, Regression(), Layout(1), torch.amp.GradScaler("cpu")) == ([], [])
+    assert proxy.steps == 1 and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_optimizer_state_can_be_reset():
     kept, reset = make_run(), make_run(optimizer_state="reset")
     kept.run()

@@ -25,6 +25,26 @@ def test_the_card_tells_base_mitigation_and_outcome(tmp_path):
     assert "secret" not in card and (tmp_path / "val_imgs_grid.png").exists()
 
 
+def test_training_pictures_are_never_uploaded(tmp_path, monkeypatch):
+    from fnmatch import fnmatch
+
+    args = parse_args(["--pretrained_model_name_or_path=b", "--train_data_dir=d", f"--output_dir={tmp_path}"])
+    asked = {}
+    monkeypatch.setattr(hub, "upload_folder", lambda **options: asked.update(options))
+    hub.upload(args, "me/model")
+    secret = (
+        "ietagc/shards/shard-0/data.arrow",
+        "ietagc/bad_samples.jsonl",
+        "checkpoint-5/unet/config.json",
+        "logs/a/b",
+    )
+    public = ("unet/config.json", "README.md", "ietagc/rounds.jsonl", "model_index.json")
+    ignored = [
+        [any(fnmatch(name, p) for p in asked["ignore_patterns"]) for name in names] for names in (secret, public)
+    ]
+    assert all(ignored[0]) and not any(ignored[1])
+
+
 def test_a_card_without_images_or_rounds(tmp_path):
     args = parse_args(["--pretrained_model_name_or_path=b", "--train_data_dir=d", f"--output_dir={tmp_path}"])
     hub.write_card(args, "me/model", [], [])

@@ -194,6 +194,16 @@ def test_a_resumed_run_of_other_flags_is_refused(base, pictures, tmp_path):
     train_here(flags, tmp_path, stop_at=4)
     with pytest.raises(UsageError, match=r"skip_threshold was 0.9, is 0.8.*--resume_allow"):
         train_here([*flags, "--skip_threshold=0.8", "--resume_from_checkpoint=latest"], tmp_path)
+    for name, message in (("num_shards", "cannot change within a run"), ("skip_treshold", "not among")):
+        with pytest.raises(UsageError, match=f"--resume_allow {name}: {message}"):
+            train_here([*flags, "--resume_from_checkpoint=latest", "--resume_allow", name], tmp_path)
+    allowed = ["--skip_threshold=0.8", "--resume_from_checkpoint=latest", "--resume_allow", "skip_threshold"]
+    assert rounds(train_here([*flags, *allowed], tmp_path))[-1]["global_step"] == 24
+
+
+def test_a_missing_checkpoint_is_named(base, pictures, tmp_path):
+    flags = train_flags(base, pictures, *METHOD)
+    train_here(flags, tmp_path, stop_at=4)
     with pytest.raises(UsageError, match=r"checkpoint-77: not found; checkpoints in .*: checkpoint-4"):
         train_here([*flags, "--resume_from_checkpoint=checkpoint-77"], tmp_path)
 
