@@ -159,7 +159,7 @@ def test_groups_of_processes_resume_with_all_their_counts(base, pictures, tmp_pa
     counts = [pq.read_table(tmp_path / name / "ietagc" / "skip_counts.parquet") for name in ("whole", "cut")]
     assert counts[0].equals(counts[1]) and sum(counts[0]["visits"].to_pylist()) == 8 * 2 * 4
     rows = [json.loads((tmp_path / name / "ietagc" / "rounds.jsonl").read_text()) for name in ("whole", "cut")]
-    assert rows[0] | {"seconds": 0} == rows[1] | {"seconds": 0}
+    assert rows[0]["skip_rate"] == rows[1]["skip_rate"] and rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
 
 
 def test_plain_training_is_not_resumed_in_another_order(base, pictures, tmp_path):
@@ -167,10 +167,8 @@ def test_plain_training_is_not_resumed_in_another_order(base, pictures, tmp_path
     train_here(flags, tmp_path, stop_at=4)
     more = ["--resume_from_checkpoint=latest", "--train_batch_size=2"]
     done = launch([*flags, *more], tmp_path, processes=2, check=False)
-    assert (
-        "sample_order was 'StreamLoader', is 'SeededLoader'" in done.stderr
-        and "Traceback" not in done.stderr.split("error:")[0]
-    )
+    assert done.returncode != 0
+    assert "sample_order was 'StreamLoader', is 'SeededLoader'" in done.stderr
 
 
 def test_diverged_training_stops_with_advice(base, pictures, tmp_path):
