@@ -14,7 +14,7 @@ from .proxy import ROUND_TOTALS
 class Rounds:
     """How many steps each proxy takes in each round.
 
-    Steps of the whole run count over all proxies, so that K proxies and the official training see as many samples:
+    Steps of the whole run count over all proxies, so that K proxies take as many as the official training would:
     each proxy takes ceil(total_steps / K) steps, ``steps_per_round`` of them in each round but the last, which takes
     what is left.
     """
