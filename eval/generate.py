@@ -1,25 +1,185 @@
-"""Images for prompts, each from a seed of its own."""
+"""Images for prompts, each from a seed of its own, into a folder that ``datasets`` loads."""
 
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
+
+from ietagc_diffusers.config import UsageError
+
+from .records import read_json, write_json, write_text
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}
+SETTINGS_FILE = "generate.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are drawn: all that they depend on but the model, the prompts and the device's arithmetic.
+
+    resolution, scheduler: None is the model's own; mitigation: a chain such as ``rt:num_words=2+gni``, or None; the
+    image at place i has the seed ``seed + i``; batches are fixed slices, so that neither the number of processes nor an
+    interruption shows.
+    """
+
+    seed: int = 0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    batch_size: int = 8
+    resolution: int | None = None
+    scheduler: str | None = None
+    negative_prompt: str | None = None
+    mitigation: str | None = None
+    dtype: str = "float32"
+
+
+def load_pipeline(model, settings, device="cpu"):
+    """The text-to-image pipeline of a folder or a Hub id, its safety checker off: a blacked-out copy would not count.
+
+    Raises:
+        UsageError: it does not load or takes no prompt.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, torch_dtype=getattr(torch, settings.dtype), safety_checker=None, requires_safety_checker=False
+        )
+    except Exception as error:
+        raise UsageError(f"--model {model}: does not load as a pipeline: {' '.join(str(error).split())[:300]}") from error
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise UsageError(f"--model {model}: a {type(pipeline).__name__} takes no prompt")
+    if settings.scheduler is not None:
+        scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline.to(device)
+    if settings.mitigation:
+        from ietagc_diffusers.mitigations import apply_mitigations
+
+        pipeline = apply_mitigations(pipeline, settings.mitigation)
+    return pipeline
+
+
+def model_hash(model):
+    """A hash of the weights of a pipeline folder or a Hub id: of all its weight files, wherever they lie."""
+    folder = Path(model) if Path(model).is_dir() else Path(DiffusionPipeline.download(model))
+    index = folder / "model_index.json"
+    parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        for path in sorted((folder / part).glob("*.safetensors")) + sorted((folder / part).glob("*.bin")):
+            with path.open("rb") as file:
+                digest.update(f"{part}/{path.name}".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
-def generate(pipeline, prompts, seeds, num_inference_steps=20, guidance_scale=3.0, batch_size=50, desc="Generating"):
-    """One image a prompt. Each image's noise comes from its own seed, so that neither batch size nor order shows in it.
+def draw(pipeline, texts, seeds, settings):
+    """PIL images for prompts, each with noise from its own seed alone."""
+    size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
+    negative = {} if settings.negative_prompt is None else {"negative_prompt": [settings.negative_prompt] * len(texts)}
+    return pipeline(
+        list(texts),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **size,
+        **negative,
+    ).images
 
-    Returns uint8 (N, 3, H, W).
+
+def generate(model, prompts, output, settings, device="cpu", state=None, desc="Drawing"):
+    """Draw one image a prompt into the folder ``output`` and write its ``metadata.jsonl`` (file_name, text, seed,
+    mitigation, sample_id, source). Images that are already there are kept.
+
+    Args:
+        model: folder or Hub id; prompts: list of ``Prompt``.
+        state: accelerate's ``PartialState`` if several processes draw together: each calls this.
+
+    Raises:
+        UsageError: the folder holds images of another model, other prompts or settings.
     """
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=desc):
-        rows = slice(start, start + batch_size)
-        result = pipeline(
-            list(prompts[rows]),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
-            output_type="pt",
-        ).images
-        images.append((result.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu())
-    return torch.cat(images)
+    output = Path(output)
+    rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    if rank == 0:
+        _check_settings(output, model, prompts, settings)
+    _wait(state)
+    batches = [range(s, min(s + settings.batch_size, len(prompts))) for s in range(0, len(prompts), settings.batch_size)]
+    mine = [b for b in batches[rank::num_processes] if not all(_image_path(output, i).exists() for i in b)]
+    if mine:
+        pipeline = load_pipeline(model, settings, device)
+        with tqdm(total=sum(map(len, mine)), desc=desc, disable=rank > 0) as bar:
+            for batch in mine:
+                texts, seeds = [prompts[i].text for i in batch], [settings.seed + i for i in batch]
+                for index, image in zip(batch, draw(pipeline, texts, seeds, settings), strict=True):
+                    _save(image, _image_path(output, index))
+                bar.update(len(batch))
+    _wait(state)
+    if rank == 0:
+        _write_metadata(prompts, output, settings)
+
+
+def _wait(state):
+    if state is not None:
+        state.wait_for_everyone()
+
+
+def _write_metadata(prompts, output, settings):
+    rows = [
+        {
+            "file_name": _image_path(output, index).name,
+            "text": prompt.text,
+            "seed": settings.seed + index,
+            "mitigation": settings.mitigation,
+            "sample_id": prompt.sample_id,
+            "source": prompt.source,
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+    write_text(output / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _image_path(output, index):
+    return output / f"{index:06d}.png"
+
+
+def _save(image, path):
+    part = path.with_suffix(".part")
+    image.save(part, format="png")
+    part.replace(path)
+
+
+def _check_settings(output, model, prompts, settings):
+    """Leave a record of what is drawn in ``output``, or compare it with the one that is there."""
+    output.mkdir(parents=True, exist_ok=True)
+    texts = json.dumps([asdict(prompt) for prompt in prompts])
+    wanted = asdict(settings) | {
+        "model": str(model),
+        "model_hash": model_hash(model),
+        "num_images": len(prompts),
+        "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
+    }
+    path = output / SETTINGS_FILE
+    if not path.exists():
+        if any(output.glob("*.png")):
+            raise UsageError(f"{output}: holds images that were not drawn here; give an empty --output")
+        write_json(path, wanted)
+        return
+    found = read_json(path)
+    differing = [key for key in wanted if key != "model" and found.get(key) != wanted[key]]
+    if differing:
+        key = differing[0]
+        raise UsageError(
+            f"{output}: was begun with {key} {found.get(key)!r}, not {wanted[key]!r}; give another --output, or remove it"
+        )

@@ -1,45 +1,161 @@
-"""Exact nearest neighbours by chunked matrix products."""
+"""Exact nearest neighbours by chunked matrix products, in bounded memory."""
 
 import torch
+from tqdm.auto import tqdm
+
+MARGIN = 8  # candidates beyond k: rounding of the expanded square may swap neighbours that are nearly tied
+QUERY_CHUNK = 1024
+FAISS_FROM = 300_000
+FAISS_PROBES = 64
+GIB = 2**30
 
 
-def nearest_l2(queries, references, k=1, chunk=1024):
+def nearest_l2(queries, references, k=1, max_memory=2 * GIB, device="cpu", index="auto", progress=False):
     """The k nearest references of each query in l2.
 
-    Candidates come from the expanded square, in which a duplicate's distance can round to more than 0; they are
-    measured again exactly.
+    Candidates come from the expanded square ||r||^2 - 2 q.r of vectors centred on the references' mean, in which a
+    duplicate's distance can still round to more than 0; they are measured again by subtraction.
 
     Args:
-        queries: float32 (N, D); references: float32 (M, D), M >= k.
+        queries: (N, D), references: (M, D), M >= k, float32 or uint8; uint8 counts as value / 255.
+        max_memory: bytes for working memory, on top of inputs and results.
+        index: ``exact``; ``faiss``: candidates from an inverted file, which can miss neighbours; ``auto``: FAISS from
+            300,000 references on, if it is installed.
 
     Returns:
-        Distances (N, k), ascending, and indices (N, k).
+        Distances float32 (N, k), ascending, and indices (N, k), on the CPU.
     """
-    squares = references.pow(2).sum(dim=1)
+    centre = _mean(references, max_memory)
+    if uses_faiss(index, len(references)):
+        candidates = _faiss_candidates(queries, references, k + MARGIN, centre)
+    else:
+
+        def offset(chunk):
+            return chunk.pow(2).sum(dim=1) / -2  # max of q.r - ||r||^2 / 2 is min of ||q - r||
+
+        candidates, _ = _chunked(queries, references, k + MARGIN, offset, centre, max_memory, device, progress)
+    return _measured(queries, references, candidates, k, max_memory, device)
+
+
+def most_similar(
+    queries, references, k=1, exclude_self=False, groups=None, max_memory=2 * GIB, device="cpu", index="auto"
+):
+    """The k most similar references of each query by dot product; of unit vectors, the cosine.
+
+    Args:
+        exclude_self: queries are the references, and none is its own neighbour.
+        groups: (N,) and (M,) integers; references of a query's own group are no neighbours of it.
+
+    Other arguments as for ``nearest_l2``. Returns similarities (N, k), descending, and indices (N, k).
+    """
+    if exclude_self:
+        groups = (torch.arange(len(queries)), torch.arange(len(references)))
+    if groups is None and uses_faiss(index, len(references)):
+        found = _faiss_candidates(queries, references, k, None)
+        return torch.einsum("nd,nkd->nk", queries, references[found]), found
+
+    def mask(scores, rows, columns):
+        same = groups[0][rows, None] == groups[1][columns]
+        scores.masked_fill_(same.to(scores.device), -torch.inf)
+
+    mask = None if groups is None else mask
+    indices, values = _chunked(queries, references, k, None, None, max_memory, device, False, mask)
+    return values, indices
+
+
+def uses_faiss(index, num_references):
+    """Whether ``index`` means FAISS for so many references."""
+    if index == "auto" and num_references < FAISS_FROM:
+        return False
+    if index == "exact":
+        return False
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        if index == "faiss":
+            raise
+        return False
+    return True
+
+
+def _floats(vectors, centre=None, device="cpu"):
+    vectors = vectors.to(device)
+    vectors = vectors.float() / 255 if vectors.dtype == torch.uint8 else vectors.float()
+    return vectors if centre is None else vectors - centre.to(device)
+
+
+def _mean(vectors, max_memory):
+    rows = max(1, max_memory // (8 * vectors.shape[1]))
+    return torch.stack([_floats(chunk).sum(dim=0) for chunk in vectors.split(rows)]).sum(dim=0) / len(vectors)
+
+
+def _chunk_sizes(num_queries, num_references, dim, max_memory):
+    """Rows of queries and of references that are worked on at a time: both in two copies (converted and centred) and
+    their products, 4 bytes a value.
+    """
+    rows = min(QUERY_CHUNK, num_queries, max(1, max_memory // (32 * dim)))
+    left = max_memory - 8 * rows * dim
+    return rows, max(1, min(num_references, left // (8 * dim + 8 * rows)))
+
+
+def _chunked(queries, references, k, offset, centre, max_memory, device, progress, mask=None):
+    """The k references with the highest q.r + offset(r) of each query: indices and scores (N, min(k, M)), best first.
+
+    References are the outer loop, so that each chunk of them is converted once, and each query keeps a running best.
+    """
+    k = min(k, len(references))
+    rows, columns = _chunk_sizes(len(queries), len(references), queries.shape[1], max_memory)
+    best = torch.full((len(queries), k), -torch.inf)
+    indices = torch.zeros((len(queries), k), dtype=torch.long)
+    total = -(-len(queries) // rows) * -(-len(references) // columns)
+    with tqdm(total=total, desc="Nearest neighbours", disable=not progress, leave=False) as bar:
+        for first in range(0, len(references), columns):
+            there = slice(first, first + columns)
+            chunk = _floats(references[there], centre, device)
+            added = torch.zeros(len(chunk), device=device) if offset is None else offset(chunk)
+            for start in range(0, len(queries), rows):
+                here = slice(start, start + rows)
+                scores = torch.addmm(added, _floats(queries[here], centre, device), chunk.T)
+                if mask is not None:
+                    mask(scores, here, there)
+                found = scores.topk(min(k, scores.shape[1]), sorted=False)
+                values = torch.cat([best[here], found.values.cpu()], dim=1)
+                merged = values.topk(k)
+                best[here] = merged.values
+                indices[here] = torch.cat([indices[here], found.indices.cpu() + first], dim=1).gather(1, merged.indices)
+                bar.update()
+    return indices, best
+
+
+def _measured(queries, references, candidates, k, max_memory, device):
+    """The k nearest of each query's candidates, by subtraction."""
+    rows = max(1, max_memory // (8 * candidates.shape[1] * queries.shape[1]))
     distances, indices = [], []
-    for block in queries.split(chunk):
-        expanded = squares - 2 * block @ references.T  # the query's own square does not change the order
-        found = expanded.topk(min(k + 8, len(references)), largest=False).indices
-        exact = (block[:, None] - references[found]).norm(dim=2)
-        nearest = exact.topk(k, largest=False)
+    for start in range(0, len(queries), rows):
+        found = candidates[start : start + rows]
+        block = _floats(queries[start : start + rows], device=device)
+        near = _floats(references[found.flatten()], device=device).view(*found.shape, -1)
+        exact = torch.cdist(block[:, None], near, compute_mode="donot_use_mm_for_euclid_dist")[:, 0].cpu()
+        nearest = exact.topk(min(k, exact.shape[1]), largest=False)
         distances.append(nearest.values)
         indices.append(found.gather(1, nearest.indices))
     return torch.cat(distances), torch.cat(indices)
 
 
-def most_similar(queries, references, chunk=1024, exclude_self=False):
-    """The most similar reference of each query by dot product.
-
-    ``exclude_self``: queries are the references, and none is its own neighbour. Returns similarities (N,) and indices
-    (N,).
+def _faiss_candidates(queries, references, k, centre):
+    """The k best that FAISS finds in the inverted lists nearest to each query: (N, k) indices. Without a centre the
+    vectors are of unit length, of which the nearest are the most similar.
     """
-    values, indices = [], []
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ references.T
-        if exclude_self:
-            rows = torch.arange(len(similarity))
-            similarity[rows, rows + start] = -torch.inf
-        best = similarity.max(dim=1)
-        values.append(best.values)
-        indices.append(best.indices)
-    return torch.cat(values), torch.cat(indices)
+    import faiss
+
+    dim, lists = references.shape[1], int(4 * len(references) ** 0.5)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim), dim, lists)
+    sample = references[torch.linspace(0, len(references) - 1, min(len(references), 64 * lists)).long()]
+    index.train(_floats(sample, centre).numpy())
+    for chunk in tqdm(references.split(50_000), desc="FAISS index", leave=False):
+        index.add(_floats(chunk, centre).numpy())
+    index.nprobe = min(lists, FAISS_PROBES)
+    found = [torch.from_numpy(index.search(_floats(block, centre).numpy(), k)[1]) for block in queries.split(QUERY_CHUNK)]
+    found = torch.cat(found)
+    # Where the probed lists hold fewer than k, FAISS pads with -1: repeat the best.
+    return torch.where(found < 0, found[:, :1].clamp(min=0), found)

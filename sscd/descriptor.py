@@ -1,18 +1,181 @@
 """Descriptors: callables from images to unit vectors whose dot product is the similarity."""
 
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 
+from .preprocess import PREPROCESS
 
-def pixel_descriptor(images, size=16):
-    """The built-in descriptor ``pixel``: downsampled, mean-centred, normalised pixels. Needs no weights; never to be
-    called SSCD.
+ADDRESS = "https://dl.fbaipublicfiles.com/sscd-copy-detection/{}.torchscript.pt"
+# Dimensions of the published checkpoints.
+CHECKPOINTS = {"sscd_disc_mixup": 512, "sscd_disc_large": 1024}
+FOLDER_VARIABLE = "SSCD_HOME"
+# A protocol is a checkpoint and a preprocessing: `dcr` that of the paper's tables, `sscd` that of SSCD's authors.
+PROTOCOLS = {"dcr": ("sscd_disc_large", "dcr"), "sscd": ("sscd_disc_mixup", "sscd-288")}
+SSCD_COPY = 0.5
+# Measured on photographs: see docs/evaluation.md. Pixels of unrelated pictures are often similar, up to 0.8.
+PIXEL_COPY = 0.9
+
+
+class DescriptorError(ValueError):
+    """A descriptor that cannot be had, with what would do."""
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """Images uint8 (N, 3, H, W) -> float32 (N, D) of unit length.
 
     Args:
-        images: uint8 (N, 3, H, W).
-        size: side of the downsampled image.
-
-    Returns:
-        float32 (N, 3 * size * size) of unit length; zero for an image of one colour.
+        name: what reports call it.
+        transform: uint8 (N, 3, H, W) -> the network's input.
+        network: that input -> (N, D).
+        copy_similarity: over it, an image counts as a copy.
+        record: what identifies it, for scores and caches: JSON values.
     """
-    small = F.interpolate(images.float() / 255, size=(size, size), mode="bilinear", antialias=True).flatten(1)
-    return F.normalize(small - small.mean(dim=1, keepdim=True), dim=1)
+
+    name: str
+    transform: Callable
+    network: Callable
+    copy_similarity: float
+    record: dict = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def identity(self):
+        return {"descriptor": self.name} | self.record
+
+    @torch.no_grad()
+    def __call__(self, images):
+        vectors = self.network(self.transform(images.to(self.device)))
+        return F.normalize(vectors.float(), dim=1).cpu()
+
+
+def centred_pixels(images):
+    return (images - images.mean(dim=(1, 2, 3), keepdim=True)).flatten(1)
+
+
+def pixel_descriptor(size=16):
+    """The built-in descriptor ``pixel``: downsampled, mean-centred, normalised pixels (3 * size^2 dimensions).
+
+    Needs no weights and knows near-exact copies alone; never to be called SSCD. An image of one colour is the zero
+    vector, similar to nothing.
+    """
+
+    def transform(images):
+        return F.interpolate(images.float() / 255, size=(size, size), mode="bilinear", antialias=True)
+
+    return Descriptor("pixel", transform, centred_pixels, PIXEL_COPY, {"size": size})
+
+
+def load_descriptor(path_or_name="auto", protocol=None, device="cpu"):
+    """A descriptor by name or checkpoint file.
+
+    Args:
+        path_or_name: ``pixel``; ``sscd_disc_mixup`` or ``sscd_disc_large``, which are looked for in ``$SSCD_HOME`` and
+            in torch's hub cache, then downloaded into the latter; a TorchScript file; or ``auto``: the protocol's SSCD
+            checkpoint if it is on this machine, else ``pixel``; nothing is downloaded.
+        protocol: ``dcr`` (default) or ``sscd``; or a preprocessing: ``dcr``, ``sscd-288``, ``sscd-320``.
+        device: where the network runs.
+
+    Raises:
+        DescriptorError: unknown name, no file and no network, a file that is no TorchScript descriptor, or one that
+            changed since its hash was recorded.
+    """
+    checkpoint, preprocess = PROTOCOLS.get(protocol or "dcr", ("sscd_disc_mixup", protocol))
+    if preprocess not in PREPROCESS:
+        known = ", ".join({**PROTOCOLS, **PREPROCESS})
+        raise DescriptorError(f"protocol {protocol}: unknown; the known ones are {known}")
+    if path_or_name == "auto":
+        found = _local_file(checkpoint)
+        return pixel_descriptor() if found is None else _from_file(found, checkpoint, preprocess, device, known=True)
+    if path_or_name == "pixel":
+        return pixel_descriptor()
+    if path_or_name in CHECKPOINTS:
+        path = _local_file(path_or_name) or _download(path_or_name)
+        return _from_file(path, path_or_name, preprocess, device, known=True)
+    path = Path(path_or_name)
+    if not path.is_file():
+        near = get_close_matches(path_or_name, ["pixel", "auto", *CHECKPOINTS], 1)
+        hint = f"; did you mean {near[0]}?" if near else f" (names: pixel, auto, {', '.join(CHECKPOINTS)})"
+        raise DescriptorError(f"descriptor {path_or_name}: neither a known name nor a file{hint}")
+    return _from_file(path, path.name.split(".")[0], preprocess, device)
+
+
+def _hub_folder():
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _local_file(name):
+    folders = [Path(os.environ[FOLDER_VARIABLE])] if os.environ.get(FOLDER_VARIABLE) else []
+    candidates = [folder / f"{name}.torchscript.pt" for folder in [*folders, _hub_folder()]]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _download(name):
+    address, path = ADDRESS.format(name), _hub_folder() / f"{name}.torchscript.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(address, str(path), progress=True)
+    except OSError as error:
+        raise DescriptorError(
+            f"descriptor {name}: not on this machine, and {address} cannot be reached ({error}); get that file and put "
+            f"it into {path.parent} or into the folder that the environment variable {FOLDER_VARIABLE} names"
+        ) from error
+    return path
+
+
+def file_hash(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked_hash(path):
+    """The file's SHA-256, which must be the one in ``<file>.sha256`` beside it. That is written at the file's first
+    use, since its publisher names none.
+    """
+    found, beside = file_hash(path), path.with_name(path.name + ".sha256")
+    if beside.is_file():
+        recorded = beside.read_text().split()[0] if beside.read_text().strip() else ""
+        if recorded != found:
+            raise DescriptorError(
+                f"{path}: its SHA-256 is {found}, but {beside.name} says {recorded}: the file changed or is damaged; "
+                f"get it anew, or remove {beside.name} if the change was meant"
+            )
+    elif os.access(path.parent, os.W_OK):
+        beside.write_text(f"{found}  {path.name}\n")
+    return found
+
+
+def _from_file(path, name, preprocess, device, known=False):
+    sha256 = _checked_hash(path) if known else file_hash(path)
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        raise DescriptorError(
+            f"{path}: not a TorchScript file, such as {ADDRESS.format('sscd_disc_mixup')}"
+        ) from error
+    transform = PREPROCESS[preprocess]
+    descriptor = Descriptor(
+        name, transform, network, SSCD_COPY, {"preprocess": preprocess, "sha256": sha256}, str(device)
+    )
+    _try_out(descriptor, path, CHECKPOINTS.get(name))
+    return descriptor
+
+
+def _try_out(descriptor, path, dimensions):
+    """Raise unless the network makes a vector of an image, of the published length if that is known."""
+    try:
+        made = descriptor((torch.arange(3 * 320 * 320) % 251).to(torch.uint8).view(1, 3, 320, 320))
+        shape, finite = tuple(made.shape), bool(made.isfinite().all())
+    except Exception as error:  # TorchScript raises what it likes
+        raise DescriptorError(f"{path}: does not run on images: {str(error).splitlines()[-1][:200]}") from error
+    if len(shape) != 2 or shape[0] != 1 or not finite or (dimensions or shape[1]) != shape[1]:
+        wanted = f"a finite vector of {dimensions or 'any'} dimensions"
+        raise DescriptorError(f"{path}: should make {wanted} of an image, makes {shape}: a wrong checkpoint file?")

@@ -1,0 +1,114 @@
+"""The gate: generate, score, report, and a verdict that a build can fail on."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .generate import generate, model_hash
+from .images import load_images
+from .records import write_text
+from .report import Scored, table_rows, write_report
+from .score import score
+
+PASSED, OVER = 0, 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Highest values that pass; None is no limit."""
+
+    copy_rate: float | None = 0.01
+    sim_score: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    passed: bool
+    sentence: str
+
+    @property
+    def exit_code(self):
+        return PASSED if self.passed else OVER
+
+
+def judge(scores, limits):
+    """Compare scores with limits."""
+    low, high = scores["copy_rate_ci95"]
+    copies = round(scores["copy_rate"] * scores["num_generated"])
+    parts, over = [], []
+    if limits.copy_rate is not None:
+        over.append(scores["copy_rate"] > limits.copy_rate)
+        parts.append(
+            f"{copies} of {scores['num_generated']} images are copies: {scores['copy_rate']:.1%} "
+            f"(95% interval {low:.1%} to {high:.1%}), limit {limits.copy_rate:.1%}"
+        )
+    if limits.sim_score is not None:
+        over.append(scores["sim_score"] > limits.sim_score)
+        parts.append(f"Sim Score {scores['sim_score']:.3f}, limit {limits.sim_score:.3f}")
+    passed = not any(over)
+    sentence = f"{'Passed' if passed else 'Failed'}: {'; '.join(parts)}."
+    if passed and limits.copy_rate is not None and high > limits.copy_rate:
+        sentence += f" The interval reaches over the limit: {_enough(limits.copy_rate)} images would tell more."
+    return Verdict(passed, sentence)
+
+
+def _enough(rate):
+    """How many images without a copy bring the interval's end under ``rate``: n / (n + z^2) of Wilson's, solved."""
+    return "more" if rate <= 0 else f"about {round(3.84 * (1 - rate) / rate)} or more"
+
+
+def audit(model, train, prompts, output, settings, tools, limits, cache=None, device="cpu", state=None):
+    """Draw ``prompts`` with the model, compare with the training set, write ``images/``, ``scores.json``,
+    ``report.html`` and ``summary.md`` into ``output``.
+
+    Args:
+        train: ``ImageSet``; tools: ``score.Tools`` or a function that makes them, called after the drawing.
+        state: accelerate's ``PartialState`` if several processes draw; the first one scores.
+
+    Returns:
+        A ``Verdict``, or None on the processes that only drew.
+    """
+    output = Path(output)
+    generate(model, prompts, output / "images", settings, device, state, desc="Drawing")
+    if state is not None and not state.is_main_process:
+        return None
+    drawn = load_images(output / "images", "--output")
+    tools = tools() if callable(tools) else tools
+    about = {"model": str(model), "model_hash": model_hash(model), "settings": _settings(settings)}
+    scores = score(drawn, train, output, tools, cache, about=about)
+    verdict = judge(scores, limits)
+    scored = [Scored.load(output, Path(str(model)).name)]
+    write_report(scored, output / "report.html", verdict=(verdict.passed, verdict.sentence))
+    write_text(output / "summary.md", summary(scored, verdict))
+    return verdict
+
+
+def _settings(settings):
+    from dataclasses import asdict
+
+    return asdict(settings)
+
+
+def summary(scored, verdict):
+    """The verdict and the table in Markdown."""
+    lines = [f"### {'✅' if verdict.passed else '❌'} Memorization audit of {scored[0].name}", "", verdict.sentence, ""]
+    lines += [f"| | {scored[0].name} |", "|---|---|"]
+    for title, cells, show in table_rows(scored):
+        value, interval = cells[0]
+        around = f" ({show(interval[0])} – {show(interval[1])})" if interval else ""
+        lines.append(f"| {title} | {show(value)}{around} |")
+    protocol = scored[0].scores["protocol"]
+    lines += ["", f"Descriptor `{protocol['descriptor']}`, protocol `{protocol['name']}`, {protocol['neighbours']} neighbours."]
+    return "\n".join(lines) + "\n"
+
+
+def report_to_github(text, verdict):
+    """Append the summary to the job's page, and annotate a failure, as GitHub Actions reads it."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        print(text)
+    if not verdict.passed:
+        print(f"::error title=Memorization audit::{verdict.sentence}")

@@ -1,0 +1,102 @@
+"""CLIP score: the cosine between an image and its prompt, x 100."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
+
+from ietagc_diffusers.config import UsageError
+from sscd import PREPROCESS
+from sscd.descriptor import file_hash
+
+
+@dataclass(frozen=True)
+class ClipImages:
+    """Extractor of CLIP's image vectors: uint8 (N, 3, H, W) -> float32 (N, D) of unit length."""
+
+    model: torch.nn.Module
+    transform: object
+    record: dict
+    device: str
+
+    @property
+    def identity(self):
+        return {"clip_images": self.record}
+
+    @torch.no_grad()
+    def __call__(self, images):
+        return self.model.encode_image(self.transform(images).to(self.device), normalize=True).float().cpu()
+
+
+class ClipScorer:
+    """CLIP score over open_clip.
+
+    Args:
+        model_name: open_clip's, such as ``ViT-B-16``; OpenAI's weights from a file need ``ViT-B-16-quickgelu``.
+        pretrained: a tag (downloaded) or a weights file.
+        preprocess: ``own``, the model's; or ``dcr``, which feeds the CLIP of the paper's tables with the images that
+            SSCD saw (256, crop 224, 0.5/0.5).
+
+    Raises:
+        UsageError: unknown model or tag, no weights, or ``dcr`` with a model of other images than 224 x 224.
+    """
+
+    def __init__(self, model_name="ViT-B-16", pretrained="openai", preprocess="own", device="cpu"):
+        where = f"--clip {model_name}:{pretrained}"
+        if model_name not in open_clip.list_models() and ":" not in model_name:
+            near = get_close_matches(model_name, open_clip.list_models(), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{where}: open_clip has no such model{hint}")
+        path = Path(pretrained)
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        if not path.is_file() and pretrained not in tags:
+            raise UsageError(f"{where}: neither a file nor a tag of this model ({', '.join(tags) or 'it has none'})")
+        try:
+            model, _, own = open_clip.create_model_and_transforms(model_name, pretrained, device=device)
+        except Exception as error:
+            raise UsageError(
+                f"{where}: the weights cannot be loaded ({' '.join(str(error).split())[:200]}); "
+                f"get the file elsewhere and give --clip {model_name}:FILE"
+            ) from error
+        size = model.visual.image_size
+        size = size if isinstance(size, int) else size[0]
+        if preprocess == "dcr" and size != 224:
+            raise UsageError(f"{where} takes images of {size}: --clip_preprocess dcr makes them 224; give own")
+        self.model, self.device = model.eval(), device
+        self.tokenizer = open_clip.get_tokenizer(model_name)
+        weights = {"sha256": file_hash(path)} if path.is_file() else {"tag": pretrained}
+        self.record = {"model": model_name, **weights, "preprocess": preprocess}
+        transform = PREPROCESS["dcr"] if preprocess == "dcr" else partial(_one_by_one, own)
+        self.images = ClipImages(self.model, transform, self.record, device)
+
+    @torch.no_grad()
+    def texts(self, prompts, batch_size=64):
+        """Vectors of the prompts, float32 (N, D) of unit length, and how many were longer than the model reads."""
+        unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        vectors = []
+        for start in range(0, len(unique), batch_size):
+            tokens = self.tokenizer(list(unique)[start : start + batch_size]).to(self.device)
+            vectors.append(self.model.encode_text(tokens, normalize=True).float().cpu())
+        rows = torch.tensor([unique[prompt] for prompt in prompts])
+        longer = {prompt: self._is_longer(prompt) for prompt in unique}
+        return torch.cat(vectors)[rows], sum(longer[prompt] for prompt in prompts)
+
+    def _is_longer(self, prompt):
+        """Whether the prompt still has tokens, or their end, one place after the model's last."""
+        limit = self.tokenizer.context_length
+        padding = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0)
+        return bool(self.tokenizer([prompt], context_length=limit + 1)[0, limit] != padding)
+
+
+def _one_by_one(transform, images):
+    return torch.stack([transform(TF.to_pil_image(image)) for image in images])
+
+
+def clip_scores(image_vectors, text_vectors):
+    """100 x the cosine of each pair of unit vectors (N, D): (N,). Not clamped at 0."""
+    return 100 * F.cosine_similarity(image_vectors, text_vectors, dim=1)

@@ -1,0 +1,180 @@
+"""Features of a set of images, each computed once: kept on disk under the hash of the image's file.
+
+An extractor is a callable from images uint8 (N, 3, H, W) to vectors (N, D), float32 or uint8, with an ``identity``: a
+dict of JSON values that changes whenever its vectors do. Every descriptor is one.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as TF
+from tqdm.auto import tqdm
+
+from ietagc_diffusers.config import UsageError
+
+from .images import BadImage, content_hash, to_tensor
+
+DTYPES = {"f": np.float32, "u": np.uint8}
+
+
+def default_cache():
+    """``$XDG_CACHE_HOME/ietagc/features``, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ietagc" / "features"
+
+
+class FeatureCache:
+    """What one extractor made, by content hash: one SQLite file, committed batch by batch, safe to share by processes.
+
+    Without a folder, or where it cannot be written, it lives in memory.
+    """
+
+    def __init__(self, folder, identity):
+        self.connection = self._open(folder, identity) if folder is not None else sqlite3.connect(":memory:")
+        self.connection.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, kind TEXT, vector BLOB)")
+
+    @staticmethod
+    def _open(folder, identity):
+        text = json.dumps(identity, sort_keys=True)
+        path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.sqlite"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for attempt in range(2):
+                connection = sqlite3.connect(path, timeout=60)
+                try:
+                    connection.execute("CREATE TABLE IF NOT EXISTS identity (text TEXT PRIMARY KEY)")
+                    connection.execute("INSERT OR IGNORE INTO identity VALUES (?)", (text,))
+                    connection.commit()
+                    return connection
+                except sqlite3.DatabaseError as error:
+                    connection.close()
+                    if attempt or isinstance(error, sqlite3.OperationalError):
+                        raise
+                    path.replace(path.with_suffix(".damaged"))
+                    warnings.warn(f"{path}: damaged; begun anew", stacklevel=2)
+        except (OSError, sqlite3.Error) as error:
+            warnings.warn(f"{path}: features are not kept: {error}", stacklevel=2)
+        return sqlite3.connect(":memory:")
+
+    def get(self, keys):
+        """{key: vector} of the keys that are known."""
+        marks = ",".join("?" * len(keys))
+        rows = self.connection.execute(f"SELECT key, kind, vector FROM vectors WHERE key IN ({marks})", keys)
+        return {key: np.frombuffer(vector, dtype=DTYPES[kind]) for key, kind, vector in rows}
+
+    def put(self, vectors):
+        """Keep {key: vector}."""
+        rows = [(key, "u" if v.dtype == np.uint8 else "f", v.tobytes()) for key, v in vectors.items()]
+        with self.connection:
+            self.connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Features of the images that could be used.
+
+    features: {extractor name: (M, D)}; kept: the indices of those M images in the set; skipped: [name, reason] of the
+    others.
+    """
+
+    features: dict
+    kept: list
+    skipped: list
+
+
+def embed(images, extractors, cache=None, batch_size=32, desc="Describing images"):
+    """Features of an ``ImageSet``.
+
+    Args:
+        extractors: {name: extractor}.
+        cache: the folder of the ``FeatureCache``s, or None.
+
+    An image that does not decode, or whose features are not finite, is skipped and named. What was computed is kept
+    even if the process is killed.
+
+    Raises:
+        UsageError: no image could be used.
+    """
+    caches = {name: FeatureCache(cache, extractor.identity) for name, extractor in extractors.items()}
+    vectors, kept, skipped = {name: [] for name in extractors}, [], list(images.skipped)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, tqdm(total=len(images), desc=desc) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = range(start, min(start + batch_size, len(images)))
+            found, bad = _embed_batch(images, batch, extractors, caches, pool)
+            for index in batch:
+                if index in bad:
+                    skipped.append([images.names[index], bad[index]])
+                else:
+                    kept.append(index)
+                    for name in extractors:
+                        vectors[name].append(found[index][name])
+            bar.update(len(batch))
+    if not kept:
+        why = f": {skipped[0][0]} {skipped[0][1]}" if skipped else ""
+        raise UsageError(f"{images.source}: none of its {len(images)} images can be used{why}")
+    features = {name: torch.from_numpy(np.stack(vectors[name])) for name in extractors}
+    return Embedded(features, kept, skipped)
+
+
+def _embed_batch(images, batch, extractors, caches, pool):
+    """Returns {index: {name: vector}} and {index: reason}."""
+    bad = {}
+
+    def guarded(function, index, *args):
+        try:
+            return function(index, *args)
+        except BadImage as error:
+            bad[index] = str(error)
+            return None
+
+    encoded = dict(zip(batch, pool.map(lambda index: guarded(images.encoded, index), batch), strict=True))
+    keys = {index: content_hash(value) for index, value in encoded.items() if value is not None}
+    known = {name: cache.get(list(set(keys.values()))) for name, cache in caches.items()}
+    missing = [index for index in keys if any(keys[index] not in known[name] for name in extractors)]
+    decoded = pool.map(lambda index: guarded(images.image, index, encoded[index]), missing)
+    decoded = {i: to_tensor(image) for i, image in zip(missing, decoded, strict=True) if image is not None}
+    for name, extractor in extractors.items():
+        wanted = {keys[i]: image for i, image in decoded.items() if keys[i] not in known[name]}
+        made = _in_stacks(extractor, wanted)
+        finite = {key: vector for key, vector in made.items() if np.isfinite(vector).all()}
+        caches[name].put(finite)
+        known[name] |= finite
+        for index in decoded:
+            if keys[index] not in known[name]:
+                bad[index] = f"its {name} features are not finite"
+    good = [index for index in keys if index not in bad]
+    return {index: {name: known[name][keys[index]] for name in extractors} for index in good}, bad
+
+
+def _in_stacks(extractor, images):
+    """{key: vector} of {key: image}: images of one size go through the extractor together."""
+    sizes = {}
+    for key, image in images.items():
+        sizes.setdefault(image.shape, []).append(key)
+    made = {}
+    for keys in sizes.values():
+        vectors = extractor(torch.stack([images[key] for key in keys])).cpu().numpy()
+        made |= dict(zip(keys, vectors, strict=True))
+    return made
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pixels for l2 distances: the small edge resized to ``size``, the centre cropped; uint8 (N, 3 * size * size)."""
+
+    size: int
+
+    @property
+    def identity(self):
+        return {"pixels": self.size}
+
+    def __call__(self, images):
+        resized = TF.resize(images, [self.size], antialias=True) if min(images.shape[2:]) != self.size else images
+        return TF.center_crop(resized, [self.size]).flatten(1)

@@ -1,0 +1,25 @@
+"""JSON files, written whole or not at all."""
+
+import json
+from pathlib import Path
+
+from ietagc_diffusers.config import UsageError
+
+
+def write_text(path, text):
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """Raises ``UsageError`` if the file is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
