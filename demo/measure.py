@@ -1,28 +1,29 @@
-"""What the demo measures of a run: its front, and what its last model generates for the training captions."""
+"""What the demo measures of a run: its front, and what its last model draws for the training captions."""
 
-import json
+import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from PIL import Image
 
 from demo.renders import draw_scenes, render_all, write_image_folder
-from eval.frechet import frechet_distance, pooled_pixels
 from eval.front import measure
-from eval.generate import generate
-from eval.memorized_quantity import l2_ratio, memorized_quantity
+from eval.generate import Settings, generate
+from eval.images import load_images
 from eval.neighbours import most_similar
-from eval.similarity import copy_rate, sim_score
+from eval.prompts import Prompt
+from eval.records import write_json
+from eval.score import NEAREST, SCORES, Protocol, Tools, score
 from sscd import pixel_descriptor
 
 BASE = Path(__file__).parent / "tiny-sd"
 STYLE = "mosaic"
 NUM_IMAGES, NUM_DUPLICATED, COPIES = 300, 30, 4
 IMAGES_PER_CAPTION = 2
+SETTINGS = Settings(num_inference_steps=20, guidance_scale=3.0, batch_size=100, scheduler="ddim")
 
 
 class Pictures:
@@ -61,9 +62,31 @@ class Pictures:
     def captions(self):
         return [scene.caption for scene in self.scenes]
 
+    @property
+    def prompts(self):
+        """Every caption, over and over; the sample id is the picture's number."""
+        return [Prompt(caption, number) for number, caption in enumerate(self.captions)] * IMAGES_PER_CAPTION
+
     def write(self, folder):
+        """Image folders in ``folder``: ``pictures`` to train on, ``heldout``, ``reference``, and ``fresh``, which
+        stands in for a model that copies nothing.
+        """
         copies = [COPIES] * NUM_DUPLICATED + [1] * (NUM_IMAGES - NUM_DUPLICATED)
-        write_image_folder(folder, self.captions, self.training.permute(0, 2, 3, 1).numpy(), copies)
+        write_pictures(folder / "pictures", self.captions, self.training, copies)
+        write_pictures(folder / "heldout", [scene.caption for scene in self.heldout_scenes], self.heldout)
+        write_pictures(folder / "reference", self.captions * 8, self.reference)
+        fresh = torch.cat([self.fresh(100 + number) for number in range(IMAGES_PER_CAPTION)])
+        write_pictures(folder / "fresh", self.captions * IMAGES_PER_CAPTION, fresh)
+
+
+def write_pictures(folder, captions, pictures, copies=None):
+    """An image folder, written whole or not at all."""
+    if folder.exists():
+        return
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    write_image_folder(part, captions, pictures.permute(0, 2, 3, 1).numpy(), copies or [1] * len(captions))
+    part.replace(folder)
 
 
 def _tensor(pictures):
@@ -75,78 +98,45 @@ def centred(pictures):
     return pictures.float() / 127.5 - 1
 
 
-def flat(pictures):
-    return pictures.float().flatten(1) / 255
-
-
 def front(pictures, name, run_dir):
     """The run's ``FrontPoint``s, as dicts."""
     heldout_captions = [scene.caption for scene in pictures.heldout_scenes]
-    points = measure(
+    measured = measure(
         BASE,
         {name: run_dir},
         (centred(pictures.training), pictures.captions),
         (centred(pictures.heldout), heldout_captions),
     )
-    return [asdict(point) for point in points]
-
-
-def similarities(pictures, images):
-    """Similarity of each image to its nearest training image, and which that is."""
-    return most_similar(pixel_descriptor(images), pixel_descriptor(pictures.training))
+    return [asdict(point) for point, _ in measured]
 
 
 def copy_threshold(pictures):
     """A copy is more similar to a training image than 99% of fresh pictures of the same captions are."""
-    return torch.quantile(similarities(pictures, pictures.fresh(100))[0], 0.99).item()
+    descriptor = pixel_descriptor()
+    similarity, _ = most_similar(descriptor(pictures.fresh(100)), descriptor(pictures.training))
+    return torch.quantile(similarity[:, 0], 0.99).item()
 
 
-def score(pictures, images):
-    """Numbers for images drawn for the training captions, caption after caption: uint8 (k * 300, 3, 32, 32)."""
-    similarity, _ = similarities(pictures, images)
-    threshold = copy_threshold(pictures)
-    duplicated = torch.arange(len(images)) % NUM_IMAGES < NUM_DUPLICATED
-    features = [pooled_pixels(x) for x in (images, pictures.reference)]
-    return {
-        "sim_score": sim_score(similarity),
-        "copy_threshold": threshold,
-        "copy_rate": copy_rate(similarity, threshold),
-        "copy_rate_duplicated": copy_rate(similarity[duplicated], threshold),
-        "copy_rate_single": copy_rate(similarity[~duplicated], threshold),
-        "memorized_quantity": memorized_quantity(l2_ratio(flat(images), flat(pictures.training))),
-        "frechet_pixel_8": frechet_distance(*features),
-        "num_generated": len(images),
-        "descriptor": "pixel",
-    }
+def score_folder(pictures, images, output, folder):
+    """Score an image folder that shows the prompts in their order against the pictures in the demo's ``folder``."""
+    protocol = Protocol(descriptor="pixel", copy_similarity=copy_threshold(pictures), distinct=True)
+    generated, training = load_images(images, "demo"), load_images(folder / "pictures", "demo")
+    reference = load_images(folder / "reference", "demo")
+    scores = score(generated, training, output, Tools(protocol), folder / "features", reference)
+    copied = np.array(pq.read_table(output / NEAREST)["copy"].to_pylist())
+    duplicated = np.arange(len(copied)) % NUM_IMAGES < NUM_DUPLICATED
+    rates = {"copy_rate_duplicated": copied[duplicated].mean(), "copy_rate_single": copied[~duplicated].mean()}
+    write_json(output / SCORES, scores | {key: float(rate) for key, rate in rates.items()})
 
 
-def draw(pictures, model_dir):
-    pipeline = StableDiffusionPipeline.from_pretrained(model_dir, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    prompts = pictures.captions * IMAGES_PER_CAPTION
-    return generate(pipeline, prompts, range(len(prompts)), batch_size=100, desc=f"Drawing with {Path(model_dir).name}")
-
-
-def measure_run(name, run_dir, sample):
-    """Measure a finished run; what is already there is kept. Writes front.json and, with ``sample``, generated.png and
-    scores.json.
+def measure_run(name, run_dir, folder, sample):
+    """Measure a finished run; what is already there is kept. Writes front.json and, with ``sample``, ``drawn`` and
+    ``scored``.
     """
-    run_dir, pictures = Path(run_dir), Pictures()
+    pictures = Pictures()
     torch.set_num_threads(1)
-    front_path, image_path, score_path = (run_dir / f for f in ("front.json", "generated.npy", "scores.json"))
-    if not front_path.exists():
-        write_json(front_path, front(pictures, name, run_dir))
-    if sample and not score_path.exists():
-        if not image_path.exists():
-            np.save(image_path, draw(pictures, run_dir).numpy())
-        write_json(score_path, score(pictures, torch.from_numpy(np.load(image_path))))
-
-
-def write_json(path, value):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2))
-    part.replace(path)
-
-
-def to_image(picture):
-    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+    if not (run_dir / "front.json").exists():
+        write_json(run_dir / "front.json", front(pictures, name, run_dir))
+    if sample and not (run_dir / "scored" / SCORES).exists():
+        generate(run_dir, pictures.prompts, run_dir / "drawn", SETTINGS)
+        score_folder(pictures, run_dir / "drawn", run_dir / "scored", folder)

@@ -1,39 +1,26 @@
-"""The demo's page: one HTML file with the front, the table, the histograms and the pictures."""
+"""The demo's page: the report of its models with the front before it, and the README's picture."""
 
-import base64
 import html
-import io
 import json
 from pathlib import Path
-from string import Template
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
-from demo.measure import IMAGES_PER_CAPTION, NUM_IMAGES, flat, score, similarities, to_image
+from demo.measure import NUM_IMAGES
+from eval.figures import COLOURS, inline_svg, plot_front, png
 from eval.front import FrontPoint, at_gap, by_run, write_csv
-from eval.memorized_quantity import THRESHOLDS, l2_ratio
-from eval.neighbours import most_similar, nearest_l2
-from sscd import pixel_descriptor
+from eval.images import load_images
+from eval.report import Scored, table_rows, write_report
 
-CONTROL, METHOD = "none", "iet-agc+"
+CONTROL, METHOD, FRESH = "none", "iet-agc+", "fresh pictures"
 GAPS = (0.01, 0.0125, 0.015, 0.0175, 0.02, 0.03, 0.04)
-COLOURS = {CONTROL: "#333333", METHOD: "#c1272d"}
-SHEET = 16  # captions shown
-
-TEMPLATE = Path(__file__).with_suffix(".html")
-
-
-def _read(path):
-    return json.loads(Path(path).read_text())
+RUN_COLOURS = dict(zip((CONTROL, METHOD), COLOURS, strict=False))  # as in the report's histogram
+STRIP = 10  # captions in the README's picture
 
 
 def _front(arms):
-    return [FrontPoint(**point) for run_dir in arms.values() for point in _read(run_dir / "front.json")]
+    return [FrontPoint(**p) for run_dir in arms.values() for p in json.loads((run_dir / "front.json").read_text())]
 
 
 def front_table(points):
@@ -65,128 +52,25 @@ def reading(points):
     )
 
 
-def _scored(folder, pictures, sampled, arms):
-    """Rows of the table: references first, then runs. {name: scores}."""
-    rows = {
-        "fresh pictures of the captions": score(
-            pictures, torch.cat([pictures.fresh(100 + i) for i in range(IMAGES_PER_CAPTION)])
-        ),
-        "the training pictures": score(pictures, torch.cat([pictures.training] * IMAGES_PER_CAPTION)),
-    }
-    return rows | {name: _read(arms[name] / "scores.json") for name in sampled}
+def load_scored(folder, sampled):
+    """The ``Scored`` models of the page: runs first, then pictures that copy nothing."""
+    models = {name: run_dir / "scored" for name, run_dir in sampled.items()} | {FRESH: folder / "fresh_scored"}
+    return [Scored.load(path, name) for name, path in models.items()]
 
 
-COLUMNS = {
-    "Sim Score": lambda s: f"{s['sim_score']:.3f}",
-    "copies": lambda s: f"{s['copy_rate']:.1%}",
-    "of duplicated": lambda s: f"{s['copy_rate_duplicated']:.1%}",
-    "of single": lambda s: f"{s['copy_rate_single']:.1%}",
-    "MQ 0.4": lambda s: f"{s['memorized_quantity']['0.4']:.1%}",
-    "MQ 0.5": lambda s: f"{s['memorized_quantity']['0.5']:.1%}",
-    "MQ 0.6": lambda s: f"{s['memorized_quantity']['0.6']:.1%}",
-    "Fréchet pixel-8": lambda s: f"{s['frechet_pixel_8']:.2f}",
-}
-
-
-def table(folder, sampled, arms):
+def table(scored, points):
     """The numbers for the screen."""
-    lines = [f"{'':34}" + "".join(f"{title:>17}" for title in COLUMNS)]
-    scores = _read(folder / "scores.json")
-    for name, numbers in scores.items():
-        lines.append(f"{name:34}" + "".join(f"{show(numbers):>17}" for show in COLUMNS.values()))
-    lines += [
-        "",
-        "Held-out loss at equal gap (lower is better)",
-        f"{'':34}" + "".join(f"{gap:>9g}" for gap in GAPS) + "   lowest",
-    ]
-    points = _front(arms)
+    lines = [f"{'':52}" + "".join(f"{model.name:>16}" for model in scored)]
+    for title, cells, show in table_rows(scored):
+        lines.append(f"{title:52}" + "".join(f"{'-' if value is None else show(value):>16}" for value, _ in cells))
+    for title, key in (("copies of duplicated pictures", "copy_rate_duplicated"), ("of others", "copy_rate_single")):
+        lines.append(f"{title:52}" + "".join(f"{model.scores[key]:>16.1%}" for model in scored))
+    lines += ["", "Held-out loss at equal gap (lower is better)"]
+    lines.append(f"{'':34}" + "".join(f"{gap:>9g}" for gap in GAPS) + "   lowest")
     for name, losses, lowest in front_table(points):
         shown = "".join(f"{'-' if loss is None else format(loss, '.4f'):>9}" for loss in losses)
         lines.append(f"{name:34}{shown}{lowest:>9.4f}")
     return "\n".join([*lines, "", reading(points)])
-
-
-def _plot_front(axes, points):
-    runs = by_run(points)
-    others = iter(plt.get_cmap("tab10").colors)
-    for name, run in runs.items():
-        main = name in COLOURS
-        axes.plot(
-            [p.gap for p in run],
-            [p.heldout_loss for p in run],
-            marker="o",
-            markersize=4 if main else 2,
-            linewidth=2.2 if main else 1,
-            color=COLOURS.get(name) or next(others),
-            label=name,
-            zorder=3 if main else 2,
-        )
-    lowest = min(p.heldout_loss for p in points)
-    axes.set_ylim(lowest - 0.002, lowest + 0.024)
-    axes.set_xlim(0, max(p.gap for p in points if p.heldout_loss < lowest + 0.024) + 0.003)
-    axes.set_xlabel("gap between held-out and training loss, from the base on  (memorization →)")
-    axes.set_ylabel("held-out loss  (← quality)")
-    axes.grid(alpha=0.25)
-    if len(runs) > 3:
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    else:
-        axes.legend(fontsize=8)
-
-
-def _plot_histograms(axes, groups):
-    bins = np.linspace(0.2, 1, 60)
-    for name, values, colour, style in groups:
-        axes.hist(
-            values, bins=bins, density=True, histtype="step", linewidth=1.8, color=colour, linestyle=style, label=name
-        )
-    axes.set_xlabel("similarity to the nearest training picture (descriptor: pixel)")
-    axes.set_ylabel("density")
-    axes.legend(fontsize=8, loc="upper left")
-
-
-def _png(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def _inline(png):
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _picture(tensor):
-    buffer = io.BytesIO()
-    to_image(tensor).save(buffer, format="png")
-    return _inline(buffer.getvalue())
-
-
-def _most_copied(pictures, images):
-    """Rows of ``images`` with the lowest l2 ratio, one for each training image, and those training images."""
-    ratios = l2_ratio(flat(images), flat(pictures.training))
-    nearest = nearest_l2(flat(images), flat(pictures.training))[1][:, 0].tolist()
-    chosen = {}
-    for row in ratios.argsort().tolist():
-        chosen.setdefault(nearest[row], row)
-    return list(chosen.values())[:SHEET], list(chosen)[:SHEET]
-
-
-def _sheet(pictures, images, rows, nearest):
-    """HTML cells: a training picture, and what both models drew for the same caption and seed."""
-    ratios = {name: l2_ratio(flat(x[rows]), flat(pictures.training)).tolist() for name, x in images.items()}
-    cells = []
-    for number, (row, training) in enumerate(zip(rows, nearest, strict=True)):
-        shown = [(pictures.training[training], "training", "")]
-        for name in (CONTROL, METHOD):
-            ratio = ratios[name][number]
-            shown.append((images[name][row], f"{name} {ratio:.2f}", "copied" if ratio <= THRESHOLDS[0] else ""))
-        trio = "".join(
-            f'<div><img src="{_picture(picture)}" class="{kind}" alt="{label}">{label}</div>'
-            for picture, label, kind in shown
-        )
-        caption = html.escape(pictures.captions[row % NUM_IMAGES])
-        cells.append(f'<div class="cell"><div class="trio">{trio}</div><p>{caption}</p></div>')
-    return "".join(cells)
 
 
 def _rows(header, rows):
@@ -196,71 +80,71 @@ def _rows(header, rows):
     return "".join(f"<tr>{line}</tr>" for line in lines)
 
 
-def _readme_figure(pictures, points, images, chosen, nearest):
+def _intro(points, scored):
+    """The front, before the numbers."""
+    copied = " and ".join(
+        f"{m.name} copied {m.scores['copy_rate']:.1%} ({m.scores['copy_rate_duplicated']:.1%} where the picture was "
+        f"duplicated)"
+        for m in scored
+        if m.name != FRESH
+    )
+    threshold = scored[0].scores["protocol"]["copy_similarity"]
+    gap_rows = _rows(
+        ["held-out loss at gap", *(f"{gap:g}" for gap in GAPS), "lowest"],
+        [
+            [name, *("–" if loss is None else f"{loss:.4f}" for loss in losses), f"{lowest:.4f}"]
+            for name, losses, lowest in front_table(points)
+        ],
+    )
+    figure = inline_svg(lambda axes: plot_front(axes, points, CONTROL, RUN_COLOURS), (8, 4.6))
+    return f"""<p>Two models fine-tuned from one base on {NUM_IMAGES} small pictures, 30 of which have four rows: with plain
+training and with IET-AGC+. Of {scored[0].scores["num_generated"]} pictures drawn for the training captions, {copied}. A copy
+is more similar to a training picture (descriptor: pixel, threshold {threshold:.3f}) than 99% of fresh pictures of the same
+captions are.</p>
+<h2>The front</h2>
+<figure>{figure}<figcaption>Each point is a model along a run. Plain training stopped at any point is the control: a
+method is worth something where it lies below that curve.</figcaption></figure>
+<p>{html.escape(reading(points))}</p>
+<div class="scroll"><table>{gap_rows}</table></div>"""
+
+
+def _readme_figure(folder, points, scored):
+    """The front beside training pictures and what both models draw where plain training copies most."""
+    plain, method = (next(m for m in scored if m.name == name) for name in (CONTROL, METHOD))
+    chosen = {}
+    for row in np.argsort(plain.nearest["l2_ratio"]):
+        chosen.setdefault(plain.nearest["nearest"][row], int(row))
+    names, rows = list(chosen)[:STRIP], list(chosen.values())[:STRIP]
+    training = load_images(folder / "pictures", "demo")
+    lines = [[training.image(training.names.index(name)) for name in names]]
+    for model in (plain, method):
+        drawn = load_images(model.scores["generated"], "demo")
+        lines.append([drawn.image(drawn.names.index(model.nearest["file_name"][row])) for row in rows])
+    strip = np.concatenate([np.concatenate([np.asarray(image) for image in line], axis=1) for line in lines])
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), gridspec_kw={"width_ratios": [1, 1.25]})
-    _plot_front(left, [point for point in points if point.run in COLOURS])
-    rows = [pictures.training[nearest], images[CONTROL][chosen], images[METHOD][chosen]]
-    strip = torch.cat([torch.cat(list(row[:10]), dim=2) for row in rows], dim=1)
-    right.imshow(strip.permute(1, 2, 0).numpy())
-    right.set_yticks([16, 48, 80], ["training", CONTROL, METHOD])
+    plot_front(left, [point for point in points if point.run in RUN_COLOURS], CONTROL, RUN_COLOURS)
+    right.imshow(strip)
+    side = strip.shape[0] // 3
+    right.set_yticks([side * (i + 0.5) for i in range(3)], ["training", CONTROL, METHOD])
     right.set_xticks([])
     right.set_title("where plain training copies most", fontsize=10)
-    return _png(figure)
+    png(figure, folder / "figure.png")
 
 
-def write(folder, pictures, arms, sampled):
-    """Write index.html, front.csv, scores.json and figure.png into ``folder``. Returns the page's path."""
+def write(folder, arms, sampled):
+    """Write index.html, front.csv and figure.png into ``folder``.
+
+    Args:
+        arms: {run: folder} of all runs on the front; sampled: of those whose pictures were scored.
+
+    Returns:
+        The page's path, and the numbers as text.
+    """
     points = _front(arms)
     write_csv(points, folder / "front.csv")
-    scores = _scored(folder, pictures, sampled, arms)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
-    images = {name: torch.from_numpy(np.load(arms[name] / "generated.npy")) for name in sampled}
-    values = {name: similarities(pictures, x)[0] for name, x in images.items()}
-    threshold = scores[CONTROL]["copy_threshold"]
-
-    figure, axes = plt.subplots(figsize=(8, 4.6))
-    _plot_front(axes, points)
-    front_png = _png(figure)
-    descriptors = pixel_descriptor(pictures.training)
-    background, _ = most_similar(descriptors, descriptors, exclude_self=True)
-    groups = [(name, v.numpy(), COLOURS[name], "-") for name, v in values.items()]
-    groups += [
-        ("training against training", background.numpy(), "#888888", ":"),
-        ("fresh pictures", similarities(pictures, pictures.reference)[0].numpy(), "#2a7f3f", "--"),
-    ]
-    figure, axes = plt.subplots(figsize=(8, 3.2))
-    _plot_histograms(axes, groups)
-    axes.axvline(threshold, color="#888888", linewidth=0.8)
-    histogram_png = _png(figure)
-    chosen, nearest = _most_copied(pictures, images[CONTROL])
-    (folder / "figure.png").write_bytes(_readme_figure(pictures, points, images, chosen, nearest))
-
-    texts = {
-        "num_images": NUM_IMAGES,
-        "num_generated": scores[CONTROL]["num_generated"],
-        "copied": " and ".join(
-            f"{name} copied {s['copy_rate']:.1%} ({s['copy_rate_duplicated']:.1%} where the picture was duplicated)"
-            for name in (CONTROL, METHOD)
-            if (s := scores[name])
-        ),
-        "reading": reading(points),
-        "threshold": f"{threshold:.3f}",
-        "front": _inline(front_png),
-        "histogram": _inline(histogram_png),
-        "gap_rows": _rows(
-            ["held-out loss at gap", *(f"{gap:g}" for gap in GAPS), "lowest"],
-            [
-                [name, *("–" if loss is None else f"{loss:.4f}" for loss in losses), f"{lowest:.4f}"]
-                for name, losses, lowest in front_table(points)
-            ],
-        ),
-        "score_rows": _rows(
-            ["drawn for training captions", *COLUMNS],
-            [[name, *(show(numbers) for show in COLUMNS.values())] for name, numbers in scores.items()],
-        ),
-        "sheet": _sheet(pictures, images, chosen, nearest),
-    }
-    page = Template(TEMPLATE.read_text()).substitute(texts)
-    path = folder / "index.html"
-    path.write_text(page)
-    return path
+    scored = load_scored(folder, sampled)
+    _readme_figure(folder, points, scored)
+    path = write_report(
+        scored, Path(folder) / "index.html", title="IET-AGC+ against plain training", intro=_intro(points, scored)
+    )
+    return path, table(scored, points)

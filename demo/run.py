@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from demo import page
 from demo.arms import CONTROLS, DEMO, POINTS
-from demo.measure import BASE, Pictures, measure_run
+from demo.measure import BASE, Pictures, measure_run, score_folder
+from eval.score import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL_ARM = "iet-agc+"
@@ -64,7 +65,9 @@ class Runner:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not (run_dir / "model_index.json").exists():
             self.train(name, flags)
-        if not all((run_dir / wanted).exists() for wanted in ("front.json", *(["scores.json"] if sample else []))):
+        if not all(
+            (run_dir / wanted).exists() for wanted in ("front.json", *(["scored/scores.json"] if sample else []))
+        ):
             self.measure(name, sample)
 
     def progress(self, name):
@@ -105,22 +108,22 @@ def main():
     args = parser.parse_args()
     folder = args.folder or ROOT / "runs" / ("demo" if args.seed == 0 else f"demo-seed-{args.seed}")
     if args.measure:
-        measure_run(args.measure, folder / slug(args.measure), args.sample)
+        measure_run(args.measure, folder / slug(args.measure), folder, args.sample)
         return
     if not BASE.exists():
         sys.exit(f"{BASE} is missing: `make tiny-sd` makes it")
     started = time.perf_counter()
     pictures = Pictures()
-    if not (folder / "pictures" / "metadata.jsonl").exists():
-        pictures.write(folder / "pictures")
+    pictures.write(folder)
     runner = Runner(folder, args.seed)
     runner.run_all(DEMO, sample=True)
     if args.controls:
         runner.run_all(filled(CONTROLS, measured_rates(folder / slug(FULL_ARM))), sample=False)
     arms = {name: folder / slug(name) for name in [*DEMO, *CONTROLS] if (folder / slug(name) / "front.json").exists()}
-    path = page.write(folder, pictures, arms, list(DEMO))
-    print(page.table(folder, list(DEMO), arms))
-    print(f"\n{time.perf_counter() - started:.0f} s. The page: {path}")
+    if not (folder / "fresh_scored" / SCORES).exists():
+        score_folder(pictures, folder / "fresh", folder / "fresh_scored", folder)
+    path, numbers = page.write(folder, arms, {name: arms[name] for name in DEMO})
+    print(f"{numbers}\n\n{time.perf_counter() - started:.0f} s. The page: {path}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ def build_parser():
     return parser
 
 
-def _command(commands, name, help, run):
+def _command(commands, name, help, handler):
     parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(handler=handler)
     return parser
 
 
@@ -49,23 +49,29 @@ def _add_generation(parser):
 def _add_scoring(parser):
     group = parser.add_argument_group("scoring")
     group.add_argument(
-        "--protocol", help="dcr (the paper's tables; default), sscd (SSCD's authors), or a preprocessing: sscd-288, sscd-320"
+        "--protocol",
+        help="dcr (the paper's tables; default), sscd (SSCD's authors), or a preprocessing: sscd-288, sscd-320",
     )
     group.add_argument(
         "--descriptor",
         default="auto",
-        help="sscd_disc_large or sscd_disc_mixup (downloaded if need be), a TorchScript file, pixel, or auto (default): "
+        help="sscd_disc_large or sscd_disc_mixup (downloaded if need be), a TorchScript file, pixel; auto (default) is "
         "the protocol's SSCD if it is on this machine, else pixel",
     )
-    group.add_argument("--copy_similarity", type=float, help="over it an image is a copy; default: 0.5 (SSCD), 0.9 (pixel)")
+    group.add_argument(
+        "--copy_similarity", type=float, help="over it an image is a copy; default: 0.5 (SSCD), 0.9 (pixel)"
+    )
     group.add_argument("--l2", default="iet-agc", choices=["iet-agc", "paper"], help="MQ's l2 ratio")
-    group.add_argument("--pixels", type=int, help="side of the images for l2; default: the generated images', at most 64")
+    group.add_argument(
+        "--pixels", type=int, help="side of the images for l2; default: the generated images', at most 64"
+    )
     group.add_argument("--clip", metavar="MODEL:TAG|FILE", help="CLIP score by open_clip, such as ViT-B-16:openai")
     group.add_argument("--clip_preprocess", choices=["own", "dcr"], help="default: dcr under protocol dcr")
     group.add_argument("--fid", default="pixel-8", help="inception, inception:FILE, pixel-8 (default) or none")
     group.add_argument("--fid_antialias", action="store_true", help="shrink with antialiasing (torchmetrics' default)")
     group.add_argument("--reference", metavar="DIR|ID", help="images for the Fréchet distance; default: --train")
     group.add_argument("--patches", action="store_true", help="also look for local copies: crops against crops")
+    group.add_argument("--distinct", action="store_true", help="count exact duplicates among training images once")
     group.add_argument("--index", default="auto", choices=["auto", "exact", "faiss"], help="nearest-neighbour search")
     group.add_argument("--scoring_batch_size", type=int, default=32)
     group.add_argument("--max_memory", type=float, default=2.0, metavar="GIB", help="working memory of the search")
@@ -139,7 +145,9 @@ def _add_front(commands):
 
 
 def _add_figures(commands):
-    parser = _command(commands, "figures", "the paper's Figs. 3, 6, 7, 8 and 9, as far as what is given allows", _figures)
+    parser = _command(
+        commands, "figures", "the paper's Figs. 3, 6, 7, 8 and 9, as far as what is given allows", _figures
+    )
     parser.add_argument("--scores", nargs="*", default=[], metavar="[NAME=]DIR", help="scored models (Figs. 3, 6, 7)")
     parser.add_argument("--run", metavar="DIR", help="training run (Figs. 3, 8, 9)")
     _add_training_images(parser, required=False)
@@ -199,6 +207,7 @@ def _protocol(args, device):
         fid=args.fid,
         fid_antialias=args.fid_antialias,
         patches=args.patches,
+        distinct=args.distinct,
         index=args.index,
         device=device,
         batch_size=args.scoring_batch_size,
@@ -314,7 +323,7 @@ def _front(args):
 
 
 def _figures(args):
-    from .figures import draw_all
+    from .paper_figures import draw_all
 
     training = _training_images(args) if args.train else None
     draw_all(_named(args.scores, "--scores"), args.run, training, Path(args.output), _device(args))
@@ -323,7 +332,7 @@ def _figures(args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        return args.handler(args) or 0
     except (UsageError, DescriptorError) as error:
         print(f"python -m eval {args.command}: error: {error}", file=sys.stderr)
         return WRONG_USE

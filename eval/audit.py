@@ -1,7 +1,7 @@
 """The gate: generate, score, report, and a verdict that a build can fail on."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .generate import generate, model_hash
@@ -74,19 +74,13 @@ def audit(model, train, prompts, output, settings, tools, limits, cache=None, de
         return None
     drawn = load_images(output / "images", "--output")
     tools = tools() if callable(tools) else tools
-    about = {"model": str(model), "model_hash": model_hash(model), "settings": _settings(settings)}
+    about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
     scores = score(drawn, train, output, tools, cache, about=about)
     verdict = judge(scores, limits)
     scored = [Scored.load(output, Path(str(model)).name)]
     write_report(scored, output / "report.html", verdict=(verdict.passed, verdict.sentence))
     write_text(output / "summary.md", summary(scored, verdict))
     return verdict
-
-
-def _settings(settings):
-    from dataclasses import asdict
-
-    return asdict(settings)
 
 
 def summary(scored, verdict):
@@ -98,7 +92,10 @@ def summary(scored, verdict):
         around = f" ({show(interval[0])} – {show(interval[1])})" if interval else ""
         lines.append(f"| {title} | {show(value)}{around} |")
     protocol = scored[0].scores["protocol"]
-    lines += ["", f"Descriptor `{protocol['descriptor']}`, protocol `{protocol['name']}`, {protocol['neighbours']} neighbours."]
+    lines += [
+        "",
+        f"Descriptor `{protocol['descriptor']}`, protocol `{protocol['name']}`, {protocol['neighbours']} neighbours.",
+    ]
     return "\n".join(lines) + "\n"
 
 

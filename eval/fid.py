@@ -20,8 +20,8 @@ def frechet_distance(first, second):
     """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, D) and (M, D), N, M >= 2, in float64.
 
     With C = A^T A for the centred features A / sqrt(N - 1), tr (C1 C2)^(1/2) is the sum of the singular values of
-    A1 A2^T. No covariance is squared, so that fewer images than dimensions cost no precision: identical sets are at 0 to
-    1e-12, where a root of C1 C2 gives 1e-4.
+    A1 A2^T. No covariance is squared, so that fewer images than dimensions cost no precision: identical sets are at 0
+    to 1e-12, where a root of C1 C2 gives 1e-4.
     """
     mean1, root1 = _mean_and_root(first)
     mean2, root2 = _mean_and_root(second)
@@ -46,7 +46,9 @@ def kernel_distance(first, second, subsets=100, subset_size=1000):
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(subset_size, len(first), len(second))
-    made = kid_features_to_metric(first.float(), second.float(), kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    made = kid_features_to_metric(
+        first.float(), second.float(), kid_subsets=subsets, kid_subset_size=size, verbose=False
+    )
     return [made["kernel_inception_distance_mean"], made["kernel_inception_distance_std"]]
 
 

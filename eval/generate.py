@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from ietagc_diffusers.config import UsageError
@@ -22,7 +22,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "pndm": "PNDMScheduler",
 }
-SETTINGS_FILE = "generate.json"
+SETTINGS_FILE = ".generate.json"  # hidden: no image, and no row for `datasets`
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,24 @@ class Settings:
     dtype: str = "float32"
 
 
-def load_pipeline(model, settings, device="cpu"):
+def load_pipeline(model, settings, device="cpu", unet=None):
     """The text-to-image pipeline of a folder or a Hub id, its safety checker off: a blacked-out copy would not count.
+
+    ``unet``: folder of another UNet to put into it.
 
     Raises:
         UsageError: it does not load or takes no prompt.
     """
+    dtype = getattr(torch, settings.dtype)
+    other = {} if unet is None else {"unet": UNet2DConditionModel.from_pretrained(unet, dtype=dtype)}
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            model, torch_dtype=getattr(torch, settings.dtype), safety_checker=None, requires_safety_checker=False
+            model, dtype=dtype, safety_checker=None, requires_safety_checker=False, **other
         )
     except Exception as error:
-        raise UsageError(f"--model {model}: does not load as a pipeline: {' '.join(str(error).split())[:300]}") from error
+        raise UsageError(
+            f"--model {model}: does not load as a pipeline: {' '.join(str(error).split())[:300]}"
+        ) from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"--model {model}: a {type(pipeline).__name__} takes no prompt")
     if settings.scheduler is not None:
@@ -71,14 +77,17 @@ def load_pipeline(model, settings, device="cpu"):
     return pipeline
 
 
-def model_hash(model):
-    """A hash of the weights of a pipeline folder or a Hub id: of all its weight files, wherever they lie."""
+def model_hash(model, unet=None):
+    """A hash of the weights of a pipeline folder or a Hub id: of all its weight files, wherever they lie, and those of
+    the UNet put into it.
+    """
     folder = Path(model) if Path(model).is_dir() else Path(DiffusionPipeline.download(model))
     index = folder / "model_index.json"
     parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
     digest = hashlib.sha256()
     for part in sorted(parts):
-        for path in sorted((folder / part).glob("*.safetensors")) + sorted((folder / part).glob("*.bin")):
+        where = Path(unet) if unet is not None and part == "unet" else folder / part
+        for path in sorted(where.glob("*.safetensors")) + sorted(where.glob("*.bin")):
             with path.open("rb") as file:
                 digest.update(f"{part}/{path.name}".encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -99,12 +108,13 @@ def draw(pipeline, texts, seeds, settings):
     ).images
 
 
-def generate(model, prompts, output, settings, device="cpu", state=None, desc="Drawing"):
+def generate(model, prompts, output, settings, device="cpu", state=None, unet=None, desc="Drawing"):
     """Draw one image a prompt into the folder ``output`` and write its ``metadata.jsonl`` (file_name, text, seed,
     mitigation, sample_id, source). Images that are already there are kept.
 
     Args:
         model: folder or Hub id; prompts: list of ``Prompt``.
+        unet: folder of another UNet to put into the model.
         state: accelerate's ``PartialState`` if several processes draw together: each calls this.
 
     Raises:
@@ -113,12 +123,14 @@ def generate(model, prompts, output, settings, device="cpu", state=None, desc="D
     output = Path(output)
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
-        _check_settings(output, model, prompts, settings)
+        _check_settings(output, model, unet, prompts, settings)
     _wait(state)
-    batches = [range(s, min(s + settings.batch_size, len(prompts))) for s in range(0, len(prompts), settings.batch_size)]
+    batches = [
+        range(s, min(s + settings.batch_size, len(prompts))) for s in range(0, len(prompts), settings.batch_size)
+    ]
     mine = [b for b in batches[rank::num_processes] if not all(_image_path(output, i).exists() for i in b)]
     if mine:
-        pipeline = load_pipeline(model, settings, device)
+        pipeline = load_pipeline(model, settings, device, unet)
         with tqdm(total=sum(map(len, mine)), desc=desc, disable=rank > 0) as bar:
             for batch in mine:
                 texts, seeds = [prompts[i].text for i in batch], [settings.seed + i for i in batch]
@@ -160,13 +172,13 @@ def _save(image, path):
     part.replace(path)
 
 
-def _check_settings(output, model, prompts, settings):
+def _check_settings(output, model, unet, prompts, settings):
     """Leave a record of what is drawn in ``output``, or compare it with the one that is there."""
     output.mkdir(parents=True, exist_ok=True)
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     wanted = asdict(settings) | {
         "model": str(model),
-        "model_hash": model_hash(model),
+        "model_hash": model_hash(model, unet),
         "num_images": len(prompts),
         "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
     }
@@ -181,5 +193,5 @@ def _check_settings(output, model, prompts, settings):
     if differing:
         key = differing[0]
         raise UsageError(
-            f"{output}: was begun with {key} {found.get(key)!r}, not {wanted[key]!r}; give another --output, or remove it"
+            f"{output}: begun with {key} {found.get(key)!r}, not {wanted[key]!r}; give another --output, or remove it"
         )

@@ -155,7 +155,9 @@ def _faiss_candidates(queries, references, k, centre):
     for chunk in tqdm(references.split(50_000), desc="FAISS index", leave=False):
         index.add(_floats(chunk, centre).numpy())
     index.nprobe = min(lists, FAISS_PROBES)
-    found = [torch.from_numpy(index.search(_floats(block, centre).numpy(), k)[1]) for block in queries.split(QUERY_CHUNK)]
+    found = [
+        torch.from_numpy(index.search(_floats(block, centre).numpy(), k)[1]) for block in queries.split(QUERY_CHUNK)
+    ]
     found = torch.cat(found)
     # Where the probed lists hold fewer than k, FAISS pads with -1: repeat the best.
     return torch.where(found < 0, found[:, :1].clamp(min=0), found)

@@ -21,8 +21,8 @@ class Prompt:
 
 
 def read_prompts(path, flag="--prompts"):
-    """The prompts of a file: ``.txt`` (one a line), ``.csv``/``.tsv`` (any delimiter) or ``.jsonl``/``.json`` (a list of
-    objects or strings) with a column ``text``, ``prompt`` or ``caption``, in any case.
+    """The prompts of a file: ``.txt`` (one a line), ``.csv``/``.tsv`` (any delimiter) or ``.jsonl``/``.json``
+    (a list of objects or strings) with a column ``text``, ``prompt`` or ``caption``, in any case.
 
     Raises:
         UsageError: naming the row that has no prompt.
@@ -75,12 +75,14 @@ def caption_prompts(images, flag):
     """The captions of an ``ImageSet`` as prompts, one an image that has one."""
     captions = images.captions()
     if not captions:
-        raise UsageError(f"{flag} {images.source}: its images have no captions (a metadata.jsonl with text); give --prompts")
+        raise UsageError(
+            f"{flag} {images.source}: its images have no captions (a metadata.jsonl with text); give --prompts"
+        )
     return [Prompt(text, images.rows[index].get("sample_id", index), images.names[index]) for index, text in captions]
 
 
 def choose(prompts, num_images, seed):
-    """``num_images`` prompts: all of them over and over, the last time (or the only one) a seeded draw in their order."""
+    """``num_images`` prompts: all of them over and over, the last time (or the only one) a seeded draw, in order."""
     whole, rest = divmod(num_images, len(prompts))
     drawn = sorted(random.Random(seed).sample(range(len(prompts)), rest))
     return prompts * whole + [prompts[index] for index in drawn]

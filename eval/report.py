@@ -52,7 +52,7 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
     """
     pictures = Pictures()
     pairs = [pair for index, model in enumerate(scored) for pair in _pairs(index, model, max_pairs, pictures)]
-    compare = _compare(scored, pictures) if len(scored) > 1 else []
+    compare = _compare(scored, pictures)
     total = sum(len(model.nearest["file_name"]) for model in scored)
     count = f"{{}} of {total:,} generated images, the {max_pairs} most similar of each model at most."
     data = {
@@ -72,8 +72,8 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
         "notes": _notes(scored),
         "histogram": inline_svg(lambda axes: plot_similarities(axes, scored), (8, 3.2)),
         "histogram_caption": html.escape(
-            f"Similarity to the nearest training image (descriptor: {first['protocol']['descriptor']}); dotted: of each "
-            "training image to its nearest other one; the line: over it an image counts as a copy."
+            f"Similarity to the nearest training image (descriptor: {first['protocol']['descriptor']}); dotted: of "
+            "each training image to its nearest other one; the line: over it an image counts as a copy."
         ),
         "compare": _compare_section(compare),
         "count": html.escape(count.replace("{}", str(len(pairs)))),
@@ -138,24 +138,28 @@ def _pairs(index, model, max_pairs, pictures):
 
 
 def _compare(scored, pictures):
-    """Images of all models for the same prompt and seed, where the first model is most similar to a training image."""
-    by_key = []
+    """Images of the models with seeds for the same prompt and seed, where the first copies most."""
+    by_key = {}
     for model in scored:
-        rows = zip(model.nearest["text"], model.nearest["seed"], strict=True)
-        by_key.append({key: row for row, key in enumerate(rows) if key[1] is not None})
-    shared = [key for key in by_key[0] if all(key in other for other in by_key[1:])]
-    first = scored[0].nearest
-    shared.sort(key=lambda key: -first["similarity"][by_key[0][key]])
-    rows = []
+        keys = zip(model.nearest["text"], model.nearest["seed"], strict=True)
+        rows = {key: row for row, key in enumerate(keys) if key[1] is not None}
+        if rows:
+            by_key[model.name] = model, rows
+    if len(by_key) < 2:
+        return []
+    (first, of_first), *others = by_key.values()
+    shared = [key for key in of_first if all(key in rows for _, rows in others)]
+    shared.sort(key=lambda key: -first.nearest["similarity"][of_first[key]])
+    compared = []
     for key in shared[:COMPARED]:
         cells = []
-        for model, rows_of in zip(scored, by_key, strict=True):
-            row = rows_of[key]
-            image = pictures.add(model.scores["generated"], model.nearest["file_name"][row])
-            cells.append({"image": image, "similarity": _number(model.nearest["similarity"][row])})
-        training = pictures.add(scored[0].scores["train"], first["nearest"][by_key[0][key]])
-        rows.append({"text": key[0], "seed": key[1], "training": training, "cells": cells})
-    return rows
+        for name, (model, rows) in by_key.items():
+            image = pictures.add(model.scores["generated"], model.nearest["file_name"][rows[key]])
+            similarity = _number(model.nearest["similarity"][rows[key]])
+            cells.append({"model": name, "image": image, "similarity": similarity})
+        training = pictures.add(first.scores["train"], first.nearest["nearest"][of_first[key]])
+        compared.append({"text": key[0], "seed": key[1], "training": training, "cells": cells})
+    return compared
 
 
 def _compare_section(compare):
@@ -236,15 +240,19 @@ def _table(scored):
 def _notes(scored):
     """What to know of the numbers, what could not be computed, and what was left out."""
     lines = []
-    if any("pixel" == model.scores["protocol"]["descriptor"] for model in scored):
+    if any(model.scores["protocol"]["descriptor"] == "pixel" for model in scored):
         lines.append(
-            "Similarity is that of the built-in pixel descriptor, which knows near-exact copies alone; it is not SSCD, and "
-            "its numbers do not compare with SSCD's. Give --descriptor sscd_disc_mixup."
+            "Similarity is that of the built-in pixel descriptor, which knows near-exact copies alone; it is not SSCD, and its "
+            " numbers do not compare with SSCD's. Give --descriptor sscd_disc_mixup."
         )
     if len({json.dumps(model.scores["protocol"], sort_keys=True) for model in scored}) > 1:
         lines.append("These models were scored under different protocols: their numbers do not compare.")
+    notes = {}
     for model in scored:
-        lines += [f"{model.name}: {note}" for note in model.scores["notes"]]
+        for note in model.scores["notes"]:
+            notes.setdefault(note, []).append(model.name)
+    lines += [f"{', '.join(names)}: {note}." for note, names in notes.items()]
+    for model in scored:
         for side, skipped in model.scores["skipped"].items():
             if skipped:
                 some = "; ".join(f"{name}: {why}" for name, why in skipped[:5])
@@ -254,8 +262,10 @@ def _notes(scored):
         for model in scored
         for key, why in model.scores["reasons"].items()
     )
-    notes = "".join(f'<p class="muted">{html.escape(line)}</p>' for line in dict.fromkeys(lines))
-    return notes + (f"<details><summary>What was not computed, and why</summary><ul>{missing}</ul></details>" * bool(missing))
+    shown = "".join(f'<p class="muted">{html.escape(line)}</p>' for line in lines)
+    return shown + (
+        f"<details><summary>What was not computed, and why</summary><ul>{missing}</ul></details>" * bool(missing)
+    )
 
 
 def _protocol(model):

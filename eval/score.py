@@ -2,6 +2,7 @@
 computed is null, with the reason.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ietagc_diffusers.config import UsageError
 from sscd import load_descriptor
 
 from .clip_score import ClipScorer, clip_scores
-from .features import Pixels, embed
+from .features import Embedded, Pixels, embed
 from .fid import SMALL, Inception, PooledPixels, frechet_distance, kernel_distance, load_inception
 from .memorized_quantity import NUM_NEIGHBOURS, l2_ratio, memorization_ratio, memorized_quantity
 from .neighbours import GIB, most_similar, uses_faiss
@@ -40,6 +41,8 @@ class Protocol:
         clip_preprocess: ``own`` or ``dcr``; None follows ``name``.
         fid: ``inception``, ``inception:FILE``, ``pixel-8``, or ``none``.
         patches: whether crops are compared too.
+        distinct: whether exact duplicates in the training set count once, so that a copy of a duplicated image has a
+            second neighbour to be compared with.
         index: of ``eval.neighbours``.
     """
 
@@ -53,6 +56,7 @@ class Protocol:
     fid: str = "pixel-8"
     fid_antialias: bool = False
     patches: bool = False
+    distinct: bool = False
     index: str = "auto"
     device: str = "cpu"
     batch_size: int = 32
@@ -118,10 +122,20 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     options = {"cache": cache, "batch_size": tools.protocol.batch_size}
     extractors = tools.extractors(pixels)
     known = embed(training, extractors, desc="Describing training images", **options)
+    first = first_of_each(known.features)
     clip = {"clip": tools.clip.images} if tools.clip is not None else {}
     made = embed(generated, extractors | clip, desc="Describing generated images", **options)
-    drawn, trained = generated.select(made.kept), training.select(known.kept)
     reasons, notes = {}, []
+    num_duplicates = len(known.kept) - len(first)
+    if tools.protocol.distinct:
+        features = {name: vectors[first] for name, vectors in known.features.items()}
+        known = Embedded(features, [known.kept[i] for i in first], known.skipped)
+    elif num_duplicates:
+        notes.append(
+            f"{num_duplicates} training images duplicate another exactly: their copies have two neighbours alike, "
+            "which Gu's ratio cannot see; --distinct counts each image once"
+        )
+    drawn, trained = generated.select(made.kept), training.select(known.kept)
     table, background = {}, {}
 
     scores = _similarity(made, known, drawn, trained, tools, table, background, reasons)
@@ -135,6 +149,7 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     scores |= {
         "num_generated": len(drawn),
         "num_train": len(trained),
+        "num_train_duplicates": num_duplicates,
         "protocol": _record(tools, pixels, len(trained), reference),
         "generated": str(Path(generated.source).resolve()) if Path(generated.source).exists() else generated.source,
         "train": str(Path(training.source).resolve()) if Path(training.source).exists() else training.source,
@@ -148,6 +163,15 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     pq.write_table(pa.table(background), output / BACKGROUND)
     write_json(output / SCORES, scores)
     return scores
+
+
+def first_of_each(features):
+    """Rows of the first of each set of training images whose features are all the same."""
+    seen = {}
+    for index, vectors in enumerate(zip(*features.values(), strict=True)):
+        key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
+        seen.setdefault(key, index)
+    return list(seen.values())
 
 
 def load_scores(folder):
@@ -222,7 +246,7 @@ def _l2(made, known, tools, table, reasons, notes):
         return scores | _because(reasons, scores, "needs two training images")
     if len(theirs) < NUM_NEIGHBOURS:
         notes.append(
-            f"MQ's neighbourhood is all {len(theirs)} training images: fewer than {NUM_NEIGHBOURS}, so ratios are higher"
+            f"MQ's neighbourhood is all {len(theirs)} training images, fewer than {NUM_NEIGHBOURS}: ratios are higher"
         )
     ratios = l2_ratio(ours, theirs, tools.protocol.l2, progress=True, **tools.search())
     gu = l2_ratio(ours, theirs, "gu", **tools.search())
@@ -237,7 +261,7 @@ def _l2(made, known, tools, table, reasons, notes):
 
 
 def _because(reasons, scores, why):
-    reasons |= {key: why for key in scores}
+    reasons |= dict.fromkeys(scores, why)
     return {}
 
 
@@ -251,12 +275,17 @@ def _patches(made, known, trained, tools, table, reasons):
     table["patch_nearest"] = [trained.names[i] for i in nearest]
     table["patch"], table["patch_of_nearest"] = box.tolist(), their_box.tolist()
     scores["patch_sim_score"] = sim_score(similarity)
-    scores["patch_copy_rate"] = copy_rate(similarity, tools.copy_similarity)
+    threshold = tools.copy_similarity
     if len(theirs) < 2:
         reasons["train_train_patch_sim_score"] = "needs two training images"
     else:
         among = most_similar_crops(theirs, theirs, tools.patches, same=True, **tools.search())[0]
         scores["train_train_patch_sim_score"] = sim_score(among)
+        threshold = max(threshold, sim_score(among))
+    # Crops of unrelated images are more alike than the images: a copy must also exceed the training set's own 95%.
+    scores["patch_copy_similarity"] = threshold
+    scores["patch_copy_rate"] = copy_rate(similarity, threshold)
+    scores["patch_copy_rate_ci95"] = share_interval(similarity > threshold)
     return scores
 
 
@@ -316,4 +345,5 @@ def _record(tools, pixels, num_train, reference):
         "frechet": None if tools.features is None else {"features": tools.features.name, **tools.features.identity},
         "frechet_reference": "train" if reference is None else reference.source,
         "patches": None if tools.patches is None else [tools.patches.grid, tools.patches.share],
+        "distinct": protocol.distinct,
     }

@@ -1,11 +1,11 @@
 """Sim Score and copy rate (eq. 14), with intervals."""
 
+from statistics import NormalDist
+
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 SIM_PERCENTILE = 95
-COPY_SIMILARITY = 0.5
 
 
 def sim_score(similarities):
@@ -13,7 +13,7 @@ def sim_score(similarities):
     return float(np.percentile(_array(similarities), SIM_PERCENTILE))
 
 
-def copy_rate(similarities, threshold=COPY_SIMILARITY):
+def copy_rate(similarities, threshold):
     """Share of similarities (N,) over the threshold."""
     return float((_array(similarities) > threshold).mean())
 
@@ -34,9 +34,11 @@ def share_interval(hits, level=0.95):
     """Wilson interval [low, high] of the share of True in hits (N,). Unlike a bootstrap it is not [0, 0] where nothing
     was hit.
     """
-    hits = _array(hits)
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
-    return [float(interval.low), float(interval.high)]
+    hits, z = _array(hits), NormalDist().inv_cdf((1 + level) / 2)
+    n, share = len(hits), hits.mean()
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z**2 / n)
+    return [max(0.0, float(centre - half)), min(1.0, float(centre + half))]
 
 
 def _array(values):

@@ -158,9 +158,7 @@ def _from_file(path, name, preprocess, device, known=False):
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise DescriptorError(
-            f"{path}: not a TorchScript file, such as {ADDRESS.format('sscd_disc_mixup')}"
-        ) from error
+        raise DescriptorError(f"{path}: not a TorchScript file, such as {ADDRESS.format('sscd_disc_mixup')}") from error
     transform = PREPROCESS[preprocess]
     descriptor = Descriptor(
         name, transform, network, SSCD_COPY, {"preprocess": preprocess, "sha256": sha256}, str(device)

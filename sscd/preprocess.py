@@ -1,4 +1,4 @@
-"""What is done to an image before the SSCD network sees it: named, because numbers under different ones do not compare."""
+"""What is done to an image before SSCD sees it: by name, because numbers under different ones do not compare."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,201 @@
+"""The paper's Figs. 3, 6, 7, 8 and 9, each from what is at hand."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from diffusers import UNet2DConditionModel
+
+from ietagc_diffusers.config import UsageError
+
+from .features import Pixels, embed
+from .figures import COLOURS, GREY, plot_similarities, png
+from .front import FixedLosses
+from .front_command import captioned, run_config
+from .images import load_images
+from .neighbours import nearest_l2
+from .report import Scored
+
+GROUP = 256  # images in a group of Figs. 3 and 8
+TIMESTEPS = 20
+COLUMNS = 8
+
+
+def draw_all(named_scores, run, training, output, device="cpu"):
+    """Draw every figure that the inputs allow into ``output``; say which ones were not, and why.
+
+    Args:
+        named_scores: [(name or None, folder that ``score`` wrote)]; the first is the one of Fig. 3.
+        run: training run's folder, or None; training: ``ImageSet``, or None.
+    """
+    scored = [Scored.load(folder, name) for name, folder in named_scores]
+    output.mkdir(parents=True, exist_ok=True)
+    needs_counts = "needs --run and --train"
+    wanted = {
+        "fig3.png": (
+            scored and run and training,
+            "needs --scores, --run and --train",
+            lambda: fig3(scored[0], run, training, device),
+        ),
+        "fig6.png": (scored, "needs --scores", lambda: fig6(scored)),
+        "fig7.png": (scored, "needs --scores", lambda: fig7(scored)),
+        "fig8.png": (run and training, needs_counts, lambda: fig8(run, training)),
+        "fig9.png": (run, "needs --run", lambda: fig9(run)),
+    }
+    for name, (possible, why, draw) in wanted.items():
+        if not possible:
+            print(f"{name} not drawn: {why}")
+            continue
+        try:
+            png(draw(), output / name)
+            print(output / name)
+        except UsageError as error:
+            print(f"{name} not drawn: {error}")
+
+
+def fig3(scored, run, training, device="cpu"):
+    """Loss at each timestep of the training images that generations are most similar to, and of others.
+
+    Up to 256 of each; the same noise for all. With fewer than 512 training images, a quarter of them each.
+    """
+    config = run_config(run)
+    closest = {}
+    for name, similarity in zip(scored.nearest["nearest"], scored.nearest["similarity"], strict=True):
+        closest[name] = max(similarity, closest.get(name, -1))
+    order = sorted((i for i, text in training.captions()), key=lambda i: -closest.get(training.names[i], -1))
+    size = min(GROUP, len(order) // 4)
+    if size < 2:
+        raise UsageError(f"--train {training.source}: Fig. 3 needs at least 8 images with captions")
+    others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
+    unet = UNet2DConditionModel.from_pretrained(Path(run) / "unet").to(device).eval()
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
+        images, captions = captioned(training.select(rows), config.get("resolution", 512), size)
+        losses = FixedLosses(run, images, captions, draws=TIMESTEPS, device=device, sweep=True)
+        values = losses.by_draw(unet).numpy()
+        mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
+        axes.plot(losses.sweep, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
+        axes.fill_between(losses.sweep, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlabel("timestep")
+    axes.set_ylabel("loss (band: standard error)")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    return figure
+
+
+def fig6(scored):
+    """Histograms of similarity."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    plot_similarities(axes, scored)
+    return figure
+
+
+def fig7(scored):
+    """Training images, and what each model drew for the same prompt and seed where the first one copies most."""
+    rows = [
+        {(t, s): i for i, (t, s) in enumerate(zip(m.nearest["text"], m.nearest["seed"], strict=True))} for m in scored
+    ]
+    first = scored[0].nearest
+    shared = sorted(
+        (key for key in rows[0] if all(key in r for r in rows)), key=lambda k: -first["similarity"][rows[0][k]]
+    )
+    seen, chosen = set(), []
+    for key in shared:
+        name = first["nearest"][rows[0][key]]
+        if name not in seen and len(chosen) < COLUMNS:
+            seen.add(name)
+            chosen.append(key)
+    if not chosen:
+        raise UsageError("--scores: the models share no prompt and seed")
+    sets = {
+        source: load_images(source, "--scores") for m in scored for source in (m.scores["generated"], m.scores["train"])
+    }
+
+    def image(source, name):
+        return sets[source].image(sets[source].names.index(name))
+
+    lines = [[image(scored[0].scores["train"], first["nearest"][rows[0][key]]) for key in chosen]]
+    for model, index in zip(scored, rows, strict=True):
+        lines.append([image(model.scores["generated"], model.nearest["file_name"][index[key]]) for key in chosen])
+    size = (1.4 * len(chosen), 1.45 * len(lines))
+    figure, axes = plt.subplots(len(lines), len(chosen), figsize=size, squeeze=False)
+    for label, line, cells in zip(["training", *(m.name for m in scored)], lines, axes, strict=True):
+        for cell, picture in zip(cells, line, strict=True):
+            cell.imshow(np.asarray(picture))
+            cell.set_xticks([])
+            cell.set_yticks([])
+        cells[0].set_ylabel(label)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    return figure
+
+
+def _skips(run):
+    path = Path(run) / "ietagc" / "skip_counts.parquet"
+    if not path.is_file():
+        raise UsageError(f"--run {run}: has no ietagc/skip_counts.parquet: not a finished run")
+    table = pq.read_table(path).to_pydict()
+    if not any(table["skips"]):
+        raise UsageError(f"--run {run}: skipped no sample")
+    return table
+
+
+def energy(pixels):
+    """Mean energy of a grey image's Fourier coefficients but the constant one: uint8 (N, 3 * s * s) -> (N,).
+
+    By Parseval the variance of its pixels: the greater, the more complex the image.
+    """
+    side = int((pixels.shape[1] / 3) ** 0.5)
+    grey = pixels.float().view(-1, 3, side, side).mean(dim=1) / 255
+    spectrum = torch.fft.fft2(grey, norm="ortho").abs().pow(2)
+    spectrum[:, 0, 0] = 0
+    return spectrum.mean(dim=(1, 2))
+
+
+def fig8(run, training):
+    """Distance to the nearest other training image, and Fourier energy, of the images skipped most and least often."""
+    counts = _skips(run)
+    rate = np.array(counts["skips"]) / np.maximum(counts["visits"], 1)
+    visited = np.flatnonzero(np.array(counts["visits"]) > 0)
+    order = visited[np.argsort(-rate[visited], kind="stable")]
+    rows = np.array(counts["sample_id"])[order]
+    if rows.max() >= len(training):
+        raise UsageError(f"--train {training.source}: has {len(training)} images; the run was trained on others")
+    size = min(GROUP, len(rows) // 4)
+    if size < 2:
+        raise UsageError(f"--train {training.source}: Fig. 8 needs at least 8 images")
+    embedded = embed(training, {"pixels": Pixels(64)}, desc="Reading training images")
+    place = {row: i for i, row in enumerate(embedded.kept)}
+    pixels = embedded.features["pixels"]
+    distances, _ = nearest_l2(pixels, pixels, 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for label, group, colour in (
+        ("skipped most", rows[:size], COLOURS[0]),
+        ("skipped least", rows[-size:], COLOURS[1]),
+    ):
+        chosen = [place[row] for row in group if row in place]
+        style = {"bins": 25, "histtype": "step", "linewidth": 1.8, "color": colour, "label": f"{label} ({len(chosen)})"}
+        left.hist(distances[chosen, 1].numpy(), **style)
+        right.hist(energy(pixels[chosen]).clamp(min=1e-9).log10().numpy(), **style)
+    left.set_xlabel("l2 distance to the nearest other training image")
+    right.set_xlabel("log10 of the Fourier energy")
+    left.set_ylabel("images")
+    left.legend()
+    figure.tight_layout()
+    return figure
+
+
+def fig9(run):
+    """How often images were skipped."""
+    counts = _skips(run)
+    skips = np.array(counts["skips"])
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    axes.hist(skips, bins=40, color=COLOURS[1])
+    ninety = np.percentile(skips, 90)
+    axes.axvline(ninety, color=GREY, linestyle="--", label=f"90% of the images are skipped at most {ninety:.0f} times")
+    axes.set_xlabel(f"times skipped (of {np.mean(counts['visits']):.0f} visits on average)")
+    axes.set_ylabel("images")
+    axes.legend()
+    return figure
