@@ -97,10 +97,11 @@ def _intro(points, scored):
         ],
     )
     figure = inline_svg(lambda axes: plot_front(axes, points, CONTROL, RUN_COLOURS), (8, 4.6))
-    return f"""<p>Two models fine-tuned from one base on {NUM_IMAGES} small pictures, 30 of which have four rows: with plain
-training and with IET-AGC+. Of {scored[0].scores["num_generated"]} pictures drawn for the training captions, {copied}. A copy
-is more similar to a training picture (descriptor: pixel, threshold {threshold:.3f}) than 99% of fresh pictures of the same
-captions are.</p>
+    number = scored[0].scores["num_generated"]
+    return f"""
+<p>Two models fine-tuned from one base on {NUM_IMAGES} small pictures, 30 of which have four rows: with plain training
+and with IET-AGC+. Of {number} pictures drawn for the training captions, {copied}. A copy is more similar to a training
+picture (descriptor: pixel, threshold {threshold:.3f}) than 99% of fresh pictures of the same captions are.</p>
 <h2>The front</h2>
 <figure>{figure}<figcaption>Each point is a model along a run. Plain training stopped at any point is the control: a
 method is worth something where it lies below that curve.</figcaption></figure>

@@ -61,8 +61,8 @@ class FixedLosses:
         if prediction_type is not None:
             scheduler.register_to_config(prediction_type=prediction_type)
         tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").to(device, torch.float32)
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae").to(device, torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device)
+        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32).to(device)
         self.objective = TextToImageObjective(vae, text_encoder, scheduler)
         tokens = tokenizer(
             captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
@@ -277,8 +277,8 @@ def compare(points, control, steps=8):
         widest = min(max(p.gap for p in seed) for group in (run, plain) for seed in replicates(group))
         lowest = max(min(p.heldout_loss for p in seed) for group in (run, plain) for seed in replicates(group))
         start = min(p.heldout_loss for p in plain if p.step == 0)
-        gaps = [widest * (i + 1) / steps for i in range(steps)]
-        losses = [lowest + (start - lowest) * i / (2 * steps) for i in range(steps)]
+        gaps = [widest * (i + 1) / steps for i in range(steps)] if widest > 0 else []
+        losses = [lowest + (start - lowest) * i / (2 * steps) for i in range(steps)] if lowest < start else []
         comparisons.append(
             Comparison(name, _differences(run, plain, at_gap, gaps), _differences(run, plain, at_loss, losses))
         )

@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import yaml
-from diffusers import DiffusionPipeline
 
 from ietagc_diffusers.config import UsageError
 from ietagc_diffusers.data import image_transform
@@ -99,13 +98,12 @@ def _sampled(measured, args, base, training, output, tools, cache, device):
         guidance_scale=args.guidance_scale,
         scheduler=args.scheduler,
     )
-    whole = Path(base) if Path(base).is_dir() else Path(DiffusionPipeline.download(base))
     points = []
     for point, unet in measured:
         name = "base" if unet is None else f"{point.run}-{point.replicate}-{point.step}".replace("/", "_")
         folder = output / "samples" / name
         if not (folder / SCORES).exists():
-            generate(whole, prompts, folder / "images", settings, device, unet=unet, desc=f"Drawing with {name}")
+            generate(base, prompts, folder / "images", settings, device, unet=unet, desc=f"Drawing with {name}")
             score(load_images(folder / "images", "--output"), training, folder, tools, cache)
         scores = read_json(folder / SCORES)
         inception = scores["fid"] is not None

@@ -60,9 +60,7 @@ def load_pipeline(model, settings, device="cpu", unet=None):
             model, dtype=dtype, safety_checker=None, requires_safety_checker=False, **other
         )
     except Exception as error:
-        raise UsageError(
-            f"--model {model}: does not load as a pipeline: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise UsageError(f"--model {model}: does not load as a pipeline: {_one_line(error)}") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"--model {model}: a {type(pipeline).__name__} takes no prompt")
     if settings.scheduler is not None:
@@ -77,11 +75,25 @@ def load_pipeline(model, settings, device="cpu", unet=None):
     return pipeline
 
 
+def pipeline_folder(model):
+    """Where a pipeline lies: the folder itself, or where a Hub id was downloaded to. Raises ``UsageError``."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(DiffusionPipeline.download(model))
+    except Exception as error:
+        raise UsageError(f"--model {model}: neither a folder nor a Hub id: {_one_line(error)}") from error
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:300]
+
+
 def model_hash(model, unet=None):
     """A hash of the weights of a pipeline folder or a Hub id: of all its weight files, wherever they lie, and those of
     the UNet put into it.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(DiffusionPipeline.download(model))
+    folder = pipeline_folder(model)
     index = folder / "model_index.json"
     parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
     digest = hashlib.sha256()

@@ -242,8 +242,8 @@ def _notes(scored):
     lines = []
     if any(model.scores["protocol"]["descriptor"] == "pixel" for model in scored):
         lines.append(
-            "Similarity is that of the built-in pixel descriptor, which knows near-exact copies alone; it is not SSCD, and its "
-            " numbers do not compare with SSCD's. Give --descriptor sscd_disc_mixup."
+            "Similarity is that of the built-in pixel descriptor, which knows near-exact copies alone; it is not SSCD, "
+            "and its numbers do not compare with SSCD's. Give --descriptor sscd_disc_mixup."
         )
     if len({json.dumps(model.scores["protocol"], sort_keys=True) for model in scored}) > 1:
         lines.append("These models were scored under different protocols: their numbers do not compare.")
@@ -263,9 +263,9 @@ def _notes(scored):
         for key, why in model.scores["reasons"].items()
     )
     shown = "".join(f'<p class="muted">{html.escape(line)}</p>' for line in lines)
-    return shown + (
-        f"<details><summary>What was not computed, and why</summary><ul>{missing}</ul></details>" * bool(missing)
-    )
+    if missing:
+        shown += f"<details><summary>What was not computed, and why</summary><ul>{missing}</ul></details>"
+    return shown
 
 
 def _protocol(model):

@@ -9,10 +9,11 @@ from diffusers import StableDiffusionPipeline
 
 from demo import page
 from demo.arms import CONTROLS, DEMO
-from demo.measure import BASE, Pictures, score
+from demo.measure import BASE, Pictures, score_folder, write_pictures
 from demo.renders import COLOURS, RESOLUTION, SIDES, draw_scenes, make_set, render_all, write_image_folder
 from demo.run import filled, slug
 from eval.front import FrontPoint
+from eval.score import load_scores
 from ietagc_diffusers.arguments import parse_args
 
 
@@ -65,36 +66,41 @@ def test_arms_are_valid_flags_and_folders():
     assert len({slug(name) for name in arms}) == len(arms) and all(" " not in slug(name) for name in arms)
 
 
-def test_scores_tell_copies_from_fresh_pictures():
-    pictures = Pictures()
-    copies, fresh = score(pictures, pictures.training), score(pictures, pictures.fresh(7))
-    assert copies["copy_rate"] == 1 and copies["memorized_quantity"]["0.4"] == 1
-    assert fresh["copy_rate"] < 0.05 and fresh["memorized_quantity"]["0.4"] < 0.2
-    assert fresh["frechet_pixel_8"] < copies["frechet_pixel_8"]
-
-
-def test_the_page_is_written_from_the_measurements(tmp_path):
-    pictures = Pictures()
-    arms = {}
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """The demo's pictures, and scores of two models: one gives back the training pictures, one draws fresh ones."""
+    pictures, folder = Pictures(), tmp_path_factory.mktemp("demo")
+    pictures.write(folder)
     for number, name in enumerate(DEMO):
-        folder = tmp_path / slug(name)
-        folder.mkdir()
+        run_dir = folder / slug(name)
+        run_dir.mkdir()
         front = [
             {"run": name, "step": s, "train_loss": 0.3, "heldout_loss": 0.34 - s / 100 + number / 1e3, "gap": s / 100}
             for s in range(4)
         ]
-        (folder / "front.json").write_text(json.dumps(front))
+        (run_dir / "front.json").write_text(json.dumps(front))
         images = pictures.training if number == 0 else pictures.fresh(3)
-        np.save(folder / "generated.npy", torch.cat([images] * 2).numpy())
-        (folder / "scores.json").write_text(json.dumps(score(pictures, torch.cat([images] * 2))))
-        arms[name] = folder
-    path = page.write(tmp_path, pictures, arms, list(DEMO))
+        write_pictures(run_dir / "drawn", pictures.captions * 2, torch.cat([images] * 2))
+        score_folder(pictures, run_dir / "drawn", run_dir / "scored", folder)
+    score_folder(pictures, folder / "fresh", folder / "fresh_scored", folder)
+    return folder
+
+
+def test_scores_tell_copies_from_fresh_pictures(demo_folder):
+    copies, fresh = (load_scores(demo_folder / slug(name) / "scored")[0] for name in DEMO)
+    assert copies["copy_rate"] == copies["copy_rate_duplicated"] == copies["copy_rate_single"] == 1
+    assert copies["memorized_quantity"]["0.4"] == 1
+    assert fresh["copy_rate"] < 0.05 and fresh["memorized_quantity"]["0.4"] < 0.2
+    assert fresh["frechet_distance"] < copies["frechet_distance"]
+
+
+def test_the_page_is_written_from_the_measurements(demo_folder):
+    arms = {name: demo_folder / slug(name) for name in DEMO}
+    path, numbers = page.write(demo_folder, arms, arms)
     text = path.read_text()
-    assert "none copied 100.0%" in text and "$" not in text.split("</style>")[1].split("data:image")[0]
-    assert text.count('class="copied"') >= page.SHEET
-    assert "http" not in text.replace("http://www.w3.org", "")
-    assert "+0.0010 at gap 0.02" in page.table(tmp_path, list(DEMO), arms)
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "none copied 100.0%" in text and "fresh pictures" in text and text.count("<figure>") == 2
+    assert "+0.0010 at gap 0.02" in numbers and "copies of duplicated pictures" in numbers
+    assert (demo_folder / "figure.png").stat().st_size > 10_000
 
 
 def test_the_reading_says_who_lies_below():

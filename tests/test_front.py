@@ -1,0 +1,185 @@
+"""The front: fixed losses that compare, points that start at the base, and differences read at equal gap."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from conftest import train_flags, train_here, write_folder
+from diffusers import UNet2DConditionModel
+
+from eval.__main__ import main
+from eval.front import (
+    FixedLosses,
+    FrontPoint,
+    at_gap,
+    at_loss,
+    compare,
+    crossing,
+    measure,
+    saved_models,
+    spread,
+)
+from eval.front_command import reading
+from ietagc_diffusers import tiny
+
+
+@pytest.fixture(scope="module")
+def run_dir(base, pictures, tmp_path_factory):
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=12", "--steps_per_round=4", "--use_ema")
+    return train_here([*flags, "--save_rounds", "--checkpointing_steps=6"], tmp_path_factory.mktemp("runs") / "run")
+
+
+def images(number, colour):
+    return torch.rand(number, 3, 16, 16) * 2 - 1, [f"a {colour} picture"] * number
+
+
+def test_front_starts_at_the_base_with_gap_zero(base, run_dir):
+    train, heldout = images(6, "red"), images(5, "blue")
+    torch.manual_seed(0)
+    first = [point for point, _ in measure(base, {"run": run_dir}, train, heldout)]
+    torch.manual_seed(1)
+    assert [point for point, _ in measure(base, {"run": run_dir}, train, heldout)] == first
+    assert [p.step for p in first] == [0, 4, 8, 12] and first[0].gap == 0
+    for p in first[1:]:
+        difficulty = first[0].heldout_loss - first[0].train_loss
+        assert p.gap == pytest.approx(p.heldout_loss - p.train_loss - difficulty, abs=1e-7)
+
+
+def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base, run_dir, tmp_path, monkeypatch):
+    train, heldout = images(6, "red"), images(5, "blue")
+    first = measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses")
+    assert len((tmp_path / "losses").read_text().splitlines()) == 4
+    calls = []
+    call = FixedLosses.__call__
+    monkeypatch.setattr(FixedLosses, "__call__", lambda self, unet: calls.append(1) or call(self, unet))
+    assert measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses") == first
+    assert not calls
+    measure(base, {"run": run_dir}, heldout, train, memory=tmp_path / "losses")
+    assert len(calls) == 8
+
+
+def test_checkpoints_serve_where_no_rounds_were_saved(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("rounds"))
+    assert [(step, path.name) for step, path in saved_models(tmp_path / "run")] == [(6, "unet_ema"), (12, "unet_ema")]
+
+
+def test_fewer_points_are_spread_and_end_at_the_last():
+    assert spread(list(range(1, 21)), 4) == [5, 10, 15, 20]
+    assert spread(list(range(1, 8)), 3)[-1] == 7 and len(set(spread(list(range(1, 8)), 3))) == 3
+    assert spread([1, 2], 5) == [1, 2] and spread([1, 2, 3], None) == [1, 2, 3]
+
+
+def test_fixed_losses_equal_the_objective_s_and_sweep_the_timesteps(base):
+    pixels, captions = images(7, "red")
+    unet = tiny.random_pipeline(["a red picture"]).unet
+    losses = FixedLosses(base, pixels, captions, batch_size=7)
+    by_hand = sum(losses.objective.losses(unet, drawn).detach() for *_, drawn in losses.batches) / 3
+    torch.testing.assert_close(losses(unet), by_hand)
+    swept = FixedLosses(base, pixels, captions, draws=5, sweep=True)
+    assert swept.sweep.tolist() == [0, 250, 500, 749, 999] or swept.sweep[-1] == 999
+    assert swept.by_draw(unet).shape == (5, 7)
+    assert all((drawn.timesteps == swept.sweep[draw]).all() for draw, _, drawn in swept.batches)
+
+
+def curve(name, values, replicate=0):
+    return [FrontPoint(name, step, 0.0, loss, gap, replicate) for step, (loss, gap) in enumerate(values)]
+
+
+def test_loss_at_a_gap_is_interpolated_both_ways():
+    run = curve("r", ((1.0, 0.0), (0.6, 0.2), (0.8, 0.4)))
+    assert at_gap(run, 0.1) == pytest.approx(0.8)
+    assert at_gap(run, 0.3) == pytest.approx(0.7)
+    assert at_gap(run, 0.5) is None
+    assert at_loss(run, 0.7) == pytest.approx(0.15)  # the first time
+    assert crossing(run, lambda p: p.step, lambda p: p.gap, 1) == pytest.approx(0.2)
+
+
+def test_a_run_that_is_shifted_lies_so_far_from_the_control():
+    plain = curve("none", [(1 - 0.1 * i, 0.05 * i) for i in range(6)])
+    better = curve("ours", [(1 - 0.1 * i - 0.02 * (i > 0), 0.05 * i) for i in range(6)])
+    (comparison,) = compare([*plain, *better], "none")
+    beyond_the_base = [value for gap, value in comparison.at_gap.items() if gap >= 0.05]
+    assert beyond_the_base == pytest.approx([-0.02] * len(beyond_the_base))
+    assert all(value < 0 for value in comparison.at_loss.values())
+    assert "| ours | -0.0" in reading([*plain, *better], "none")
+
+
+def test_seeds_are_averaged_at_equal_gap():
+    plain = curve("none", ((1.0, 0.0), (0.6, 0.4)))
+    seeds = [*curve("ours", ((1.0, 0.0), (0.5, 0.4))), *curve("ours", ((1.0, 0.0), (0.3, 0.4)), replicate=1)]
+    (comparison,) = compare([*plain, *seeds], "none")
+    assert comparison.at_gap[max(comparison.at_gap)] == pytest.approx(-0.2)
+
+
+def test_runs_that_share_nothing_say_so():
+    points = [*curve("none", ((1.0, 0.0), (0.9, 0.1))), *curve("ours", ((1.0, 0.0), (1.2, -0.1)))]
+    assert "they share no" in reading(points, "none")
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("front") / "heldout", 6, seed=3)
+
+
+def test_the_front_command_measures_samples_and_goes_on(
+    base, run_dir, pictures, heldout, tmp_path, capsys, monkeypatch
+):
+    flags = ["front", "--run", f"plain={run_dir}", "--run", f"other={run_dir},{run_dir}", "--heldout", str(heldout)]
+    flags += ["--output", str(tmp_path), "--points", "1", "--sample", "4", "--num_inference_steps", "2"]
+    flags += ["--feature_cache", "none", "--descriptor", "pixel", "--device", "cpu"]
+    assert main(flags) == 0
+    rows = list(csv.DictReader((tmp_path / "front.csv").open()))
+    assert [(row["run"], row["replicate"], row["step"]) for row in rows] == [
+        ("plain", "0", "0"), ("other", "0", "0"), ("other", "1", "0"),
+        ("plain", "0", "12"), ("other", "0", "12"), ("other", "1", "12"),
+    ]  # fmt: skip
+    assert all(row["copy_rate"] == "0.0" for row in rows) and float(rows[3]["frechet"]) > 0
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| other | +0.0000" in capsys.readouterr().out
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("measures again"))
+    assert main(flags) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--run", "a=nowhere"], "--run nowhere"),
+        (["--run", "a={run}", "--control", "b"], "--control b"),
+        (["--run", "a="], "--run a="),
+        (["--run", "a={run}", "--points", "0"], "--points 0"),
+        (["--run", "a={run}", "--train", "{empty}"], "no images in this folder"),
+    ],
+)
+def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):
+    (tmp_path / "empty").mkdir()
+    flags = [flag.format(run=run_dir, empty=tmp_path / "empty") for flag in flags]
+    assert main(["front", "--heldout", str(heldout), "--output", str(tmp_path / "o"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_figures_say_what_they_lack_and_draw_the_rest(run_dir, pictures, heldout, tmp_path, capsys):
+    common = ["--descriptor", "pixel", "--feature_cache", "none", "--train", str(pictures)]
+    assert main(["score", "--generated", str(heldout), "--output", str(tmp_path / "s"), *common]) == 0
+    assert main(["figures", "--scores", f"x={tmp_path / 's'}", "--output", str(tmp_path / "f")]) == 0
+    said = capsys.readouterr().out
+    assert "fig6.png" in said and "fig9.png not drawn: needs --run" in said
+    flags = ["--scores", f"x={tmp_path / 's'}", "--run", str(run_dir), "--train", str(pictures)]
+    assert main(["figures", *flags, "--output", str(tmp_path / "g"), "--device", "cpu"]) == 0
+    assert "skipped no sample" in capsys.readouterr().out  # plain training
+    assert {path.name for path in (tmp_path / "g").iterdir()} == {"fig3.png", "fig6.png", "fig7.png"}
+
+
+def test_skips_and_energy_are_drawn_for_a_run_that_skips(base, pictures, tmp_path, capsys):
+    flags = train_flags(base, pictures, "--mitigation=agc", "--skip_threshold=1", "--max_train_steps=30")
+    run = train_here([*flags, "--bank_buckets=1"], tmp_path / "run")
+    assert main(["figures", "--run", str(run), "--train", str(pictures), "--output", str(tmp_path / "f")]) == 0
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {"fig8.png", "fig9.png"}
+
+
+def test_energy_is_the_variance_of_the_grey_image():
+    from eval.paper_figures import energy
+
+    pixels = torch.randint(0, 256, (4, 3 * 16 * 16), dtype=torch.uint8)
+    grey = pixels.view(4, 3, -1).double().mean(1) / 255
+    torch.testing.assert_close(energy(pixels).double(), grey.var(dim=1, unbiased=False), rtol=1e-4, atol=1e-8)

@@ -1,0 +1,144 @@
+"""An image depends on its prompt and seed alone: not on batches, processes or interruptions."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+from datasets import load_dataset
+from PIL import Image
+
+from eval import generate as module
+from eval.__main__ import main
+from eval.generate import Settings, generate, model_hash
+from eval.prompts import Prompt
+from ietagc_diffusers.config import UsageError
+
+PROMPTS = [Prompt(f"a {colour} picture", number) for number, colour in enumerate(("red", "green", "blue") * 3)][:7]
+SETTINGS = Settings(seed=5, num_inference_steps=2, guidance_scale=3.0, batch_size=3, scheduler="ddim")
+
+
+def read(folder):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def drawn(base, tmp_path_factory):
+    output = tmp_path_factory.mktemp("drawn") / "images"
+    generate(base, PROMPTS, output, SETTINGS)
+    return output
+
+
+def test_the_folder_is_one_that_datasets_loads(drawn):
+    rows = load_dataset("imagefolder", data_dir=str(drawn), split="train")
+    assert len(rows) == 7 and rows["text"] == [prompt.text for prompt in PROMPTS]
+    assert rows["seed"] == list(range(5, 12)) and rows["sample_id"] == list(range(7))
+    assert rows[0]["image"].size == (16, 16)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_does_not_show(base, drawn, tmp_path, batch_size):
+    from dataclasses import replace
+
+    generate(base, PROMPTS, tmp_path, replace(SETTINGS, batch_size=batch_size))
+    ours, theirs = read(tmp_path), read(drawn)
+    assert ours.keys() == theirs.keys()
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) <= 1  # rounding of the arithmetic
+    assert len({image.tobytes() for image in ours.values()}) == 7
+
+
+def test_a_stochastic_scheduler_draws_from_the_image_s_seed_too(base, tmp_path):
+    from dataclasses import replace
+
+    for name, size in (("a", 2), ("b", 5)):
+        generate(base, PROMPTS, tmp_path / name, replace(SETTINGS, scheduler="ddpm", batch_size=size))
+    ours, theirs = read(tmp_path / "a"), read(tmp_path / "b")
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) <= 1
+
+
+def test_interrupted_and_continued_equals_uninterrupted(base, drawn, tmp_path, monkeypatch):
+    draw, calls = module.draw, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(module, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(base, PROMPTS, tmp_path, SETTINGS)
+    assert len(read(tmp_path)) == 3 and not (tmp_path / "metadata.jsonl").exists()
+    (tmp_path / "000001.png").unlink()  # as a kill between two images of a batch leaves it
+    monkeypatch.setattr(module, "draw", draw)
+    generate(base, PROMPTS, tmp_path, SETTINGS)
+    assert files(tmp_path) == files(drawn)
+
+
+def test_what_is_there_is_not_drawn_again(base, drawn, monkeypatch):
+    monkeypatch.setattr(module, "load_pipeline", lambda *_: pytest.fail("loads the model"))
+    before = files(drawn)
+    generate(base, PROMPTS, drawn, SETTINGS)
+    assert files(drawn) == before
+
+
+def test_two_processes_equal_one(base, drawn, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": p.text}) + "\n" for p in PROMPTS))
+    flags = ["--model", base, "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "images", "--seed", 5]
+    flags += ["--num_inference_steps", 2, "--guidance_scale", 3, "--batch_size", 3, "--scheduler", "ddim"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval"]
+    done = subprocess.run(
+        [*command, "generate", *map(str, flags)], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {k: v for k, v in files(tmp_path / "images").items() if k.endswith("png")} == {
+        k: v for k, v in files(drawn).items() if k.endswith("png")
+    }
+
+
+def test_another_model_or_other_settings_do_not_mix(base, drawn, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(UsageError, match="begun with guidance_scale 3"):
+        generate(base, PROMPTS, drawn, replace(SETTINGS, guidance_scale=4.0))
+    with pytest.raises(UsageError, match="begun with prompts"):
+        generate(base, [*PROMPTS[:-1], Prompt("another")], drawn, SETTINGS)
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    with pytest.raises(UsageError, match="not drawn here"):
+        generate(base, PROMPTS, tmp_path, SETTINGS)
+
+
+def test_the_hash_knows_the_weights_and_not_the_place(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "copy")
+    assert model_hash(tmp_path / "copy") == model_hash(base)
+    weights = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert model_hash(tmp_path / "copy") != model_hash(base)
+    assert model_hash(base, unet=tmp_path / "copy" / "unet") == model_hash(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere", "--prompts", "{prompts}"], "--model nowhere"),
+        (["--model", "{base}"], "--prompts or --train"),
+        (["--model", "{base}", "--prompts", "{prompts}", "--num_images", "0"], "--num_images 0"),
+        (["--model", "{base}", "--prompts", "{prompts}", "--batch_size", "-1"], "--batch_size -1"),
+        (["--model", "{base}", "--prompts", "{prompts}", "--device", "warp"], "--device warp"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_names_the_flag(base, tmp_path, capsys, flags, message):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    flags = [flag.format(base=base, prompts=tmp_path / "prompts.txt") for flag in flags]
+    assert main(["generate", *flags, "--output", str(tmp_path / "images")]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""Whatever lies in a folder: images of every kind are read right, the rest is counted and named, nothing is lost."""
+
+import io
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from eval.features import FeatureCache, Pixels, embed
+from eval.images import load_images, to_rgb, to_tensor
+from eval.prompts import caption_prompts, choose, read_prompts
+from ietagc_diffusers.config import UsageError
+from sscd import Descriptor, pixel_descriptor
+
+
+def noise(seed=0, size=(20, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def test_grey_transparent_deep_and_turned_images_become_rgb(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    assert abs(np.asarray(to_rgb(Image.fromarray(ramp.astype(np.uint16)))).mean() - 127.5) < 1
+    grey = noise().convert("L")
+    assert np.array_equal(np.asarray(to_rgb(grey)), np.stack([np.asarray(grey)] * 3, 2))
+    clear = noise().convert("RGBA")
+    clear.putalpha(0)
+    assert (np.asarray(to_rgb(clear)) == 255).all()
+    palette = noise().convert("P")
+    assert to_rgb(palette).mode == "RGB"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise().save(tmp_path / "turned.jpg", exif=turned)
+    assert to_rgb(Image.open(tmp_path / "turned.jpg")).size == (20, 30)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of good images of several kinds among all sorts of bad ones."""
+    folder = tmp_path / "mixed"
+    (folder / "deeper").mkdir(parents=True)
+    noise(1).save(folder / "a.png")
+    noise(2, (31, 17)).convert("L").save(folder / "deeper" / "b.jpg")
+    noise(3).save(folder / "c.webp")
+    data = (folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    (folder / "no.png").write_bytes(b"")
+    (folder / "text.jpeg").write_text("hello")
+    (folder / "notes.txt").write_text("hello")
+    Image.new("RGB", (2000, 3)).save(folder / "strip.png")
+    (folder / ".hidden.png").write_text("hello")
+    rows = [{"file_name": "a.png", "text": "an a"}, {"file_name": "gone.png", "text": "x"}, {"text": "no name"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_mixed_folder_is_read_and_what_is_bad_is_named(mixed):
+    images = load_images(mixed, "--train")
+    made = embed(images, {"pixel": pixel_descriptor()}, batch_size=2)
+    assert [images.names[i] for i in made.kept] == ["a.png", "c.webp", "deeper/b.jpg"]
+    assert made.features["pixel"].shape == (3, 768)
+    bad = dict(made.skipped)
+    assert bad.keys() == {
+        "cut.png", "no.png", "text.jpeg", "notes.txt", "strip.png", "metadata.jsonl row 2", "metadata.jsonl row 3",
+    }  # fmt: skip
+    assert "gone.png does not exist" in bad["metadata.jsonl row 2"] and "file_name" in bad["metadata.jsonl row 3"]
+    assert "is not an image" in bad["notes.txt"] and "sides differ" in bad["strip.png"]
+    assert images.texts[0] == "an a" and images.captions() == [(0, "an a")]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "neither a folder nor a dataset"),
+        (lambda p: p.mkdir(), "no images in this folder"),
+        (lambda p: p.write_text(""), "is a file"),
+        (lambda p: (p.mkdir(), (p / "a.png").write_text("x")), "none of its 1 images can be used: a.png"),
+        (lambda p: (write_folder(p, 2), (p / "metadata.jsonl").write_text("{")), "does not parse"),
+        (lambda p: (write_folder(p, 2), (p / "metadata.jsonl").write_text("[1]")), "every line"),
+    ],
+)
+def test_a_source_without_images_is_an_error(tmp_path, make, message):
+    make(tmp_path / "source")
+    with pytest.raises(UsageError, match=message):
+        embed(load_images(tmp_path / "source", "--train"), {"pixel": pixel_descriptor()})
+
+
+def test_datasets_and_folders_give_the_same_images(pictures, tmp_path):
+    folder = load_images(pictures, "--train")
+    rows = [{"image": {"bytes": folder.encoded(i), "path": None}, "text": folder.texts[i]} for i in range(len(folder))]
+    saved = Dataset.from_list(rows, features=Features({"image": ImageFeature(), "text": Value("string")}))
+    saved.save_to_disk(str(tmp_path / "disk"))
+    (tmp_path / "parquet").mkdir()
+    saved.to_parquet(str(tmp_path / "parquet" / "0.parquet"))
+    for source in ("disk", "parquet"):
+        images = load_images(tmp_path / source, "--train")
+        assert images.texts == folder.texts and images.rows[3] == {"sample_id": 3}
+        assert all(images.image(i).tobytes() == folder.image(i).tobytes() for i in range(len(folder)))
+    with pytest.raises(UsageError, match="no column 'picture'"):
+        load_images(tmp_path / "disk", "--train", image_column="picture")
+
+
+class Counting:
+    """An extractor that counts what it is asked, and fails on demand."""
+
+    def __init__(self, identity="counting", fail_at=None):
+        self.identity, self.seen, self.fail_at = {"name": identity}, 0, fail_at
+
+    def __call__(self, images):
+        self.seen += len(images)
+        if self.fail_at is not None and self.seen > self.fail_at:
+            raise RuntimeError("out of memory")
+        return images.float().mean(dim=(2, 3))
+
+
+def test_features_are_computed_once_whatever_happens(pictures, tmp_path):
+    images = load_images(pictures, "--train")
+    with pytest.raises(RuntimeError):
+        embed(images, {"x": Counting(fail_at=9)}, tmp_path, batch_size=4)
+    again = Counting()
+    made = embed(images, {"x": again}, tmp_path, batch_size=4)
+    distinct, done = 22, 6  # of 24 files; the first two batches hold two pairs of copies
+    assert again.seen == distinct - done
+    plain = embed(images, {"x": Counting()})
+    assert torch.equal(made.features["x"], plain.features["x"])
+    renamed = Counting("another")
+    embed(images, {"x": renamed}, tmp_path)
+    assert renamed.seen >= distinct
+
+
+def test_a_changed_file_is_computed_anew(pictures, tmp_path):
+    images = load_images(pictures, "--train")
+    embed(images, {"x": Counting()}, tmp_path)
+    changed = load_images(write_folder(tmp_path / "changed", 3, seed=7), "--train")
+    counting = Counting()
+    embed(changed, {"x": counting}, tmp_path)
+    assert counting.seen == 3
+
+
+def test_features_that_are_not_finite_are_skipped_and_named(tmp_path):
+    folder = write_folder(tmp_path / "images", 5)
+    Image.new("RGB", (20, 20)).save(folder / "black.png")
+
+    def by_brightness(images):
+        return images.float() / images.float().amax(dim=(1, 2, 3), keepdim=True)
+
+    descriptor = Descriptor("ratio", by_brightness, lambda x: x.mean(dim=(2, 3)), 0.5)
+    made = embed(load_images(folder, "--train"), {"descriptor": descriptor}, tmp_path / "cache")
+    assert len(made.kept) == 5 and made.skipped == [["black.png", "its descriptor features are not finite"]]
+
+
+def test_a_damaged_cache_is_begun_anew_and_an_unwritable_one_done_without(tmp_path):
+    cache = FeatureCache(tmp_path, {"a": 1})
+    cache.put({b"key": np.ones(3, np.float32)})
+    cache.connection.close()
+    (path,) = tmp_path.glob("*.sqlite")
+    path.write_bytes(b"rubbish" * 1000)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {}
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="not kept"):
+        FeatureCache(tmp_path / "file" / "cache", {"a": 1}).put({b"key": np.ones(3, np.float32)})
+
+
+def test_the_cache_keeps_bytes_and_floats_apart(tmp_path):
+    cache = FeatureCache(tmp_path, {})
+    cache.put({b"f": np.arange(3, dtype=np.float32), b"u": np.arange(3, dtype=np.uint8)})
+    found = FeatureCache(tmp_path, {}).get([b"f", b"u", b"absent"])
+    assert found[b"f"].dtype == np.float32 and found[b"u"].dtype == np.uint8 and len(found) == 2
+    with sqlite3.connect(next(tmp_path.glob("*.sqlite"))) as connection:
+        assert connection.execute("SELECT text FROM identity").fetchall() == [("{}",)]
+
+
+def test_pixels_are_the_centre_of_the_image_at_one_size():
+    image = to_tensor(noise(5, (8, 12)))[None]
+    assert torch.equal(Pixels(8)(image).view(3, 8, 8), image[0, :, :, 2:10])
+    assert Pixels(4)(image).shape == (1, 48) and Pixels(4)(image).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a cat\n\na dog, big\n"),
+        ("p.csv", 'id,Caption\n1,a cat\n2,"a dog, big"\n'),
+        ("p.csv", ";Caption;URL\n0;a cat;x\n1;a dog, big;y\n"),
+        ("p.tsv", "prompt\tseed\na cat\t1\na dog, big\t2\n"),
+        ("p.jsonl", '{"caption": "a cat"}\n{"text": "a dog, big"}\n'),
+        ("p.json", '["a cat", {"prompt": "a dog, big"}]'),
+    ],
+)
+def test_prompts_of_every_kind_of_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert [p.text for p in read_prompts(tmp_path / name)] == ["a cat", "a dog, big"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n", "holds no prompts"),
+        ("p.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "row 2.*only txt"),
+        ("p.jsonl", "{", "does not parse"),
+        ("p.csv", "text\n \n", "row 1"),
+        ("p.json", "[3]", "row 1: should be a string"),
+        ("absent.txt", None, "no such file"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_captions_are_prompts_with_their_sample(pictures):
+    prompts = caption_prompts(load_images(pictures, "--train"), "--train")
+    assert prompts[3].sample_id == 3 and prompts[3].source == "001_1.png" and prompts[3].text == "a green picture"
+
+
+def test_any_number_of_prompts_is_drawn_evenly():
+    prompts = list(range(10))
+    assert choose(prompts, 10, 0) == prompts
+    few = choose(prompts, 4, 0)
+    assert len(set(few)) == 4 and few == sorted(few) and few == choose(prompts, 4, 0)
+    assert choose(prompts, 23, 1)[:20] == prompts * 2 and len(choose(prompts, 23, 1)) == 23
+
+
+def test_encoded_images_stay_as_they_are(pictures):
+    images = load_images(pictures, "--train")
+    assert Image.open(io.BytesIO(images.encoded(0))).size == images.image(0).size

@@ -1,0 +1,240 @@
+"""Similarity, Frechet, kernel and CLIP numbers equal their definitions and other implementations."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from eval import fid
+from eval.clip_score import ClipScorer, clip_scores
+from eval.features import Pixels
+from eval.fid import PooledPixels, frechet_distance, kernel_distance, load_inception
+from eval.memorized_quantity import l2_ratio, memorized_quantity
+from eval.neighbours import most_similar
+from eval.patches import PatchDescriptor, most_similar_crops
+from eval.similarity import bootstrap_interval, copy_rate, share_interval, sim_score
+from ietagc_diffusers.config import UsageError
+from sscd import pixel_descriptor
+
+
+def features(seed, n, d=12):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(seed, n, size=20):
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_identical_sets_are_copies():
+    images = pictures(0, 60)
+    descriptors = pixel_descriptor()(images)
+    similarity, indices = most_similar(descriptors, descriptors)
+    assert sim_score(similarity) == pytest.approx(1, abs=1e-5) and copy_rate(similarity, 0.5) == 1
+    assert torch.equal(indices[:, 0], torch.arange(60))
+    flat = Pixels(20)(images)
+    assert memorized_quantity(l2_ratio(flat, flat)) == {"0.4": 1, "0.5": 1, "0.6": 1}
+
+
+def test_sim_score_is_the_95th_percentile():
+    values = torch.rand(1001)
+    assert sim_score(values) == pytest.approx(float(np.percentile(values.double().numpy(), 95)), rel=1e-9)
+
+
+def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
+    values = features(1, 2000, 1)[:, 0]
+    low, high = bootstrap_interval(values, lambda x: x.mean())
+    error = values.std().item() / 2000**0.5
+    assert low == pytest.approx(values.mean().item() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(values.mean().item() + 1.96 * error, abs=0.15 * error)
+    assert bootstrap_interval(values, lambda x: x.mean()) == [low, high]
+
+
+def test_the_interval_of_a_share_holds_it_95_times_in_100():
+    rng = np.random.default_rng(0)
+    for share, n in ((0.02, 200), (0.3, 50)):
+        held = [low <= share <= high for low, high in (share_interval(rng.random(n) < share) for _ in range(2000))]
+        assert 0.93 < np.mean(held) < 0.98
+    low, high = share_interval(np.zeros(100))
+    assert low == 0 and high == pytest.approx(0.037, abs=0.001)  # nothing seen is not nothing
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 12), (20, 192), (150, 100)])
+def test_identical_sets_are_at_distance_zero(n, d):
+    x = features(2, n, d) * 10
+    assert frechet_distance(x, x.clone()) < 1e-9
+    assert kernel_distance(x, x.clone())[0] < 0.05
+
+
+def test_frechet_distance_of_known_normals():
+    """Diagonal covariances: the sum of squared differences of means and of standard deviations."""
+    z = features(3, 4000, 3).double()
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T  # exactly white
+    first, second = z * torch.tensor([1.0, 2.0, 3.0]), z * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([0.5, 0.0, 1.0])
+    assert frechet_distance(first, second) == pytest.approx(1 + 0 + 4 + 0.25 + 1, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "tolerance"), [(500, 1e-9), (30, 1e-4)])
+def test_distances_equal_torch_fidelity_s(n, tolerance):
+    """Of fewer images than dimensions torch-fidelity itself is only that exact."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    first, second = features(4, n, 64).double(), features(5, 400, 64).double() * 1.3 + 0.2
+    statistics = [fid_features_to_statistics(x) for x in (first, second)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(first, second) == pytest.approx(theirs, rel=tolerance)
+
+
+def test_kernel_distance_is_the_unbiased_mmd():
+    first, second = features(6, 40, 8).double(), features(7, 40, 8).double() + 0.5
+
+    def kernel(a, b):
+        return (a @ b.T / 8 + 1) ** 3
+
+    within = sum((kernel(x, x).sum() - kernel(x, x).diagonal().sum()) / (40 * 39) for x in (first, second))
+    wanted = within - 2 * kernel(first, second).mean()
+    mean, spread = kernel_distance(first, second)
+    assert mean == pytest.approx(wanted.item(), rel=1e-4) and spread < 1e-5
+
+
+def test_pooled_pixels_are_coarse_and_bounded():
+    made = PooledPixels(8)(pictures(8, 5, 64))
+    assert made.shape == (5, 192) and made.min() >= 0 and made.max() <= 1
+    torch.testing.assert_close(PooledPixels(8)(pictures(8, 2, 8)), pictures(8, 2, 8).flatten(1) / 255)
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Random weights in the shape of FID's."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
+
+    path = tmp_path_factory.mktemp("inception") / fid.INCEPTION_FILE
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        patch.setattr(Extractor, "load_state_dict", lambda self, state: None)
+        empty = path.with_name("empty.pth")
+        torch.save({}, empty)
+        torch.save(Extractor("inception-v3-compat", ["2048"], str(empty)).state_dict(), path)
+    return path
+
+
+def test_inception_is_torch_fidelity_s_network_and_no_other(inception_file, monkeypatch):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with pytest.raises(UsageError, match="its SHA-256 is"):
+        load_inception(inception_file)
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", "")
+    extractor, images = load_inception(inception_file), pictures(9, 2, 40)
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file))(images)[0]
+    torch.testing.assert_close(extractor(images), theirs)
+    smooth = load_inception(inception_file, antialias=True)
+    assert smooth.identity["antialias"] and extractor.identity != smooth.identity
+
+
+def test_inception_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(UsageError, match=r"cannot be reached.*--fid inception:FILE"):
+        load_inception()
+    with pytest.raises(UsageError, match="no such file"):
+        load_inception(tmp_path / "absent.pth")
+
+
+@pytest.fixture(scope="module")
+def clip_weights(tmp_path_factory):
+    """A tiny random CLIP of open_clip, its model registered as `tiny-clip`."""
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 224, "layers": 1, "width": 64, "patch_size": 32, "head_width": 32},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-clip")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+def test_clip_score_equals_open_clip_by_hand(clip_weights):
+    images, prompts = pictures(10, 4, 250), ["a red square", "a blue disc", "a red square", "привет"]
+    scorer = ClipScorer("tiny-clip", str(clip_weights))
+    vectors, longer = scorer.texts(prompts)
+    made = clip_scores(scorer.images(images), vectors)
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", str(clip_weights))
+    with torch.no_grad():
+        tokens = open_clip.get_tokenizer("tiny-clip")(prompts)
+        inputs = torch.stack([preprocess(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images])
+        ours, theirs = model.eval().encode_image(inputs), model.encode_text(tokens)
+        by_hand = 100 * torch.nn.functional.cosine_similarity(ours, theirs)
+    torch.testing.assert_close(made, by_hand, rtol=1e-4, atol=1e-4)
+    assert longer == 0
+
+
+def test_the_dcr_convention_feeds_clip_with_what_sscd_saw(clip_weights):
+    images = pictures(11, 2, 250)
+    own, dcr = (ClipScorer("tiny-clip", str(clip_weights), p) for p in ("own", "dcr"))
+    assert not torch.allclose(own.images(images), dcr.images(images), atol=1e-3)
+    assert own.images.identity != dcr.images.identity
+
+
+@pytest.mark.parametrize(("words", "longer"), [(75, 0), (76, 1), (200, 1)])
+def test_prompts_beyond_the_context_are_counted(clip_weights, words, longer):
+    """77 places, two of which mark start and end."""
+    scorer = ClipScorer("tiny-clip", str(clip_weights))
+    assert scorer.texts(["cat " * words, "short"])[1] == longer
+    assert scorer.texts(["! " * words])[1] == longer  # whose token is 0, as the padding's
+
+
+def test_wrong_clips_are_named(clip_weights, tmp_path):
+    with pytest.raises(UsageError, match="no such model"):
+        ClipScorer("ViT-B-16x")
+    with pytest.raises(UsageError, match="neither a file nor a tag"):
+        ClipScorer("ViT-B-16", "openia")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        ClipScorer("tiny-clip", str(tmp_path / "broken.pt"))
+
+
+def scene(seed, logo=None, at=(0, 0)):
+    """A smooth random picture of 64 pixels, with a 32-pixel logo in it."""
+    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    image = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")[0]
+    if logo is not None:
+        image[:, at[0] : at[0] + 32, at[1] : at[1] + 32] = logo
+    return (image * 255).to(torch.uint8)
+
+
+def test_an_object_copied_into_another_scene_is_found():
+    logo = (
+        torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(99)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    )
+    training = torch.stack([scene(n) for n in range(8)] + [scene(8, logo, (0, 32))])
+    generated = torch.stack([scene(20, logo, (32, 0)), scene(21)])
+    patches = PatchDescriptor(pixel_descriptor())
+    similarity, image, crop, of_training = most_similar_crops(patches(generated), patches(training), patches)
+    assert similarity[0] > 0.999 and image[0] == 8
+    assert (crop[0], of_training[0]) == (6, 2)  # bottom left, top right of a 3 x 3 grid
+    assert similarity[1] < 0.99
+    whole, _ = most_similar(pixel_descriptor()(generated), pixel_descriptor()(training))
+    assert whole[0, 0] < 0.9  # which the whole image hides
+
+
+def test_flat_crops_are_similar_to_nothing_and_an_image_not_to_itself():
+    patches = PatchDescriptor(pixel_descriptor(), grid=2)
+    flat = torch.full((1, 3, 40, 40), 200, dtype=torch.uint8)
+    assert not patches(flat).any()
+    training = patches(torch.stack([scene(n) for n in range(6)]))
+    similarity, image, *_ = most_similar_crops(training, training, patches, same=True)
+    assert (image != torch.arange(6)).all() and (similarity < 0.999).all()
+
+
+def test_crops_tile_the_image_with_overlap():
+    boxes = PatchDescriptor(pixel_descriptor()).boxes(40, 60)
+    assert len(boxes) == 9 and boxes[0] == (0, 0, 20) and boxes[-1] == (20, 40, 20) and boxes[1] == (0, 20, 20)

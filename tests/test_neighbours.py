@@ -1,0 +1,135 @@
+"""Nearest neighbours, MQ and the Gu ratio equal brute force in float64, in whatever memory."""
+
+import importlib.util
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from eval.memorized_quantity import l2_ratio, memorization_ratio, memorized_quantity
+from eval.neighbours import _chunk_sizes, most_similar, nearest_l2
+
+KIB = 2**10
+
+
+def points(seed, n, d=12):
+    return torch.rand(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("max_memory", [8 * KIB, 2**30])
+def test_nearest_neighbours_equal_brute_force(k, max_memory):
+    queries, references = points(0, 33), points(1, 40)
+    wanted = torch.cdist(queries.double(), references.double()).sort(dim=1)
+    distances, indices = nearest_l2(queries, references, k, max_memory)
+    torch.testing.assert_close(distances.double(), wanted.values[:, :k], rtol=1e-5, atol=1e-6)
+    assert torch.equal(indices, wanted.indices[:, :k])
+
+
+def test_a_duplicate_has_distance_zero():
+    references = points(2, 200, 3072) * 100
+    distances, indices = nearest_l2(references[[7, 90]], references, max_memory=3000 * KIB)
+    assert distances.flatten().tolist() == [0.0, 0.0] and indices.flatten().tolist() == [7, 90]
+
+
+def test_far_from_the_origin_neighbours_are_still_right():
+    """Uncentred, the squares of such vectors drown their differences in float32."""
+    references = points(3, 300, 64) + 1000
+    queries = points(4, 20, 64) + 1000
+    wanted = torch.cdist(queries.double(), references.double()).min(dim=1)
+    distances, indices = nearest_l2(queries, references)
+    assert torch.equal(indices[:, 0], wanted.indices)
+    torch.testing.assert_close(distances[:, 0].double(), wanted.values, rtol=1e-4, atol=0)
+
+
+def test_bytes_count_as_shares_of_255():
+    queries, references = (torch.randint(0, 256, (n, 48), dtype=torch.uint8) for n in (10, 30))
+    distances, _ = nearest_l2(queries, references, 3)
+    wanted, _ = nearest_l2(queries.float() / 255, references.float() / 255, 3)
+    torch.testing.assert_close(distances, wanted)
+
+
+def test_more_neighbours_than_references_are_all_of_them():
+    assert nearest_l2(points(0, 4), points(1, 3), 50)[0].shape == (4, 3)
+
+
+def test_working_memory_stays_within_the_bound():
+    for queries, references, dim in ((65_536, 50_000, 3072), (10, 10, 10), (5, 10**6, 12_288)):
+        rows, columns = _chunk_sizes(queries, references, dim, 2**28)
+        assert rows >= 1 and columns >= 1
+        assert 4 * (2 * rows * dim + 2 * columns * dim + 2 * rows * columns) <= 2**28 * 1.01
+
+
+def test_peak_memory_does_not_hold_all_distances():
+    queries, references = torch.rand(4000, 8), torch.rand(40_000, 8)  # 640 MB of distances
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    nearest_l2(queries, references, 5, max_memory=2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * KIB
+
+
+@pytest.mark.parametrize("max_memory", [8 * KIB, 2**30])
+def test_most_similar_equals_brute_force_and_leaves_itself_out(max_memory):
+    vectors = torch.nn.functional.normalize(points(3, 50), dim=1)
+    similarity = (vectors.double() @ vectors.double().T).fill_diagonal_(-2)
+    values, indices = most_similar(vectors, vectors, exclude_self=True, max_memory=max_memory)
+    torch.testing.assert_close(values[:, 0].double(), similarity.max(1).values, rtol=1e-5, atol=1e-6)
+    assert torch.equal(indices[:, 0], similarity.argmax(1))
+
+
+def test_groups_are_no_neighbours_of_their_own():
+    vectors = torch.nn.functional.normalize(points(5, 30) - 0.5, dim=1)
+    groups = torch.arange(30) // 3
+    similarity = (vectors @ vectors.T).masked_fill(groups[:, None] == groups, -2)
+    values, indices = most_similar(vectors, vectors, groups=(groups, groups), max_memory=8 * KIB)
+    torch.testing.assert_close(values[:, 0], similarity.max(1).values)
+    assert not (groups[indices[:, 0]] == groups).any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is optional")
+def test_faiss_finds_clear_neighbours_with_exact_distances():
+    references = points(6, 3000, 16)
+    queries = references[::50] + 1e-3
+    exact, nearest = nearest_l2(queries, references, 1, index="exact")
+    distances, indices = nearest_l2(queries, references, 1, index="faiss")
+    assert torch.equal(indices, nearest) and torch.equal(distances, exact)
+    unit = torch.nn.functional.normalize(references - 0.5, dim=1)
+    values, found = most_similar(unit[:40], unit, index="faiss")
+    assert torch.equal(found[:, 0], torch.arange(40))
+    torch.testing.assert_close(values[:, 0], torch.ones(40))
+
+
+def brute_force(generated, training, protocol):
+    distances = torch.cdist(generated.double(), training.double()).numpy()
+    order = np.argsort(distances, axis=1)[:, :50]
+    near = np.take_along_axis(distances, order, axis=1)
+    if protocol == "gu":
+        return near[:, 0] / near[:, 1]
+    if protocol == "iet-agc":
+        return near[:, 0] ** 2 / (near**2).mean(1)
+    among = torch.cdist(training.double(), training.double()).numpy()
+    return near[:, 0] / np.array([among[row[0], row].mean() for row in order])
+
+
+@pytest.mark.parametrize("protocol", ["iet-agc", "paper", "gu"])
+def test_ratios_are_their_protocol_s_formula(protocol):
+    generated, training = points(4, 9), points(5, 70)
+    made = l2_ratio(generated, training, protocol).numpy()
+    np.testing.assert_allclose(made, brute_force(generated, training, protocol), rtol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["iet-agc", "paper", "gu"])
+def test_a_copy_has_ratio_zero_and_a_fresh_image_does_not(protocol):
+    training = points(5, 70)
+    ratios = l2_ratio(torch.cat([training[:4], points(6, 4)]), training, protocol)
+    assert not ratios[:4].any() and (ratios[4:] > 0.2).all()
+
+
+def test_quantities_count_at_or_under_and_gu_counts_under():
+    assert memorized_quantity(torch.tensor([0.1, 0.4, 0.45, 0.9])) == {"0.4": 0.5, "0.5": 0.75, "0.6": 0.75}
+    assert memorization_ratio(torch.tensor([0.1, 1 / 3, 0.4, 0.2])) == 0.5
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(ValueError, match="protocol l3"):
+        l2_ratio(points(0, 2), points(1, 3), "l3")

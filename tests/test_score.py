@@ -1,0 +1,316 @@
+"""Scores say copy of copies, reports render whatever there is, and the gate opens and shuts."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image, ImageOps
+
+from eval.__main__ import main
+from eval.audit import Limits, judge
+from eval.images import load_images
+from eval.report import Scored, write_report
+from eval.score import Protocol, Tools, load_scores, score
+from ietagc_diffusers.config import UsageError
+
+PIXEL = Protocol(descriptor="pixel", batch_size=5)
+KEYS = {
+    "sim_score", "sim_score_ci95", "sim_mean", "copy_rate", "train_train_sim_score", "clip_score", "fid",
+    "memorized_quantity", "memorization_ratio", "num_generated", "num_train", "protocol", "reasons",
+}  # fmt: skip
+
+
+def scored(generated, training, output, protocol=PIXEL, **options):
+    images = [load_images(folder, "--x") for folder in (generated, training)]
+    return score(*images, output, Tools(protocol), **options)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("score") / "training", 60, copies=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
+
+
+def test_the_training_set_itself_is_all_copies(training, tmp_path):
+    scores = scored(training, training, tmp_path)
+    assert scores["sim_score"] == pytest.approx(1) and scores["copy_rate"] == 1 and scores["num_copied_train"] >= 60
+    assert scores["memorized_quantity"] == {"0.4": 1, "0.5": 1, "0.6": 1}
+    assert scores["frechet_distance"] < 1e-6
+    assert scores["num_train"] == 63 and scores["num_train_duplicates"] == 3
+
+
+def test_fresh_images_are_no_copies_and_every_metric_has_a_value_or_a_reason(training, fresh, tmp_path):
+    scores = scored(fresh, training, tmp_path)
+    assert scores["copy_rate"] == 0 and scores["memorized_quantity"]["0.4"] == 0
+    assert scores.keys() >= KEYS
+    for key, value in scores.items():
+        assert value is not None or scores["reasons"].get(key.removesuffix("_ci95")), key
+    assert scores["sim_score_ci95"][0] <= scores["sim_score"] <= scores["sim_score_ci95"][1]
+    assert scores == load_scores(tmp_path)[0]
+    _, nearest, background = load_scores(tmp_path)
+    assert len(nearest["file_name"]) == 12 and len(background["file_name"]) == 63
+
+
+def test_the_background_leaves_out_the_image_itself(training, fresh, tmp_path):
+    scored(fresh, training, tmp_path)
+    _, _, background = load_scores(tmp_path)
+    similarity = dict(zip(background["file_name"], background["similarity"], strict=True))
+    assert similarity["000_0.png"] == pytest.approx(1) and similarity["010_0.png"] < 0.9
+
+
+def test_duplicates_hide_copies_from_the_gu_ratio_unless_they_count_once(training, tmp_path):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for number in (0, 1, 2, 30):
+        image = Image.open(training / f"{number:03d}_0.png")
+        Image.fromarray((np.asarray(image) * 0.98).astype(np.uint8)).save(copies / f"{number}.png")
+    hidden = scored(copies, training, tmp_path / "a")
+    assert hidden["memorization_ratio"] == 0.25 and any("--distinct" in note for note in hidden["notes"])
+    distinct = scored(copies, training, tmp_path / "b", Protocol(descriptor="pixel", distinct=True))
+    assert distinct["memorization_ratio"] == 1 and distinct["num_train"] == 60
+
+
+class Blobs(torch.nn.Module):
+    """A small convolutional descriptor: an average of local features, which crops and turns move little."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 512, 5, stride=4)
+
+    def forward(self, images):
+        return torch.relu(self.conv(images)).mean(dim=(2, 3)) - 0.35
+
+
+def test_a_rotated_cropped_or_recompressed_copy_is_nearer_than_any_other_image(tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(Blobs()).save(str(tmp_path / "blobs.torchscript.pt"))
+    folder, copies = tmp_path / "training", tmp_path / "copies"
+    folder.mkdir(), copies.mkdir()
+    for number in range(12):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((300, 280), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:02d}.png")
+        image.rotate(10, expand=False).save(copies / f"{number:02d}-rotated.png")
+        image.crop((20, 20, 280, 260)).save(copies / f"{number:02d}-cropped.png")
+        image.save(copies / f"{number:02d}-recompressed.jpg", quality=15)
+        ImageOps.autocontrast(image).save(copies / f"{number:02d}-contrast.png")
+    scored(
+        copies,
+        folder,
+        tmp_path / "scores",
+        Protocol(name="sscd-288", descriptor=str(tmp_path / "blobs.torchscript.pt")),
+    )
+    scores, nearest, _ = load_scores(tmp_path / "scores")
+    right = [a[:2] == b[:2] for a, b in zip(nearest["file_name"], nearest["nearest"], strict=True)]
+    assert np.mean(right) > 0.95
+    assert scores["protocol"]["descriptor"] == "blobs" and len(scores["protocol"]["sha256"]) == 64
+
+
+def test_few_training_images_are_told(fresh, tmp_path):
+    one = write_folder(tmp_path / "one", 1)
+    scores = scored(fresh, one, tmp_path / "s1")
+    assert scores["train_train_sim_score"] is None and "two training images" in scores["reasons"]["memorized_quantity"]
+    few = scored(fresh, write_folder(tmp_path / "few", 5), tmp_path / "s5")
+    assert any("fewer than 50" in note for note in few["notes"])
+
+
+def test_what_cannot_be_read_is_left_out_and_named(fresh, training, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(fresh, folder)
+    (folder / "000_0.png").write_bytes((folder / "000_0.png").read_bytes()[:60])
+    scores = scored(folder, training, tmp_path / "scores")
+    assert scores["num_generated"] == 11 and scores["skipped"]["generated"][0][0] == "000_0.png"
+
+
+def test_local_copies_are_reported_apart(training, fresh, tmp_path):
+    scores = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))
+    assert scores["patch_sim_score"] is not None and scores["copy_rate"] == 0
+    assert scores["patch_copy_similarity"] >= scores["train_train_patch_sim_score"] - 1e-9
+    assert {"patch_nearest", "patch"} <= load_scores(tmp_path)[1].keys()
+
+
+def test_the_score_command_keeps_features_and_reads_another_reference(training, fresh, tmp_path, capsys):
+    flags = ["--generated", str(fresh), "--train", str(training), "--feature_cache", str(tmp_path / "cache")]
+    flags += ["--descriptor", "pixel"]
+    assert main(["score", *flags, "--output", str(tmp_path / "a")]) == 0
+    kept = {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()}
+    assert main(["score", *flags, "--output", str(tmp_path / "b"), "--reference", str(fresh)]) == 0
+    assert {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()} == kept
+    a, b = (json.loads((tmp_path / x / "scores.json").read_text()) for x in "ab")
+    assert a["frechet_distance"] > 1e-3 and b["frechet_distance"] < 1e-9
+    assert {k for k in a if a[k] != b[k]} == {"frechet_distance", "kernel_distance", "protocol", "notes"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fid", "inceptoin"], "--fid inceptoin"),
+        (["--descriptor", "sscd"], "neither a known name nor a file"),
+        (["--protocol", "drc"], "protocol drc"),
+        (["--clip", "ViT-Q:openai"], "--clip ViT-Q:openai"),
+        (["--max_memory", "0"], "--max_memory 0"),
+        (["--reference", "nowhere"], "--reference nowhere"),
+    ],
+)
+def test_wrong_use_of_score_names_the_flag(training, fresh, tmp_path, capsys, flags, message):
+    common = ["--generated", str(fresh), "--train", str(training), "--output", str(tmp_path), "--feature_cache", "none"]
+    assert main(["score", *common, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+class Checker(html.parser.HTMLParser):
+    """Counts open elements and collects addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.bad = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for key, value in attributes if key in ("src", "href") and value]
+        if tag not in ("meta", "img", "input", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.bad.append(tag)
+
+
+def check_page(path):
+    """The page's data. Asserts that it is well-formed and asks nothing of the network."""
+    text = path.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(re.sub(r"(?s)<svg.*?</svg>|<p>(?=<noscript>)", "", text))
+    assert not checker.bad
+    assert not [a for a in checker.addresses if not a.startswith(("data:", "#"))]
+    outside = re.findall(r"https?://[^\s\"'<)]+", re.sub(r"(?s)<svg.*?</svg>", "", text))
+    assert not outside
+    return json.loads(re.search(r'(?s)<script type="application/json" id="data">(.*?)</script>', text)[1])
+
+
+def test_a_report_of_one_model(training, fresh, tmp_path):
+    scored(fresh, training, tmp_path / "s")
+    data = check_page(write_report([Scored.load(tmp_path / "s", "mine")], tmp_path / "report.html"))
+    assert len(data["pairs"]) == 12 and data["models"] == ["mine"]
+    similarity = [pair["similarity"] for pair in data["pairs"]]
+    assert similarity == sorted(similarity, reverse=True)
+    assert all(image["uri"].startswith("data:image/") for image in data["images"])
+
+
+def synthetic(folder, number, fresh, training):
+    """Scores of ``number`` pairs that show the same few images."""
+    scores, nearest, background = load_scores(folder)
+    names = [nearest["file_name"][i % 12] for i in range(number)]
+    rng = np.random.default_rng(0)
+    table = {
+        "file_name": names,
+        "text": ["<script>alert('x')</script> & \"quotes\" </script>"] * number,
+        "seed": list(range(number)),
+        "nearest": [nearest["nearest"][i % 12] for i in range(number)],
+        "similarity": rng.random(number).tolist(),
+        "copy": [False] * number,
+        "l2_ratio": [math.nan] * number,
+    }
+    return Scored("synthetic & <b>", scores, table, background)
+
+
+@pytest.mark.parametrize("number", [0, 1, 10_000])
+def test_reports_render_with_any_number_of_pairs(training, fresh, tmp_path, number):
+    scored(fresh, training, tmp_path / "s")
+    model = synthetic(tmp_path / "s", number, fresh, training)
+    data = check_page(write_report([model], tmp_path / "report.html", max_pairs=10_000))
+    assert len(data["pairs"]) == number and len(data["images"]) <= 24
+    assert (tmp_path / "report.html").stat().st_size < 6e6
+
+
+def test_models_stand_side_by_side_for_the_same_prompt_and_seed(training, fresh, tmp_path):
+    scored(fresh, training, tmp_path / "s")
+    models = [synthetic(tmp_path / "s", 30, fresh, training) for _ in range(2)]
+    models[1] = Scored("other", *(getattr(models[1], key) for key in ("scores", "nearest", "background")))
+    data = check_page(write_report(models, tmp_path / "report.html"))
+    assert len(data["compare"]) == 24 and [cell["model"] for cell in data["compare"][0]["cells"]][1] == "other"
+
+
+def test_pictures_that_are_gone_leave_a_gap_and_no_error(training, fresh, tmp_path):
+    shutil.copytree(fresh, tmp_path / "gone")
+    scored(tmp_path / "gone", training, tmp_path / "s")
+    shutil.rmtree(tmp_path / "gone")
+    check_page(write_report([Scored.load(tmp_path / "s")], tmp_path / "report.html"))
+
+
+def test_the_report_command_names_what_is_missing(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "r.html")]) == 2
+    assert "scores.json" in capsys.readouterr().err
+
+
+def scores_of(copies, n, sim=0.4):
+    from eval.similarity import share_interval
+
+    interval = share_interval(np.arange(n) < copies)
+    return {"copy_rate": copies / n, "copy_rate_ci95": interval, "num_generated": n, "sim_score": sim}
+
+
+@pytest.mark.parametrize(
+    ("scores", "limits", "exit_code", "words"),
+    [
+        (scores_of(0, 1000), Limits(0.01), 0, "Passed: 0 of 1000"),
+        (scores_of(1, 100), Limits(0.01), 0, "The interval reaches over the limit"),
+        (scores_of(2, 100), Limits(0.01), 3, "Failed: 2 of 100"),
+        (scores_of(0, 1000, 0.6), Limits(0.01, 0.5), 3, "Sim Score 0.600, limit 0.500"),
+        (scores_of(50, 100), Limits(None, 0.5), 0, "Passed: Sim Score"),
+        (scores_of(0, 50), Limits(0.0), 0, "Passed"),
+    ],
+)
+def test_the_verdict(scores, limits, exit_code, words):
+    verdict = judge(scores, limits)
+    assert verdict.exit_code == exit_code and words in verdict.sentence
+
+
+@pytest.fixture(scope="module")
+def audited(base, training, tmp_path_factory):
+    output = tmp_path_factory.mktemp("audit") / "audit"
+    flags = ["audit", "--model", str(base), "--train", str(training), "--output", str(output), "--num_images", "6"]
+    flags += ["--num_inference_steps", "2", "--descriptor", "pixel", "--feature_cache", "none", "--batch_size", "4"]
+    return flags, output, main(flags)
+
+
+def test_audit_passes_a_model_that_copies_nothing_and_leaves_its_proof(audited):
+    _, output, exit_code = audited
+    assert exit_code == 0
+    assert {"images", "scores.json", "nearest.parquet", "report.html", "summary.md"} <= {
+        p.name for p in output.iterdir()
+    }
+    check_page(output / "report.html")
+    assert "Passed" in (output / "report.html").read_text()
+    scores = json.loads((output / "scores.json").read_text())
+    assert len(scores["model_hash"]) == 16 and scores["settings"]["num_inference_steps"] == 2
+    assert "| copy rate ↓ | 0.0%" in (output / "summary.md").read_text()
+
+
+def test_audit_fails_over_the_limits_with_3_and_tells_github(audited, monkeypatch, capsys):
+    flags, output, _ = audited
+    page = output.parent / "summary"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    assert main([*flags, "--max_sim_score", "-1", "--github"]) == 3
+    assert "::error title=Memorization audit::Failed" in capsys.readouterr().out
+    assert "❌" in page.read_text() and "Failed" in (output / "report.html").read_text()
+
+
+def test_audit_exits_with_2_before_it_draws(audited, tmp_path, capsys):
+    flags, _, _ = audited
+    assert main([*flags, "--output", str(tmp_path / "out"), "--descriptor", "absent"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_protocols_are_refused():
+    with pytest.raises(UsageError, match="--fid x"):
+        Tools(Protocol(descriptor="pixel", fid="x"))

@@ -1,0 +1,141 @@
+"""Descriptors are unit vectors of named networks and preprocessings, and a wrong file is told from a right one."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from sscd import PREPROCESS, DescriptorError, descriptor, load_descriptor, pixel_descriptor
+
+
+class Network(torch.nn.Module):
+    """A stand-in for SSCD's: any size of image to a vector."""
+
+    def __init__(self, dimensions=512, scale=3.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(scale * torch.randn(12, dimensions, generator=generator))
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, (2, 2)).flatten(1) @ self.weight
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def write(name="sscd_disc_mixup", **options):
+        path = tmp_path / f"{name}.torchscript.pt"
+        torch.jit.script(Network(**options)).save(str(path))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (3, 3, 300, 400), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PREPROCESS)
+def test_preprocessing_is_torchvision_s_on_pil_images(name, images):
+    resize = {"dcr": 256, "sscd-288": 288, "sscd-320": (320, 320)}[name]
+    mean = [0.5] * 3 if name == "dcr" else [0.485, 0.456, 0.406]
+    std = [0.5] * 3 if name == "dcr" else [0.229, 0.224, 0.225]
+    steps = [transforms.Resize(resize), *([transforms.CenterCrop(224)] if name == "dcr" else [])]
+    wanted = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    by_hand = torch.stack([wanted(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images])
+    made = PREPROCESS[name](images)
+    assert made.shape == by_hand.shape
+    levels = (made - by_hand).abs() * torch.tensor(std)[:, None, None] * 255
+    assert levels.max() < 2.1 and levels.mean() < 0.1  # PIL rounds between its two passes
+
+
+def test_descriptors_are_the_network_s_output_of_unit_length(checkpoint, images):
+    path = checkpoint()
+    made = load_descriptor(str(path), "sscd-320")(images)
+    with torch.no_grad():
+        plain = torch.jit.load(str(path))(PREPROCESS["sscd-320"](images))
+    torch.testing.assert_close(made, plain / plain.norm(dim=1, keepdim=True))
+    assert made.dtype == torch.float32 and made.shape == (3, 512)
+
+
+def test_a_protocol_names_checkpoint_and_preprocessing(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("SSCD_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    checkpoint("sscd_disc_mixup")
+    checkpoint("sscd_disc_large", dimensions=1024)
+    assert load_descriptor("auto").identity["descriptor"] == "sscd_disc_large"
+    assert load_descriptor("auto").identity["preprocess"] == "dcr"
+    assert load_descriptor("auto", "sscd").identity["preprocess"] == "sscd-288"
+    assert load_descriptor("auto", "sscd").name == "sscd_disc_mixup"
+
+
+def test_auto_is_pixel_where_no_file_is_and_downloads_nothing(monkeypatch, tmp_path):
+    monkeypatch.delenv("SSCD_HOME", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloads"))
+    assert load_descriptor("auto").name == "pixel"
+
+
+def test_without_network_the_error_says_which_file_and_where(monkeypatch, tmp_path):
+    def unreachable(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.delenv("SSCD_HOME", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(DescriptorError, match=r"sscd_disc_large\.torchscript\.pt.*SSCD_HOME"):
+        load_descriptor("sscd_disc_large")
+
+
+def test_a_file_that_changed_is_refused(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("SSCD_HOME", str(tmp_path))
+    path = checkpoint()
+    first = load_descriptor("sscd_disc_mixup")
+    assert path.with_name(path.name + ".sha256").read_text().startswith(first.identity["sha256"])
+    assert load_descriptor("sscd_disc_mixup").identity == first.identity
+    checkpoint(scale=2.0)
+    with pytest.raises(DescriptorError, match="the file changed"):
+        load_descriptor("sscd_disc_mixup")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"not a network"), "not a TorchScript file"),
+        (lambda path: torch.save({"weight": torch.zeros(3)}, path), "not a TorchScript file"),
+        (lambda path: torch.jit.script(Network(dimensions=7)).save(str(path)), "wrong checkpoint"),
+        (lambda path: torch.jit.script(Network(scale=float("nan"))).save(str(path)), "wrong checkpoint"),
+        (lambda path: torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(str(path)), "wrong checkpoint"),
+        (lambda path: torch.jit.script(torch.nn.Linear(7, 3)).save(str(path)), "does not run on images"),
+    ],
+)
+def test_wrong_files_are_named(make, message, tmp_path):
+    path = tmp_path / "sscd_disc_mixup.torchscript.pt"
+    make(path)
+    with pytest.raises(DescriptorError, match=message):
+        load_descriptor(str(path))
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(DescriptorError, match="did you mean sscd_disc_mixup"):
+        load_descriptor("sscd_disk_mixup")
+    with pytest.raises(DescriptorError, match="protocol scd: unknown"):
+        load_descriptor("pixel", "scd")
+
+
+def test_pixel_descriptors_are_unit_vectors_that_know_a_brightened_copy():
+    images = torch.randint(0, 200, (20, 3, 32, 32), dtype=torch.uint8)
+    pixel = pixel_descriptor()
+    descriptors, brighter = pixel(images), pixel(images + 40)
+    torch.testing.assert_close(descriptors.norm(dim=1), torch.ones(20))
+    assert torch.equal((brighter @ descriptors.T).argmax(1), torch.arange(20))
+
+
+def test_one_colour_is_similar_to_nothing():
+    assert not pixel_descriptor()(torch.full((1, 3, 9, 9), 77, dtype=torch.uint8)).any()
+
+
+def test_the_published_dimensions_are_checked():
+    assert descriptor.CHECKPOINTS == {"sscd_disc_mixup": 512, "sscd_disc_large": 1024}
+    assert np.isclose(descriptor.SSCD_COPY, 0.5)
