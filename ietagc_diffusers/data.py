@@ -157,6 +157,13 @@ def image_transform(resolution, center_crop, random_flip, interpolation):
     )
 
 
+def tokenize(tokenizer, captions):
+    """Token ids (B, L) of a list of captions, padded or cut to the model's length L."""
+    return tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Rows as the training sees them.
 
@@ -221,16 +228,9 @@ class TrainingSamples(torch.utils.data.Dataset):
         else:
             pixels = [self.transform(image) for image in images]
             captions = [_choose(caption, random) for caption in captions]
-        tokens = self.tokenizer(
-            captions,
-            max_length=self.tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
         batch = {
             "pixel_values": torch.stack(pixels).to(memory_format=torch.contiguous_format).float(),
-            "input_ids": tokens.input_ids,
+            "input_ids": tokenize(self.tokenizer, captions),
             "samples": torch.tensor(rows),
             "bad": [entry for entries in bad for entry in entries],
         }
