@@ -153,6 +153,8 @@ def load_rows(args, accelerator):
     """The training rows, de-duplicated on request, and their groups of duplicates or None."""
     with accelerator.main_process_first():
         rows = data.load_training_rows(args)
+    if args.method.caption_mitigation == "mc":
+        data.require_several_captions(rows, args.caption_column)
     groups = None
     if args.deduplicate or args.group_duplicates:
         hashes = data.pixel_hashes(rows, args.image_column)
@@ -200,7 +202,14 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
     )
     transform = data.image_transform(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode)
     samples = data.TrainingSamples(
-        rows, args.image_column, args.caption_column, models.tokenizer, transform, args.on_bad_sample == "skip"
+        rows,
+        args.image_column,
+        args.caption_column,
+        models.tokenizer,
+        transform,
+        args.on_bad_sample == "skip",
+        config.caption_mitigation,
+        config.caption_mitigation_probability,
     )
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(models.unet, evaluation_mode=True)
