@@ -180,7 +180,7 @@ def captions_of(samples, seeds, row=0):
 
 
 def test_caption_mitigations_add_repeat_and_replace(samples):
-    original = Counter("a red picture".split())
+    original = Counter(["a", "red", "picture"])
     repeated = [Counter(caption.split()) - original for caption in captions_of(mitigated(samples, "cwr"), range(40))]
     assert all(sum(added.values()) == 2 and added.keys() <= original.keys() for added in repeated)
     assert len({tuple(sorted(added.elements())) for added in repeated}) > 3
@@ -197,8 +197,7 @@ def test_caption_mitigations_add_repeat_and_replace(samples):
 def test_a_caption_mitigation_acts_on_its_share_of_visits_and_on_captions_alone(samples, name):
     keys = [(row % 24, 1000 + row) for row in range(600)]
     plain, off, on, again = (
-        s.__getitems__(keys)
-        for s in (samples, mitigated(samples, name, 0.0), *[mitigated(samples, name, 0.1)] * 2)
+        s.__getitems__(keys) for s in (samples, mitigated(samples, name, 0.0), *[mitigated(samples, name, 0.1)] * 2)
     )
     assert torch.equal(off["input_ids"], plain["input_ids"]) and torch.equal(on["input_ids"], again["input_ids"])
     assert torch.equal(on["pixel_values"], plain["pixel_values"])

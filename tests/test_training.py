@@ -95,7 +95,8 @@ def plain_training(base, pictures, steps, flip, accumulation, ema, embedding_noi
 
 
 @pytest.mark.parametrize(
-    ("flip", "accumulation", "ema", "embedding_noise"), [(False, 1, False, 0), (True, 2, True, 0), (True, 1, False, 0.1)]
+    ("flip", "accumulation", "ema", "embedding_noise"),
+    [(False, 1, False, 0), (True, 2, True, 0), (True, 1, False, 0.1)],
 )
 def test_none_is_plain_training_bit_for_bit(base, pictures, tmp_path, flip, accumulation, ema, embedding_noise):
     steps = 10 if accumulation == 1 else 7
