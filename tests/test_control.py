@@ -338,9 +338,13 @@ def test_a_batch_that_is_filtered_whole_has_loss_0(pipeline, filtering, model, r
     assert (bank.visits > 1e6).any()
 
 
-def test_a_magnitude_that_is_not_a_number_is_not_below_the_threshold():
-    decision = WenControl(1.0).decide(torch.ones(3), torch.zeros(3), torch.tensor([0.5, torch.nan, 1.0]))
-    assert decision.skip.tolist() == [False, True, True]
+def test_the_filter_keeps_and_augments_only_what_is_below_its_threshold():
+    inner = ThresholdAwareControl(full_bank(1.0), 0.5, math.inf, 5.0, StrengthRandAugment(5))
+    measurements = torch.ones(3), torch.tensor([1, 2, 3]), torch.tensor([0.5, torch.nan, 1.0])
+    for control, augment in ((WenControl(1.0), False), (WenControl(1.0, inner), True)):
+        decision = control.decide(*measurements)
+        assert decision.skip.tolist() == [False, True, True]
+        assert decision.augment.tolist() == [augment, False, False]
 
 
 def test_a_group_s_mean_is_over_what_the_filter_leaves_in_all_its_processes(pipeline, filtering, model):
