@@ -233,8 +233,8 @@ class RandomControl(DecidingControl):
 class KeepAll(DecidingControl):
     """Skips and augments nothing."""
 
-    def __init__(self, group=None):
-        super().__init__(None, group)
+    def __init__(self):
+        super().__init__(augment=None)
 
     def decide(self, losses, timesteps):
         nothing = torch.zeros_like(losses, dtype=torch.bool)

@@ -126,7 +126,7 @@ class TextToImageObjective:
         latents[rows] = self._sample(posterior, drawn.posterior_noise[rows])
         return replace(drawn, latents=latents)
 
-    def _pose(self, model, drawn):
+    def _noisy_and_target(self, model, drawn):
         """What the model is shown and what it should say: noisy latents and target, both (B, C, h, w)."""
         noisy = self.scheduler.add_noise(drawn.latents, drawn.added_noise, drawn.timesteps)
         if self.scheduler.config.prediction_type == "epsilon":
@@ -148,7 +148,7 @@ class TextToImageObjective:
 
     def predict(self, model, drawn):
         """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
-        noisy, target = self._pose(model, drawn)
+        noisy, target = self._noisy_and_target(model, drawn)
         return model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0], target
 
     def losses(self, model, drawn):
@@ -163,7 +163,7 @@ class TextToImageObjective:
         one of the noise, eps = sqrt(a_t) v + sqrt(1 - a_t) z_t: both predictions share z_t, so the difference of the
         noises is sqrt(a_t) times that of the v.
         """
-        noisy, target = self._pose(model, drawn)
+        noisy, target = self._noisy_and_target(model, drawn)
         prediction = model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0]
         with torch.no_grad():
             nothing = self.unconditional.expand(len(drawn), -1, -1)

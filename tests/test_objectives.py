@@ -79,14 +79,17 @@ def test_embedding_noise_has_its_scale_and_leaves_the_other_draws(pipelines):
     assert len({sample[0, 0].item() for sample in noise}) == 32
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("options", [{}, {"input_perturbation": 0.1, "embedding_noise": 0.1}, {"dream": 1.0}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {}),
+        ("v_prediction", {"input_perturbation": 0.1, "embedding_noise": 0.1}),
+        ("epsilon", {"dream_detail_preservation": 1.0}),
+    ],
+)
 def test_magnitudes_are_the_norms_of_the_text_conditional_noise(pipelines, kind, options):
     """By hand, sample by sample, from the predicted noise itself; a prediction v is noise sqrt(a) v + sqrt(1 - a) z."""
-    if "dream" in options:
-        if kind == "v_prediction":
-            pytest.skip("DREAM predicts noise")
-        options = {"dream_detail_preservation": options["dream"]}
     pipeline = pipelines[kind]
     nothing = pipeline.text_encoder(pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids)[0]
     objective = make(pipeline, unconditional=nothing.detach(), **options)
