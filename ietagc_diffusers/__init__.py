@@ -3,7 +3,7 @@
 from .augmentation import StrengthRandAugment, augmentation_strength
 from .averaging import ModelAverage
 from .config import MitigationConfig, UsageError
-from .control import Controlled, Decision, PlainControl, RandomControl, ThresholdAwareControl
+from .control import Controlled, Decision, PlainControl, RandomControl, ThresholdAwareControl, WenControl
 from .ensemble import Callbacks, IterativeEnsemble, Rounds
 from .layout import Layout
 from .memory_bank import LossMemoryBank
@@ -30,5 +30,6 @@ __all__ = [
     "TextToImageObjective",
     "ThresholdAwareControl",
     "UsageError",
+    "WenControl",
     "augmentation_strength",
 ]

@@ -10,6 +10,7 @@ import yaml
 DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when neither --epochs_per_round nor --steps_per_round is given
 VISITS_PER_BUCKET = 100
 MIN_BUCKETS = 10
+CAPTION_PROBABILITY = 0.1  # Somepalli et al.'s, for all but MC, which has none
 
 _OFF = {"num_shards": 1, "skip_threshold": 0.0, "augment_range": 1.0, "redistribute_fraction": 0.0}
 _AGC, _IET, _TAA, _MSR = (
@@ -114,6 +115,27 @@ class MitigationConfig:
         0.0, "Control experiment: augment this share of samples at random instead of by loss.", type=float
     )
     random_augment_strength: float = _option(0.5, "Strength of --random_augment_rate, 0 to 1.", type=float)
+    # The rivals; None is off, so that a run without them records nothing of them.
+    wen_threshold: float | None = _option(
+        None,
+        "Wen et al.: skip samples whose text-conditional noise magnitude reaches this; theirs is 2, at 512 px, and it "
+        "grows with the resolution. One more forward a step.",
+        type=float,
+    )
+    embedding_noise: float | None = _option(
+        None, "GN: scale of the Gaussian noise added to the captions' embeddings; 0.1 is usual.", type=float
+    )
+    caption_mitigation: str | None = _option(
+        None,
+        "Somepalli et al.: 'mc' draws one of several captions (needs a column of lists), 'rc' replaces the caption by "
+        "4 random words, 'rt' adds 2 random words, 'cwr' repeats 2 of its own.",
+        choices=["mc", "rc", "rt", "cwr"],
+    )
+    caption_mitigation_probability: float | None = _option(
+        None,
+        f"Share of visits in which rc, rt or cwr acts. Default: {CAPTION_PROBABILITY}. mc acts in all.",
+        type=float,
+    )
 
     @classmethod
     def preset(cls, name, **overrides):
@@ -121,6 +143,8 @@ class MitigationConfig:
         if name not in PRESETS:
             raise UsageError(f"--mitigation {name}: not one of {', '.join(PRESETS)}")
         given = {key: value for key, value in overrides.items() if value is not None}
+        if given.get("caption_mitigation", "mc") != "mc":
+            given.setdefault("caption_mitigation_probability", CAPTION_PROBABILITY)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
 
     def __post_init__(self):
@@ -161,6 +185,18 @@ class MitigationConfig:
                 "--random_skip_rate and --random_augment_rate replace the control by loss: "
                 "give --skip_threshold 0 (or --mitigation none)"
             )
+        self._check_rivals()
+
+    def _check_rivals(self):
+        threshold, scale, share = self.wen_threshold, self.embedding_noise, self.caption_mitigation_probability
+        _require(threshold is None or threshold > 0, "--wen_threshold", threshold, "over 0; Wen et al. use 2")
+        _require(scale is None or 0 <= scale < math.inf, "--embedding_noise", scale, "at least 0, and finite")
+        _require(share is None or 0 <= share <= 1, "--caption_mitigation_probability", share, "in [0, 1]")
+        if share is not None and self.caption_mitigation in (None, "mc"):
+            raise UsageError(
+                f"--caption_mitigation_probability {share}: belongs to --caption_mitigation rc, rt or cwr"
+                f"{'; mc draws a caption at every visit' if self.caption_mitigation else ''}"
+            )
 
     @property
     def augments(self):
@@ -168,8 +204,11 @@ class MitigationConfig:
 
     @property
     def is_plain(self):
-        """Whether this is the official training, with nothing of the method in it."""
-        return self.num_shards == 1 and not (self.skip_threshold or self.random_skip_rate or self.random_augment_rate)
+        """Whether steps and order of samples are the official training's: whether all samples are kept as they are.
+        Captions and their embeddings may differ.
+        """
+        decides = self.skip_threshold or self.random_skip_rate or self.random_augment_rate or self.wen_threshold
+        return self.num_shards == 1 and not decides
 
     def resolve_bank_buckets(self, visits_per_shard, num_timesteps):
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""

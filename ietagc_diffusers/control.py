@@ -89,6 +89,10 @@ class DecidingControl(Control):
         self.augment = augment
         self.group = group or Solo()
 
+    def measure(self, model, objective, drawn):
+        """The losses (B,) to differentiate, and a tuple of what ``decide`` takes beside losses and timesteps."""
+        return objective.losses(model, drawn), ()
+
     @abstractmethod
     def decide(self, losses, timesteps):
         """losses (B,), timesteps (B,) -> ``Decision``."""
@@ -115,10 +119,10 @@ class DecidingControl(Control):
         """
         drawn = objective.draw(batch)
         with torch.set_grad_enabled(self.augment is None):
-            losses = objective.losses(model, drawn)
+            losses, more = self.measure(model, objective, drawn)
         observed = losses.detach()
         finite = observed.isfinite()
-        skip, augment, strength, ratio = self.decide(observed, drawn.timesteps)
+        skip, augment, strength, ratio = self.decide(observed, drawn.timesteps, *more)
         self.observe(self.group.gather(observed), self.group.gather(drawn.timesteps))
         keep = ~skip & finite
         num_kept = self.group.sum(keep.sum()).clamp(min=1)
@@ -224,3 +228,56 @@ class RandomControl(DecidingControl):
         skip = torch.rand_like(losses) < self.skip_rate
         augment = ~skip & (torch.rand_like(losses) < self.augment_rate)
         return Decision(skip, augment, torch.full_like(losses, self.strength), torch.full_like(losses, torch.inf))
+
+
+class KeepAll(DecidingControl):
+    """Skips and augments nothing."""
+
+    def __init__(self):
+        super().__init__(augment=None)
+
+    def decide(self, losses, timesteps):
+        nothing = torch.zeros_like(losses, dtype=torch.bool)
+        return Decision(nothing, nothing, torch.zeros_like(losses), torch.full_like(losses, torch.inf))
+
+
+class WenControl(DecidingControl):
+    """The training filter of Wen et al. (2024): skip samples whose text-conditional noise magnitude is not below a
+    threshold.
+
+    What either this or ``inner`` skips is skipped; ``inner`` decides on and learns from every sample, as it would
+    alone. A step in which nothing is left has loss 0 and is taken all the same, so that no process waits for another.
+
+    Args:
+        threshold: of the magnitude, over 0; see ``TextToImageObjective.losses_and_magnitudes``.
+        inner: another ``DecidingControl``; default: one that keeps all that the filter leaves.
+        group: the processes that share this shard; default: this one alone.
+    """
+
+    def __init__(self, threshold, inner=None, group=None):
+        self.inner = inner or KeepAll()
+        super().__init__(self.inner.augment, group)
+        self.threshold = threshold
+
+    def measure(self, model, objective, drawn):
+        losses, magnitudes = objective.losses_and_magnitudes(model, drawn)
+        return losses, (magnitudes,)
+
+    def decide(self, losses, timesteps, magnitudes):
+        """losses (B,), timesteps (B,), magnitudes (B,) -> ``Decision``."""
+        filtered = ~(magnitudes < self.threshold)  # a magnitude that is not a number too
+        decision = self.inner.decide(losses, timesteps)
+        return decision._replace(skip=decision.skip | filtered, augment=decision.augment & ~filtered)
+
+    def observe(self, losses, timesteps):
+        self.inner.observe(losses, timesteps)
+
+    def to(self, device):
+        self.inner.to(device)
+        return self
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)

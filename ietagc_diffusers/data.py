@@ -15,6 +15,7 @@ from torchvision import transforms
 from tqdm.auto import tqdm
 
 from .config import UsageError
+from .mitigations.prompts import choose_caption, random_words, repeat_words, replace_caption
 
 SAMPLE_ID = "sample_id"
 
@@ -89,6 +90,15 @@ def _is_caption(value):
     return isinstance(value, str) or (bool(value) and all(isinstance(caption, str) for caption in value))
 
 
+def require_several_captions(rows, column):
+    """Raise ``UsageError`` where ``--caption_mitigation mc`` has nothing to draw from."""
+    need = "--caption_mitigation mc: needs several captions an image"
+    if isinstance(rows.features[column], Value):
+        raise UsageError(f"{need}, and --caption_column {column} holds strings: name a column of lists of strings")
+    if not any(captions and len(captions) > 1 for captions in rows[column]):
+        raise UsageError(f"{need}, and no row of --caption_column {column} has more than one")
+
+
 def _check_files(rows, column):
     stored = rows.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
     for start in range(0, len(rows), 10_000):
@@ -157,6 +167,13 @@ def image_transform(resolution, center_crop, random_flip, interpolation):
     )
 
 
+def tokenize(tokenizer, captions):
+    """Token ids (B, L) of a list of captions, padded or cut to the model's length L."""
+    return tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Rows as the training sees them.
 
@@ -165,9 +182,23 @@ class TrainingSamples(torch.utils.data.Dataset):
     processes.
 
     With ``skip_bad``, a row without image or caption is replaced by another of ``pool``, drawn from the key's seed.
+
+    ``caption_mitigation`` (rc, rt or cwr) acts on a share ``caption_mitigation_probability`` of the visits, with the
+    numbers of Somepalli et al. (2023): 4 random words instead of the caption, 2 random words added, or 2 of its own
+    repeated. mc is what a list of captions does by itself: one is drawn at each visit.
     """
 
-    def __init__(self, rows, image_column, caption_column, tokenizer, transform, skip_bad=False):
+    def __init__(
+        self,
+        rows,
+        image_column,
+        caption_column,
+        tokenizer,
+        transform,
+        skip_bad=False,
+        caption_mitigation=None,
+        caption_mitigation_probability=None,
+    ):
         self.images = rows.select_columns([image_column])  # apart, so that reading a caption decodes no image
         self.captions = rows.select_columns([caption_column])
         self.image_column = image_column
@@ -175,6 +206,8 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.tokenizer = tokenizer
         self.transform = transform
         self.skip_bad = skip_bad
+        self.caption_mitigation = caption_mitigation
+        self.caption_mitigation_probability = caption_mitigation_probability
         self.pool = np.arange(len(rows))
 
     def of_shard(self, shard_samples):
@@ -206,6 +239,17 @@ class TrainingSamples(torch.utils.data.Dataset):
                 bad.append([candidate, str(error)])
         raise UsageError(f"row {row}: bad, and so were 1,000 others drawn in its place: {bad[0][1]}")
 
+    def _caption(self, captions, rng):
+        """The caption of one visit."""
+        caption = choose_caption(captions, rng)
+        if self.caption_mitigation in (None, "mc") or rng.random() >= self.caption_mitigation_probability:
+            return caption
+        if self.caption_mitigation == "rc":
+            return replace_caption(self.tokenizer, 4, rng)
+        if self.caption_mitigation == "rt":
+            return random_words(caption, self.tokenizer, 2, rng)
+        return repeat_words(caption, 2, rng)
+
     def __getitems__(self, keys):
         seeded = isinstance(keys[0], tuple)
         keys = keys if seeded else [(row, row) for row in keys]
@@ -217,27 +261,16 @@ class TrainingSamples(torch.utils.data.Dataset):
                 for image, (_, seed) in zip(images, keys, strict=True):
                     torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
                     pixels.append(self.transform(image))
-            captions = [_choose(c, random.Random(seed)) for c, (_, seed) in zip(captions, keys, strict=True)]
+            captions = [self._caption(c, random.Random(seed)) for c, (_, seed) in zip(captions, keys, strict=True)]
         else:
             pixels = [self.transform(image) for image in images]
-            captions = [_choose(caption, random) for caption in captions]
-        tokens = self.tokenizer(
-            captions,
-            max_length=self.tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
+            captions = [self._caption(caption, random) for caption in captions]
         batch = {
             "pixel_values": torch.stack(pixels).to(memory_format=torch.contiguous_format).float(),
-            "input_ids": tokens.input_ids,
+            "input_ids": tokenize(self.tokenizer, captions),
             "samples": torch.tensor(rows),
             "bad": [entry for entries in bad for entry in entries],
         }
         if seeded:
             batch["seeds"] = [seed for _, seed in keys]
         return batch
-
-
-def _choose(caption, rng):
-    return caption if isinstance(caption, str) else rng.choice(caption)

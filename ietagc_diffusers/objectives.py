@@ -43,6 +43,8 @@ class TextToImageObjective:
         noise_offset, input_perturbation: scales, 0 is off.
         snr_gamma: min-SNR weighting, None is off.
         dream_detail_preservation: DREAM's p, None is off.
+        embedding_noise: scale of Gaussian noise on the caption's embedding, 0 is off (GN, Somepalli et al. 2023).
+        unconditional: (1, L, D), the embedding of the empty caption; ``losses_and_magnitudes`` needs it.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class TextToImageObjective:
         input_perturbation=0.0,
         snr_gamma=None,
         dream_detail_preservation=None,
+        embedding_noise=0.0,
+        unconditional=None,
     ):
         prediction_type = scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
@@ -71,6 +75,8 @@ class TextToImageObjective:
         self.input_perturbation = input_perturbation
         self.snr_gamma = snr_gamma
         self.dream_detail_preservation = dream_detail_preservation
+        self.embedding_noise = embedding_noise
+        self.unconditional = unconditional
 
     @property
     def num_timesteps(self):
@@ -78,7 +84,7 @@ class TextToImageObjective:
 
     @torch.no_grad()
     def draw(self, batch):
-        """Draw noise and timesteps, in the official script's order.
+        """Draw noise and timesteps, in the official script's order, and then what it does not know.
 
         ``batch``: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L); where several processes share a batch, also
         ``rows`` (this process's slice of it) and ``batch_rows`` (its length): noise is drawn for the whole batch, so
@@ -101,6 +107,8 @@ class TextToImageObjective:
             added_noise = noise + self.input_perturbation * randn(*shape, dtype=dtype)
         timesteps = torch.randint(0, self.num_timesteps, (batch_rows,), device=noise.device)[rows]
         condition = self.text_encoder(batch["input_ids"], return_dict=False)[0]
+        if self.embedding_noise:
+            condition = condition + self.embedding_noise * randn(*condition.shape[1:], dtype=condition.dtype)
         return Drawn(
             self._sample(posterior, posterior_noise), posterior_noise, noise, added_noise, timesteps, condition
         )
@@ -118,8 +126,8 @@ class TextToImageObjective:
         latents[rows] = self._sample(posterior, drawn.posterior_noise[rows])
         return replace(drawn, latents=latents)
 
-    def predict(self, model, drawn):
-        """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
+    def _noisy_and_target(self, model, drawn):
+        """What the model is shown and what it should say: noisy latents and target, both (B, C, h, w)."""
         noisy = self.scheduler.add_noise(drawn.latents, drawn.added_noise, drawn.timesteps)
         if self.scheduler.config.prediction_type == "epsilon":
             target = drawn.noise
@@ -136,12 +144,34 @@ class TextToImageObjective:
                 drawn.condition,
                 self.dream_detail_preservation,
             )
+        return noisy, target
+
+    def predict(self, model, drawn):
+        """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
+        noisy, target = self._noisy_and_target(model, drawn)
         return model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0], target
 
     def losses(self, model, drawn):
         """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
-        prediction, target = self.predict(model, drawn)
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+        return _mean_squared_errors(*self.predict(model, drawn))
+
+    def losses_and_magnitudes(self, model, drawn):
+        """``losses``, and the magnitude of the text-conditional noise || eps(z_t, c) - eps(z_t, "") ||_2 of each
+        sample (Wen et al. 2024), both (B,) float32, from two forwards. No gradient flows through the magnitudes.
+
+        The norm is over all C h w elements, so that it grows with the resolution. A prediction of v is turned into
+        one of the noise, eps = sqrt(a_t) v + sqrt(1 - a_t) z_t: both predictions share z_t, so the difference of the
+        noises is sqrt(a_t) times that of the v.
+        """
+        noisy, target = self._noisy_and_target(model, drawn)
+        prediction = model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0]
+        with torch.no_grad():
+            nothing = self.unconditional.expand(len(drawn), -1, -1)
+            unconditional = model(noisy, drawn.timesteps, nothing, return_dict=False)[0]
+            magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
+            if self.scheduler.config.prediction_type == "v_prediction":
+                magnitudes *= self.scheduler.alphas_cumprod.to(noisy.device)[drawn.timesteps].sqrt()
+        return _mean_squared_errors(prediction, target), magnitudes
 
     def weights(self, timesteps):
         """min-SNR weights (B,), or None. They depend on the timestep alone, so they cancel in the loss ratio and come
@@ -163,3 +193,7 @@ class TextToImageObjective:
             return F.mse_loss(prediction.float(), target.float(), reduction="mean")
         losses = F.mse_loss(prediction.float(), target.float(), reduction="none")
         return (losses.mean(dim=list(range(1, losses.ndim))) * weights).mean()
+
+
+def _mean_squared_errors(prediction, target):
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import checkpoint, data, loaders
 from .augmentation import StrengthRandAugment
 from .config import DEFAULT_ROUNDS, UsageError
-from .control import PlainControl, RandomControl, ThresholdAwareControl
+from .control import PlainControl, RandomControl, ThresholdAwareControl, WenControl
 from .ensemble import IterativeEnsemble, Rounds
 from .layout import Layout
 from .memory_bank import LossMemoryBank
@@ -76,6 +76,12 @@ class Models:
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
+    @torch.no_grad()
+    def embed(self, captions):
+        """The captions' embeddings (B, L, D)."""
+        tokens = data.tokenize(self.tokenizer, captions)
+        return self.text_encoder(tokens.to(self.text_encoder.device), return_dict=False)[0]
+
     def _use_xformers(self, device):
         flag = "--enable_xformers_memory_efficient_attention"
         if device.type != "cuda":
@@ -116,6 +122,11 @@ def build_control(config, num_timesteps, visits_per_shard, layout):
     """The control of one shard."""
     if config.is_plain and layout.size == 1:
         return PlainControl()
+    control = _method_control(config, num_timesteps, visits_per_shard, layout)
+    return control if config.wen_threshold is None else WenControl(config.wen_threshold, control, layout)
+
+
+def _method_control(config, num_timesteps, visits_per_shard, layout):
     augment = None
     if config.augments:
         augment = StrengthRandAugment(
@@ -142,6 +153,8 @@ def load_rows(args, accelerator):
     """The training rows, de-duplicated on request, and their groups of duplicates or None."""
     with accelerator.main_process_first():
         rows = data.load_training_rows(args)
+    if args.method.caption_mitigation == "mc":
+        data.require_several_captions(rows, args.caption_column)
     groups = None
     if args.deduplicate or args.group_duplicates:
         hashes = data.pixel_hashes(rows, args.image_column)
@@ -184,10 +197,19 @@ def build_ensemble(args, accelerator, models, rows, groups, callbacks):
         input_perturbation=args.input_perturbation,
         snr_gamma=args.snr_gamma,
         dream_detail_preservation=args.dream_detail_preservation if args.dream_training else None,
+        embedding_noise=config.embedding_noise or 0.0,
+        unconditional=None if config.wen_threshold is None else models.embed([""]),
     )
     transform = data.image_transform(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode)
     samples = data.TrainingSamples(
-        rows, args.image_column, args.caption_column, models.tokenizer, transform, args.on_bad_sample == "skip"
+        rows,
+        args.image_column,
+        args.caption_column,
+        models.tokenizer,
+        transform,
+        args.on_bad_sample == "skip",
+        config.caption_mitigation,
+        config.caption_mitigation_probability,
     )
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(models.unet, evaluation_mode=True)

@@ -52,12 +52,33 @@ def test_single_flags_override_and_none_does_not():
         ({"randaugment_magnitude": 31}, "--randaugment_magnitude 31"),
         ({"skip_threshold": 0.0}, "--augment_range inf needs a --skip_threshold over 0"),
         ({"random_skip_rate": 0.2}, "--random_skip_rate and --random_augment_rate replace"),
+        ({"wen_threshold": 0.0}, "--wen_threshold 0.0: must be over 0"),
+        ({"wen_threshold": math.nan}, "--wen_threshold nan"),
+        ({"embedding_noise": -0.1}, "--embedding_noise -0.1: must be at least 0"),
+        ({"embedding_noise": math.inf}, "--embedding_noise inf: must be at least 0, and finite"),
+        ({"caption_mitigation": "rt", "caption_mitigation_probability": 1.5}, "--caption_mitigation_probability 1.5"),
+        ({"caption_mitigation_probability": 0.5}, "0.5: belongs to --caption_mitigation rc, rt or cwr"),
+        ({"caption_mitigation": "mc", "caption_mitigation_probability": 1.0}, "mc draws a caption at every visit"),
     ],
 )
 def test_numbers_out_of_range_name_their_flag(flags, message):
     with pytest.raises(UsageError) as error:
         MitigationConfig.preset("iet-agc+", **flags)
     assert message in str(error.value)
+
+
+def test_rivals_are_off_unless_asked_for_and_caption_mitigations_have_their_authors_share():
+    rivals = ("wen_threshold", "embedding_noise", "caption_mitigation", "caption_mitigation_probability")
+    default = MitigationConfig.preset("none").to_dict()
+    assert [default[name] for name in rivals] == [None] * 4
+    shares = {
+        name: MitigationConfig.preset("none", caption_mitigation=name).caption_mitigation_probability
+        for name in ("mc", "rc", "rt", "cwr")
+    }
+    assert shares == {"mc": None, "rc": 0.1, "rt": 0.1, "cwr": 0.1}
+    given = MitigationConfig.preset("none", caption_mitigation="rt", caption_mitigation_probability=0.0)
+    assert given.caption_mitigation_probability == 0 and given.is_plain
+    assert not MitigationConfig.preset("none", wen_threshold=2.0).is_plain
 
 
 def test_unknown_preset_is_named():

@@ -13,6 +13,7 @@ from ietagc_diffusers import (
     StrengthRandAugment,
     TextToImageObjective,
     ThresholdAwareControl,
+    WenControl,
     tiny,
 )
 
@@ -253,3 +254,131 @@ def test_random_control_skips_and_augments_at_its_rates():
     assert decision.skip.float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert decision.augment[~decision.skip].float().mean().item() == pytest.approx(0.5, abs=0.01)
     assert not (decision.skip & decision.augment).any()
+
+
+@pytest.fixture
+def filtering(pipeline):
+    """An objective that knows the empty caption."""
+    tokens = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    nothing = pipeline.text_encoder(tokens)[0].detach()
+    return TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler, unconditional=nothing)
+
+
+def measured(model, objective, batch, seed):
+    """Losses, magnitudes, and a threshold with as many magnitudes below it as above."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        losses, magnitudes = objective.losses_and_magnitudes(model, objective.draw(batch))
+    middle = len(magnitudes) // 2
+    return losses, magnitudes, magnitudes.sort().values[middle - 1 : middle + 1].mean().item()
+
+
+def test_the_filter_of_wen_et_al_equals_a_loop_over_samples(pipeline, filtering, model):
+    batch = make_batch(pipeline, 6)
+    threshold = measured(model, filtering, batch, 5)[2]
+    torch.manual_seed(5)
+    drawn = filtering.draw(batch)
+    skipped, kept = [], []
+    for i, t in enumerate(drawn.timesteps):
+        one, a = drawn[i : i + 1], pipeline.scheduler.alphas_cumprod[t]
+        noisy = a.sqrt() * one.latents + (1 - a).sqrt() * one.noise
+        predicted = model(noisy, t, one.condition).sample
+        difference = a.sqrt() * (predicted - model(noisy, t, filtering.unconditional).sample)
+        skipped.append(difference.detach().norm().item() >= threshold)
+        if not skipped[-1]:
+            target = a.sqrt() * one.noise - (1 - a).sqrt() * one.latents
+            kept.append((predicted - target).pow(2).mean())
+    torch.stack(kept).mean().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+
+    torch.manual_seed(5)
+    controlled = WenControl(threshold).step(model, filtering, batch)
+    controlled.loss.backward()
+    assert controlled.skipped.tolist() == skipped and sum(skipped) == 3
+    assert not controlled.augmented.any() and not controlled.nonfinite.any()
+    assert controlled.loss.item() == pytest.approx(torch.stack(kept).mean().item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("reach", [1.0, math.inf])
+def test_what_either_control_skips_is_skipped_and_the_bank_learns_from_all(pipeline, filtering, model, reach):
+    batch = make_batch(pipeline, 12)
+    losses, magnitudes, threshold = measured(model, filtering, batch, 6)
+    average = losses.median().item()
+
+    def inner():
+        return ThresholdAwareControl(full_bank(average), 0.999, reach, 0.5, StrengthRandAugment(20))
+
+    outcomes = []
+    alone, both = inner(), WenControl(threshold, inner())
+    for control in (alone, both):
+        torch.manual_seed(6)
+        outcomes.append(control.step(model, filtering, batch))
+    filtered = magnitudes >= threshold
+    assert outcomes[1].skipped.tolist() == (outcomes[0].skipped | filtered).tolist()
+    assert outcomes[1].augmented.tolist() == (outcomes[0].augmented & ~filtered).tolist()
+    assert 0 < outcomes[0].skipped.sum() < outcomes[1].skipped.sum() < 12
+    assert (reach == 1) or outcomes[1].augmented.any()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(both.state_dict()[name], tensor)
+    resumed = WenControl(threshold, inner())
+    resumed.load_state_dict(both.state_dict())
+    assert torch.equal(resumed.inner.bank.averages, alone.bank.averages)
+
+
+@pytest.mark.parametrize("reach", [1.0, math.inf])
+def test_a_batch_that_is_filtered_whole_has_loss_0(pipeline, filtering, model, reach):
+    bank = full_bank(1.0)
+    inner = ThresholdAwareControl(bank, 0.8, reach, 5.0, StrengthRandAugment(5))
+    controlled = WenControl(1e-9, inner).step(model, filtering, make_batch(pipeline))
+    assert controlled.skipped.all() and not controlled.augmented.any()
+    assert controlled.loss.item() == 0 and controlled.total_loss.item() > 0
+    assert (bank.visits > 1e6).any()
+
+
+def test_the_filter_keeps_and_augments_only_what_is_below_its_threshold():
+    inner = ThresholdAwareControl(full_bank(1.0), 0.5, math.inf, 5.0, StrengthRandAugment(5))
+    measurements = torch.ones(3), torch.tensor([1, 2, 3]), torch.tensor([0.5, torch.nan, 1.0])
+    for control, augment in ((WenControl(1.0), False), (WenControl(1.0, inner), True)):
+        decision = control.decide(*measurements)
+        assert decision.skip.tolist() == [False, True, True]
+        assert decision.augment.tolist() == [augment, False, False]
+
+
+def test_a_group_s_mean_is_over_what_the_filter_leaves_in_all_its_processes(pipeline, filtering, model):
+    """Two processes that meet at every sum; one of them has nothing left, and still comes."""
+    batch = make_batch(pipeline, 8)
+    torch.manual_seed(7)
+    drawn = filtering.draw(batch)
+    with torch.no_grad():
+        losses, magnitudes = filtering.losses_and_magnitudes(model, drawn)
+    order = magnitudes.argsort()
+    parts, threshold = [drawn[order[:4]], drawn[order[4:]]], magnitudes[order[3]].item()
+    sums = []
+
+    class Half:
+        size, rank = 2, 0
+
+        def gather(self, tensor):
+            return tensor
+
+        def sum(self, tensor):
+            sums.append(int(tensor))
+            return tensor + 3 - tensor  # the group keeps 3, all of them in its first process
+
+    class Given:
+        def __init__(self, part):
+            self.part = part
+
+        def draw(self, batch):
+            return self.part
+
+        def __getattr__(self, name):
+            return getattr(filtering, name)
+
+    steps = [WenControl(threshold, group=Half()).step(model, Given(part), batch) for part in parts]
+    assert sums == [3, 0]
+    assert steps[0].loss.item() == pytest.approx(losses[order[:3]].mean().item(), rel=1e-5)
+    assert steps[1].loss.item() == 0 and steps[1].skipped.all()

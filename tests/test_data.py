@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import random
+from collections import Counter
+from copy import copy
 
 import numpy as np
 import pytest
@@ -163,6 +166,64 @@ def test_lists_of_captions_are_drawn_from(pictures, tokenizer, samples):
     tokens = drawn.__getitems__([(0, seed) for seed in range(30)])["input_ids"]
     assert len({tuple(t) for t in tokens.tolist()}) == 3
     assert torch.equal(tokens[:4], drawn.__getitems__([(0, seed) for seed in range(4)])["input_ids"])
+
+
+def mitigated(samples, name, probability=1.0):
+    changed = copy(samples)
+    changed.caption_mitigation, changed.caption_mitigation_probability = name, probability
+    return changed
+
+
+def captions_of(samples, seeds, row=0):
+    tokens = samples.__getitems__([(row, seed) for seed in seeds])["input_ids"]
+    return samples.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def test_caption_mitigations_add_repeat_and_replace(samples):
+    original = Counter(["a", "red", "picture"])
+    repeated = [Counter(caption.split()) - original for caption in captions_of(mitigated(samples, "cwr"), range(40))]
+    assert all(sum(added.values()) == 2 and added.keys() <= original.keys() for added in repeated)
+    assert len({tuple(sorted(added.elements())) for added in repeated}) > 3
+    drawn = mitigated(samples, "rt")
+    for seed in range(40):
+        words = drawn._caption("a red picture", random.Random(seed)).split()
+        assert len(words) == 5 and not original - Counter(words)
+    drawn = mitigated(samples, "rc")
+    replaced = {drawn._caption("a red picture", random.Random(seed)) for seed in range(40)}
+    assert len(replaced) == 40 and all(len(caption.split()) == 4 for caption in replaced)
+
+
+@pytest.mark.parametrize("name", ["rc", "rt", "cwr"])
+def test_a_caption_mitigation_acts_on_its_share_of_visits_and_on_captions_alone(samples, name):
+    keys = [(row % 24, 1000 + row) for row in range(600)]
+    plain, off, on, again = (
+        s.__getitems__(keys) for s in (samples, mitigated(samples, name, 0.0), *[mitigated(samples, name, 0.1)] * 2)
+    )
+    assert torch.equal(off["input_ids"], plain["input_ids"]) and torch.equal(on["input_ids"], again["input_ids"])
+    assert torch.equal(on["pixel_values"], plain["pixel_values"])
+    share = (on["input_ids"] != plain["input_ids"]).any(dim=1).float().mean().item()
+    assert share == pytest.approx(0.1, abs=0.04)
+
+
+def test_without_several_captions_or_a_mitigation_the_process_s_stream_is_left_alone(samples):
+    random.seed(4)
+    before = random.getstate()
+    samples.__getitems__([0, 1, 2])
+    assert random.getstate() == before
+    drawn = mitigated(samples, "rc", 0.5)
+    tokens = [random.seed(4) or drawn.__getitems__(list(range(24)))["input_ids"] for _ in range(2)]
+    assert torch.equal(*tokens) and random.getstate() != before
+
+
+def test_mc_asks_for_several_captions(pictures):
+    rows = data.load_training_rows(flags(pictures))
+    with pytest.raises(UsageError, match="--caption_column text holds strings: name a column of lists"):
+        data.require_several_captions(rows, "text")
+    single = rows.add_column("captions", [[caption] for caption in rows["text"]])
+    with pytest.raises(UsageError, match="no row of --caption_column captions has more than one"):
+        data.require_several_captions(single, "captions")
+    several = rows.add_column("captions", [["a"], *[["a", "b"]] * (len(rows) - 1)])
+    data.require_several_captions(several, "captions")
 
 
 def make_loader(samples, workers=0, shard=None, **group):

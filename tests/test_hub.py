@@ -8,6 +8,7 @@ from ietagc_diffusers.arguments import parse_args
 
 def test_the_card_tells_base_mitigation_and_outcome(tmp_path):
     argv = ["--pretrained_model_name_or_path=some/base", "--dataset_name=some/data", f"--output_dir={tmp_path}"]
+    argv += ["--wen_threshold=2", "--embedding_noise=0.1", "--caption_mitigation=rt"]
     args = parse_args([*argv, "--hub_token=secret", "--validation_prompts", "a cat", "a dog", "--skip_threshold=0.7"])
     rows = [{"skip_rate": 0.25, "augment_rate": 0.5}]
     hub.write_card(args, "me/model", [Image.new("RGB", (8, 8))] * 2, rows)
@@ -16,6 +17,10 @@ def test_the_card_tells_base_mitigation_and_outcome(tmp_path):
         "base_model: some/base",
         "some/data",
         "`skip_threshold` | 0.7",
+        "`wen_threshold` | 2.0",
+        "`embedding_noise` | 0.1",
+        "`caption_mitigation` | rt",
+        "`caption_mitigation_probability` | 0.1",
         "25.0%",
         "a cat",
         "me/model",

@@ -49,7 +49,7 @@ def test_min_snr_weights_are_the_formula(pipelines, kind):
 
 def test_a_shared_batch_draws_what_the_whole_one_does(pipelines):
     pipeline = pipelines["epsilon"]
-    objective = make(pipeline, noise_offset=0.1, input_perturbation=0.1)
+    objective = make(pipeline, noise_offset=0.1, input_perturbation=0.1, embedding_noise=0.1)
     batch = make_batch(pipeline, 5)
     torch.manual_seed(0)
     whole = objective.draw(batch)
@@ -59,6 +59,58 @@ def test_a_shared_batch_draws_what_the_whole_one_does(pipelines):
         for name in ("noise", "added_noise", "posterior_noise", "timesteps"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
         torch.testing.assert_close(part.latents, whole.latents[rows])
+        torch.testing.assert_close(part.condition, whole.condition[rows])
+
+
+def test_embedding_noise_has_its_scale_and_leaves_the_other_draws(pipelines):
+    pipeline = pipelines["epsilon"]
+    batch = make_batch(pipeline, 32)
+    drawn, streams = [], []
+    for options in ({}, {"embedding_noise": 0.0}, {"embedding_noise": 0.1}):
+        torch.manual_seed(0)
+        drawn.append(make(pipeline, **options).draw(batch))
+        streams.append(torch.get_rng_state())
+    plain, off, noisy = drawn
+    assert torch.equal(off.condition, plain.condition) and torch.equal(streams[0], streams[1])
+    for name in ("latents", "posterior_noise", "noise", "added_noise", "timesteps"):
+        assert torch.equal(getattr(noisy, name), getattr(plain, name))
+    noise = noisy.condition - plain.condition
+    assert noise.std().item() == pytest.approx(0.1, rel=0.02) and abs(noise.mean().item()) < 2e-3
+    assert len({sample[0, 0].item() for sample in noise}) == 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {}),
+        ("v_prediction", {"input_perturbation": 0.1, "embedding_noise": 0.1}),
+        ("epsilon", {"dream_detail_preservation": 1.0}),
+    ],
+)
+def test_magnitudes_are_the_norms_of_the_text_conditional_noise(pipelines, kind, options):
+    """By hand, sample by sample, from the predicted noise itself; a prediction v is noise sqrt(a) v + sqrt(1 - a) z."""
+    pipeline = pipelines[kind]
+    nothing = pipeline.text_encoder(pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids)[0]
+    objective = make(pipeline, unconditional=nothing.detach(), **options)
+    drawn = objective.draw(make_batch(pipeline, 6))
+    shown = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: shown.append(inputs))
+    losses, magnitudes = objective.losses_and_magnitudes(pipeline.unet, drawn)
+    hook.remove()
+    noisy = shown[-1][0]  # what the model was shown last: DREAM changes it
+    for i, t in enumerate(drawn.timesteps):
+        a = pipeline.scheduler.alphas_cumprod[t]
+        noises = []
+        for condition in (drawn.condition[i : i + 1], nothing):
+            with torch.no_grad():
+                predicted = pipeline.unet(noisy[i : i + 1], t, condition).sample[0]
+            is_v = kind == "v_prediction"
+            noises.append(a.sqrt() * predicted + (1 - a).sqrt() * noisy[i] if is_v else predicted)
+        wanted = (noises[0] - noises[1]).pow(2).sum().sqrt()
+        assert magnitudes[i].item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(losses, objective.losses(pipeline.unet, drawn))
+    assert losses.requires_grad and not magnitudes.requires_grad
 
 
 def test_new_images_change_their_latents_alone(pipelines):

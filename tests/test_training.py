@@ -32,7 +32,7 @@ METHOD = [
 ]  # fmt: skip
 
 
-def plain_training(base, pictures, steps, flip, accumulation, ema):
+def plain_training(base, pictures, steps, flip, accumulation, ema, embedding_noise=0.0):
     """Plain fine-tuning, written anew with accelerate's own loader and accumulation: the reference for 'none'."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation)
@@ -73,6 +73,8 @@ def plain_training(base, pictures, steps, flip, accumulation, ema):
                 noise = torch.randn_like(latents)
                 t = torch.randint(0, 1000, (len(latents),)).long()
                 condition = text_encoder(tokens)[0]
+                if embedding_noise:
+                    condition = condition + embedding_noise * torch.randn_like(condition)
                 prediction = unet(scheduler.add_noise(latents, noise, t), t, condition).sample
                 loss = F.mse_loss(prediction, scheduler.get_velocity(latents, noise, t))
                 accelerator.backward(loss)
@@ -92,13 +94,16 @@ def plain_training(base, pictures, steps, flip, accumulation, ema):
     return {name: p.detach() for name, p in unet.named_parameters()}
 
 
-@pytest.mark.parametrize(("flip", "accumulation", "ema"), [(False, 1, False), (True, 2, True)])
-def test_none_is_plain_training_bit_for_bit(base, pictures, tmp_path, flip, accumulation, ema):
+@pytest.mark.parametrize(
+    ("flip", "accumulation", "ema", "embedding_noise"),
+    [(False, 1, False, 0), (True, 2, True, 0), (True, 1, False, 0.1)],
+)
+def test_none_is_plain_training_bit_for_bit(base, pictures, tmp_path, flip, accumulation, ema, embedding_noise):
     steps = 10 if accumulation == 1 else 7
-    wanted = plain_training(base, pictures, steps, flip, accumulation, ema)
+    wanted = plain_training(base, pictures, steps, flip, accumulation, ema, embedding_noise)
     flags = train_flags(base, pictures, "--mitigation=none", f"--max_train_steps={steps}", "--lr_scheduler=cosine")
     flags += [f"--gradient_accumulation_steps={accumulation}", "--lr_warmup_steps=2"]
-    flags += ["--random_flip"] * flip + ["--use_ema"] * ema
+    flags += ["--random_flip"] * flip + ["--use_ema"] * ema + [f"--embedding_noise={embedding_noise}"]
     got = load_file(train_here(flags, tmp_path / "out") / "unet" / "diffusion_pytorch_model.safetensors")
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
