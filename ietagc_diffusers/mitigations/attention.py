@@ -14,9 +14,9 @@ MASKED = -10_000.0  # as Diffusers turns a mask into a bias: softmax makes 0 of 
 
 @dataclass
 class RescaledAttention(Mitigation):
-    """Rescale the logits of cross-attention (Ren et al., "Unveiling and Mitigating Memorization in Text-to-image
-    Diffusion Models through Cross Attention", 2024).
+    """MemAttn: raise cross-attention to the beginning token and mask the padding.
 
+    Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", 2024.
     In the conditional branch the beginning token's logit is multiplied by ``scale``. In both branches the tokens behind
     the prompt's end-of-text token get no attention, as in the authors' code: that is the padding, which in a memorized
     prompt summarises it. With prompt_embeds, whose length is unknown, nothing is masked.

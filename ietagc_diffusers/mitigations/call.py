@@ -142,8 +142,8 @@ class Call:
         """
         encoded = list(encode_prompt(**arguments))  # conditional and unconditional by turns, then SDXL's pooled ones
         self.num_images = len(encoded[0])
-        given = {key: arguments[key] for key in ("prompt", "prompt_2") if arguments.get(key) is not None}
-        self.prompts = {key: self._for_images(value) for key, value in given.items()}
+        given = {"prompt": arguments.get("prompt"), "prompt_2": arguments.get("prompt_2") or None}
+        self.prompts = {key: self._for_images(value) for key, value in given.items() if value is not None}
         if self._rewrite():
             again = {**arguments, **self.prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
             encoded[::2] = encode_prompt(**again)[::2]

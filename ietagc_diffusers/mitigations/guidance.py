@@ -25,14 +25,14 @@ def optional_scale(value):
 
 @dataclass
 class DelayedGuidance(Mitigation):
-    """Classifier-free guidance from the transition point on, another guidance scale before it (Jain et al.,
-    "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", 2025).
+    """CFG basin: guidance from the transition point on, none (or its opposite) before it.
 
-    A fixed transition is a timestep: guidance acts where t <= transition. A dynamic one is found for each image, as
-    the first local minimum over the steps of ||eps_c - eps_u||; guidance acts from the step that shows it, the third
-    at the earliest. A negative initial scale is opposite guidance (the authors take -2, with transition 650). The
-    number of steps stays the caller's: where the authors' script goes over to finer steps at the transition, this does
-    not. Without guidance (guidance_scale <= 1) there is nothing to delay.
+    Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", 2025. A fixed
+    transition is a timestep: guidance acts where t <= transition. A dynamic one is found for each image, as the first
+    local minimum over the steps of ||eps_c - eps_u||; guidance acts from the step that shows it, the third at the
+    earliest. A negative initial scale is opposite guidance (the authors take -2, with transition 650). The number of
+    steps stays the caller's: where the authors' script goes over to finer steps at the transition, this does not.
+    Without guidance (guidance_scale <= 1) there is nothing to delay.
     """
 
     name: ClassVar[str] = "cfg"

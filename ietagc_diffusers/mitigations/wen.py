@@ -37,7 +37,7 @@ def optimise_embeddings(predict, embeddings, unconditional, steps=10, lr=0.05, t
     Returns:
         (B, L, D), the dtype of ``embeddings``; its first token is unchanged.
     """
-    first, rest = embeddings[:, :1], embeddings[:, 1:].float().requires_grad_()
+    first, rest = embeddings[:, :1], embeddings[:, 1:].to(torch.float32, copy=True).requires_grad_()
     optimizer = torch.optim.AdamW([rest], lr=lr)
     active = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
     for _ in range(steps):
