@@ -64,26 +64,26 @@ def sd():
 @pytest.mark.parametrize("text", AT_ZERO)
 @pytest.mark.parametrize("case", ["guided", "unguided", "negative", "images", "embeds", "one", "global"])
 def test_at_strength_zero_the_images_are_the_same_bits(pipeline, text, case):
-    options = {}
+    options = {"num_inference_steps": 2}
     if case == "unguided":
-        options = {"guidance_scale": 1.0}
+        options |= {"guidance_scale": 1.0}
     if case == "negative":
-        options = {"negative_prompt": ["a blue picture", ""], "guidance_rescale": 0.5}
+        options |= {"negative_prompt": ["a blue picture", ""], "guidance_rescale": 0.5}
     if case == "images":
-        options = {"num_images_per_prompt": 3, "seeds": range(6)}
+        options |= {"num_images_per_prompt": 3, "seeds": range(6)}
     if case == "embeds":
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         encoded = pipeline.encode_prompt(
             PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
-        options = {"prompts": None, **dict(zip(names, encoded, strict=False))}
+        options |= {"prompts": None, **dict(zip(names, encoded, strict=False))}
     results = []
     for each in (pipeline, apply_mitigations(pipeline, text)):
         torch.manual_seed(3)
         if case == "one":
-            options = {"prompts": PROMPTS[0], "generator": torch.Generator().manual_seed(3)}
+            options |= {"prompts": PROMPTS[0], "generator": torch.Generator().manual_seed(3)}
         if case == "global":
-            options = {"generator": None}
+            options |= {"generator": None}
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             results.append((generate(each, **options), torch.get_rng_state()))
@@ -228,10 +228,8 @@ def test_an_image_depends_on_its_own_generator_alone(pipeline, text):
     mitigated = apply_mitigations(pipeline, text)
     prompts, seeds = [*PROMPTS, "a red red picture"], (5, 6, 7)
     together = generate(mitigated, prompts, seeds)
-    for row in (0, 2):
-        assert same(generate(mitigated, prompts[row : row + 1], seeds[row : row + 1])[0], together[row])
-        one = torch.Generator().manual_seed(seeds[row])
-        assert same(generate(mitigated, prompts[row], generator=one)[0], together[row])
+    assert same(generate(mitigated, prompts[2:], seeds[2:])[0], together[2])
+    assert same(generate(mitigated, prompts[1], generator=torch.Generator().manual_seed(6))[0], together[1])
     assert same(generate(mitigated, prompts[::-1], seeds[::-1]), together.flip(0))
 
 

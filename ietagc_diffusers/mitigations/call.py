@@ -52,21 +52,15 @@ class Step:
         return self._predict(slice(None), slice(0), replaced)
 
     def _predict(self, rows, conditional, replaced):
-        total = len(self.sample)
-        inputs = {**_take(self.inputs, rows, total), **replaced, "return_dict": False}
+        inputs = {**_take(self.inputs, rows, len(self.sample)), **replaced, "return_dict": False}
         with self.call.apart(conditional):
-            return self.call.pipeline.unet(
-                _take(self.sample, rows, total), _take(self.timestep, rows, total), **inputs
-            )[0]
+            return self.call.pipeline.unet(self.sample[rows], self.timestep, **inputs)[0]
 
 
 def _take(value, rows, total):
-    """``rows`` of every tensor of ``total`` rows in a nest of dicts and lists.
-
-    They are cloned: under ``torch.inference_mode``, autograd cannot save the tensors themselves.
-    """
+    """``rows`` of every tensor of ``total`` rows in a nest of dicts and lists."""
     if isinstance(value, torch.Tensor):
-        return value[rows].clone() if value.ndim and len(value) == total else value.clone()
+        return value[rows] if value.ndim and len(value) == total else value
     if isinstance(value, dict):
         return {key: _take(part, rows, total) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -29,9 +29,9 @@ class DelayedGuidance(Mitigation):
 
     Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", 2025. A fixed
     transition is a timestep: guidance acts where t <= transition. A dynamic one is found for each image, as the first
-    local minimum over the steps of ||eps_c - eps_u||; guidance acts from the step that shows it, the third at the
-    earliest. A negative initial scale is opposite guidance (the authors take -2, with transition 650). The number of
-    steps stays the caller's: where the authors' script goes over to finer steps at the transition, this does not.
+    local minimum of ||eps_c - eps_u|| over the UNet's calls; guidance acts from the call that shows it, the third at
+    the earliest. A negative initial scale is opposite guidance (the authors take -2, with transition 650). The number
+    of steps stays the caller's: where the authors' script goes over to finer steps at the transition, this does not.
     Without guidance (guidance_scale <= 1) there is nothing to delay.
     """
 

@@ -54,8 +54,9 @@ class RepeatedWords(InsertedWords):
 class EmbeddingNoise(Mitigation):
     """GNI: add Gaussian noise to the prompt's embedding, embedding + scale * N(0, 1).
 
-    To the conditional branch alone; in SDXL to the token embeddings and to the pooled one, which carries the prompt
-    as well. The noise is drawn in float32 on the host, so that device and dtype do not change it.
+    To the conditional branch alone (the authors' code disturbs the unconditional one, too); in SDXL to the token
+    embeddings and to the pooled one, which carries the prompt as well. The noise is drawn in float32 on the host, so
+    that device and dtype do not change it.
     """
 
     name: ClassVar[str] = "gni"

@@ -25,7 +25,9 @@ def optimise_embeddings(predict, embeddings, unconditional, steps=10, lr=0.05, t
     """Lower the text-conditional noise of each image by AdamW on its prompt embedding, all tokens but the first.
 
     An image stops before the first step at which its magnitude is at or below ``target_loss``; each has its own loss,
-    so that it does not depend on the others in the batch. The arithmetic is in float32, whatever the model's dtype.
+    so that it does not depend on the others in the batch. The arithmetic is in float32, whatever the model's dtype. For
+    one image this is the authors' ``aug_prompt``, except that their weight decay reaches the first token, too; several
+    images of a prompt share an embedding and one norm there.
 
     Args:
         predict: differentiable, (B, L, D) embeddings -> (B, C, h, w) prediction.
@@ -37,12 +39,11 @@ def optimise_embeddings(predict, embeddings, unconditional, steps=10, lr=0.05, t
     Returns:
         (B, L, D), the dtype of ``embeddings``; its first token is unchanged.
     """
-    first, rest = embeddings[:, :1], embeddings[:, 1:].to(torch.float32, copy=True).requires_grad_()
+    first, rest = embeddings.detach()[:, :1], embeddings.detach()[:, 1:].to(torch.float32, copy=True).requires_grad_()
     optimizer = torch.optim.AdamW([rest], lr=lr)
-    active = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
     for _ in range(steps):
         losses = noise_magnitude(predict(torch.cat([first, rest.to(first.dtype)], dim=1)), unconditional)
-        active &= losses.detach() > target_loss
+        active = losses.detach() > target_loss
         if not active.any():
             break
         (rest.grad,) = torch.autograd.grad(losses.sum(), [rest])
@@ -99,7 +100,7 @@ class OptimisedPrompt(Mitigation):
             with torch.enable_grad():
                 optimised = optimise_embeddings(
                     step.predict_conditional,
-                    step.embeddings.clone(),
+                    step.embeddings.clone(),  # autograd cannot save what was made in inference mode
                     unconditional,
                     self.steps,
                     self.lr,
@@ -117,7 +118,7 @@ class TextConditionalNoise(NamedTuple):
 
 @dataclass
 class NoiseMeter(Mitigation):
-    """Records the text-conditional noise of every image at every step."""
+    """Records the text-conditional noise of every image at every step, in ``rows``, which its copies share."""
 
     name: ClassVar[str] = "noise meter"
 
