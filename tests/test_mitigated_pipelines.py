@@ -182,6 +182,19 @@ def test_callbacks_see_and_steer_the_call(sd):
     assert torch.equal(seen[0][2][:2], plain[:2]) and not torch.equal(seen[0][2][2:], plain[2:])
 
 
+@pytest.mark.parametrize("transition", [500, "dynamic"])
+def test_a_guidance_scale_without_guidance_is_the_caller_s(sd, transition):
+    scales = []
+
+    def watch(pipeline, index, timestep, tensors):
+        scales.append(pipeline.guidance_scale)
+        return {}
+
+    mitigated = mitigate(sd, "cfg", transition=transition)
+    images = generate(mitigated, guidance_scale=1.0, callback_on_step_end=watch)
+    assert scales == [1.0] * 4 and torch.equal(images, generate(sd, guidance_scale=1.0))
+
+
 SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler]
 
 
