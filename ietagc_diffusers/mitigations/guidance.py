@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from .base import Mitigation, option, real
+from .wen import noise_magnitude
 
 DYNAMIC = "dynamic"
 
@@ -58,7 +59,7 @@ class DelayedGuidance(Mitigation):
         if self.transition != DYNAMIC or not step.guided:
             return
         unconditional, conditional = prediction.chunk(2)
-        norms = (conditional - unconditional).float().flatten(1).norm(dim=1)
+        norms = noise_magnitude(conditional, unconditional)
         if step.index == 0:
             self.begun, self.norms = torch.zeros_like(norms, dtype=torch.bool), []
         if len(self.norms) == 2:
