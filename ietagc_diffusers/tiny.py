@@ -5,9 +5,15 @@ of its size.
 import json
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -49,7 +55,8 @@ def build_vae(channels=(16, 32, 64), sample_size=32):
     )
 
 
-def build_text_encoder(tokenizer, width=64, layers=2):
+def build_text_encoder(tokenizer, width=64, layers=2, kind=CLIPTextModel):
+    """``kind``: ``CLIPTextModel``, or ``CLIPTextModelWithProjection`` as SDXL's second."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -62,11 +69,11 @@ def build_text_encoder(tokenizer, width=64, layers=2):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    return kind(config)
 
 
-def build_unet(channels=(32, 64), sample_size=8, text_width=64):
-    """A ``UNet2DConditionModel`` with cross attention at every resolution but the first."""
+def build_unet(channels=(32, 64), sample_size=8, text_width=64, **more):
+    """A ``UNet2DConditionModel`` with cross attention at every resolution but the first; ``more``: of its config."""
     attention = [False] + [True] * (len(channels) - 1)
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -77,6 +84,7 @@ def build_unet(channels=(32, 64), sample_size=8, text_width=64):
         cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=min(16, channels[0] // 2),
+        **more,
     )
 
 
@@ -114,5 +122,29 @@ def random_pipeline(captions, seed=0, prediction_type="v_prediction"):
             text_encoder=build_text_encoder(tokenizer, width=16, layers=1),
             tokenizer=tokenizer,
             unet=build_unet((8, 16), sample_size=8, text_width=16),
+            scheduler=build_scheduler(prediction_type),
+        )
+
+
+def random_xl_pipeline(captions, seed=0, prediction_type="epsilon"):
+    """The smallest Stable Diffusion XL: two text encoders, pooled embeddings and sizes as added conditions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer(captions, num_merges=32)
+        width, time_width = 16, 8
+        return StableDiffusionXLPipeline(
+            vae=build_vae((8, 8), sample_size=16),
+            text_encoder=build_text_encoder(tokenizer, width),
+            text_encoder_2=build_text_encoder(tokenizer, width, kind=CLIPTextModelWithProjection),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=build_unet(
+                (8, 16),
+                sample_size=8,
+                text_width=2 * width,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=time_width,
+                projection_class_embeddings_input_dim=width + 6 * time_width,
+            ),
             scheduler=build_scheduler(prediction_type),
         )

@@ -1,0 +1,78 @@
+"""Rescaled cross-attention: more of it for the beginning token, none for padding."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from ..config import UsageError
+from .base import Mitigation, option, real, switch
+
+MASKED = -10_000.0  # as Diffusers turns a mask into a bias: softmax makes 0 of it
+
+
+@dataclass
+class RescaledAttention(Mitigation):
+    """MemAttn: raise cross-attention to the beginning token and mask the padding.
+
+    Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", 2024.
+    In the conditional branch the beginning token's logit is multiplied by ``scale``. In both branches the tokens behind
+    the prompt's end-of-text token get no attention, as in the authors' code: that is the padding, which in a memorized
+    prompt summarises it. With prompt_embeds, whose length is unknown, nothing is masked.
+
+    The logit q k / sqrt(d) is linear in the key k, so the key is what is multiplied: every attention processor
+    (sliced, xformers, with adapters) does its work as before.
+    """
+
+    name: ClassVar[str] = "memattn"
+    scale: float = option(1.25, "Factor of the beginning token's logit (the authors' c1).", real)
+    mask: bool = option(True, "Whether padding is masked.", switch)
+
+    @property
+    def acts(self):
+        return self.mask or self.scale != 1
+
+    def attach(self, unet):
+        attentions = [part for part in unet.modules() if isinstance(part, Attention) and part.is_cross_attention]
+        if any(attention.fused_projections for attention in attentions):
+            raise UsageError("mitigation memattn: the UNet's projections are fused; call unfuse_qkv_projections()")
+        handles = []
+        if self.scale != 1:
+            handles += [attention.to_k.register_forward_hook(self._scale_key) for attention in attentions]
+        if self.mask:
+            self.bias = None
+            handles += [a.register_forward_pre_hook(self._mask_padding, with_kwargs=True) for a in attentions]
+        return handles
+
+    def _scale_key(self, projection, args, key):
+        scaled = torch.ones_like(key[..., :1])
+        scaled[self.call.conditional, 0] = self.scale
+        return key * scaled
+
+    def _mask_padding(self, attention, args, kwargs):
+        if not self.call.prompts:
+            return None
+        hidden_states = args[0]
+        if self.bias is None:
+            self.bias = self._padding_bias().to(hidden_states)
+        bias = self.bias.repeat(len(hidden_states) // len(self.bias), 1, 1)
+        mask = kwargs.get("attention_mask")
+        return args, {**kwargs, "attention_mask": bias if mask is None else bias + mask}
+
+    def _padding_bias(self):
+        """(B, 1, L), 0 for the tokens of each image's prompt and ``MASKED`` behind them."""
+        lengths = torch.tensor([max(counts) for counts in zip(*self._token_counts(), strict=True)])
+        positions = torch.arange(self._tokenizers()[0].model_max_length)
+        return torch.where(positions < lengths[:, None], 0.0, MASKED)[:, None]
+
+    def _tokenizers(self):
+        pipeline = self.call.pipeline
+        pair = (getattr(pipeline, "tokenizer", None), getattr(pipeline, "tokenizer_2", None))
+        return [tokenizer for tokenizer in pair if tokenizer is not None]
+
+    def _token_counts(self):
+        """For each text encoder, the number of tokens of each image's prompt, from begin to end of text."""
+        for prompts, tokenizer in zip(self.call.prompts.values(), self._tokenizers(), strict=False):
+            converted = self.call.pipeline.maybe_convert_prompt(prompts, tokenizer)
+            yield [len(ids) for ids in tokenizer(converted, truncation=True).input_ids]
