@@ -6,13 +6,17 @@ export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub; offline, its client does not retry.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-controls test test-slow quality tiny-sd clean
+.PHONY: demo demo-controls benchmark-demo test test-slow quality tiny-sd clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m demo.run
 
 demo-controls: $(VENV)/.ready
 	$(RUN) -m demo.run --controls
+
+benchmark-demo: $(VENV)/.ready
+	$(RUN) -m demo.run --pictures --folder runs/benchmark-demo/data
+	$(RUN) -m eval benchmark --config configs/benchmark_demo.yaml --jobs 2
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest -m "not slow"

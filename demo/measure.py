@@ -72,7 +72,7 @@ class Pictures:
         stands in for a model that copies nothing.
         """
         copies = [COPIES] * NUM_DUPLICATED + [1] * (NUM_IMAGES - NUM_DUPLICATED)
-        write_pictures(folder / "pictures", self.captions, self.training, copies)
+        write_pictures(folder / "pictures", [scene.captions for scene in self.scenes], self.training, copies)
         write_pictures(folder / "heldout", [scene.caption for scene in self.heldout_scenes], self.heldout)
         write_pictures(folder / "reference", self.captions * 8, self.reference)
         fresh = torch.cat([self.fresh(100 + number) for number in range(IMAGES_PER_CAPTION)])

@@ -48,7 +48,17 @@ class Scene:
 
     @property
     def caption(self):
-        return f"a {self.size} {self.colour} {self.shape} at the {self.side}, {self.background} background"
+        return self.captions[0]
+
+    @property
+    def captions(self):
+        """Several that tell the same, as image sets with many captions have them."""
+        thing, ground = f"a {self.size} {self.colour} {self.shape}", f"{self.background} background"
+        return [
+            f"{thing} at the {self.side}, {ground}",
+            f"{ground}, {thing} at the {self.side}",
+            f"at the {self.side} {thing}, {ground}",
+        ]
 
 
 def draw_scene(rng):
@@ -129,7 +139,8 @@ def make_set(num_images, style, seed):
 def write_image_folder(folder, captions, pictures, copies=None):
     """Write an image folder with ``metadata.jsonl`` as Hugging Face ``datasets`` reads it.
 
-    ``copies[i]`` (default 1) is how many rows show picture i, each with a file of its own: the duplicates of web data.
+    Where a caption is a list, ``text`` is its first and ``captions`` all of it. ``copies[i]`` (default 1) is how many
+    rows show picture i, each with a file of its own: the duplicates of web data.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,5 +149,6 @@ def write_image_folder(folder, captions, pictures, copies=None):
         for copy in range(copies[index] if copies is not None else 1):
             name = f"{index:05d}_{copy}.png"
             Image.fromarray(picture).save(folder / name)
-            rows.append({"file_name": name, "text": caption})
+            several = {} if isinstance(caption, str) else {"captions": caption}
+            rows.append({"file_name": name, "text": caption if isinstance(caption, str) else caption[0]} | several)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

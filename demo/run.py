@@ -103,12 +103,16 @@ def main():
     parser.add_argument("--controls", action="store_true", help="also run the controls and the single components")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="default: runs/demo, or runs/demo-seed-N")
+    parser.add_argument("--pictures", action="store_true", help="only write the pictures")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--sample", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.folder or ROOT / "runs" / ("demo" if args.seed == 0 else f"demo-seed-{args.seed}")
     if args.measure:
         measure_run(args.measure, folder / slug(args.measure), folder, args.sample)
+        return
+    if args.pictures:
+        Pictures().write(folder)
         return
     if not BASE.exists():
         sys.exit(f"{BASE} is missing: `make tiny-sd` makes it")

@@ -13,7 +13,7 @@ WRONG_USE = 2
 def build_parser():
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_audit, _add_generate, _add_score, _add_report, _add_front, _add_figures):
+    for add in COMMANDS:
         add(commands)
     return parser
 
@@ -141,6 +141,16 @@ def _add_front(commands):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="front", metavar="DIR")
     _add_scoring(parser)
+    _add_device(parser)
+
+
+def _add_benchmark(commands):
+    parser = _command(commands, "benchmark", "a matrix of runs, and the paper's tables of it", _benchmark)
+    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/benchmark_demo.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--feature_cache", metavar="DIR|none", help="default: ~/.cache/ietagc/features")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     _add_device(parser)
 
 
@@ -322,11 +332,30 @@ def _front(args):
     return run(args, device, lambda: _tools(_protocol(args, device)), _cache(args), _named(args.runs, "--run"))
 
 
+def _benchmark(args):
+    import json
+
+    from .benchmark import Benchmark, Cell, run
+
+    _positive(args, "jobs")
+    device, cache = _device(args), _cache(args)
+    if args.cell:
+        return Benchmark(args.config).run_cell(Cell(*json.loads(args.cell)), device, cache)
+    failed = run(args.config, args.jobs, device, cache, args.tables)
+    output = Benchmark(args.config).output
+    print((output / "tables.md").read_text(encoding="utf-8"))
+    print(f"{output}/tables.md, tables.csv, tables.tex, results.json")
+    return int(failed > 0)
+
+
 def _figures(args):
     from .paper_figures import draw_all
 
     training = _training_images(args) if args.train else None
     draw_all(_named(args.scores, "--scores"), args.run, training, Path(args.output), _device(args))
+
+
+COMMANDS = (_add_audit, _add_generate, _add_score, _add_report, _add_front, _add_figures, _add_benchmark)
 
 
 def main(argv=None):
