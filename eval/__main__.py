@@ -1,168 +1,15 @@
-"""``python -m eval``: does the model give its training images back?"""
+"""``python -m eval``: what each command does."""
 
-import argparse
+import json
 import sys
 from pathlib import Path
 
 from ietagc_diffusers.config import UsageError
 from sscd import DescriptorError
 
+from .arguments import build_parser
+
 WRONG_USE = 2
-
-
-def build_parser():
-    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in COMMANDS:
-        add(commands)
-    return parser
-
-
-def _command(commands, name, help, handler):
-    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.set_defaults(handler=handler)
-    return parser
-
-
-def _add_device(parser):
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-
-
-def _add_generation(parser):
-    group = parser.add_argument_group("drawing")
-    group.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
-    group.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; default: the captions of --train")
-    group.add_argument("--num_images", type=int, help="default: one a prompt")
-    group.add_argument("--seed", type=int, default=0, help="of the first image; the next one has the next seed")
-    group.add_argument("--num_inference_steps", type=int, default=50)
-    group.add_argument("--guidance_scale", type=float, default=7.5)
-    group.add_argument("--resolution", type=int, help="default: the model's own")
-    group.add_argument("--scheduler", choices=["ddim", "ddpm", "dpm", "euler", "pndm"], help="default: the model's own")
-    group.add_argument("--negative_prompt")
-    group.add_argument("--mitigation", metavar="CHAIN", help="at inference, such as rt:num_words=4+gni")
-    group.add_argument("--batch_size", type=int, default=8)
-    group.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda, else float32"
-    )
-
-
-def _add_scoring(parser):
-    group = parser.add_argument_group("scoring")
-    group.add_argument(
-        "--protocol",
-        help="dcr (the paper's tables; default), sscd (SSCD's authors), or a preprocessing: sscd-288, sscd-320",
-    )
-    group.add_argument(
-        "--descriptor",
-        default="auto",
-        help="sscd_disc_large or sscd_disc_mixup (downloaded if need be), a TorchScript file, pixel; auto (default) is "
-        "the protocol's SSCD if it is on this machine, else pixel",
-    )
-    group.add_argument(
-        "--copy_similarity", type=float, help="over it an image is a copy; default: 0.5 (SSCD), 0.9 (pixel)"
-    )
-    group.add_argument("--l2", default="iet-agc", choices=["iet-agc", "paper"], help="MQ's l2 ratio")
-    group.add_argument(
-        "--pixels", type=int, help="side of the images for l2; default: the generated images', at most 64"
-    )
-    group.add_argument("--clip", metavar="MODEL:TAG|FILE", help="CLIP score by open_clip, such as ViT-B-16:openai")
-    group.add_argument("--clip_preprocess", choices=["own", "dcr"], help="default: dcr under protocol dcr")
-    group.add_argument("--fid", default="pixel-8", help="inception, inception:FILE, pixel-8 (default) or none")
-    group.add_argument("--fid_antialias", action="store_true", help="shrink with antialiasing (torchmetrics' default)")
-    group.add_argument("--reference", metavar="DIR|ID", help="images for the Fréchet distance; default: --train")
-    group.add_argument("--patches", action="store_true", help="also look for local copies: crops against crops")
-    group.add_argument("--distinct", action="store_true", help="count exact duplicates among training images once")
-    group.add_argument("--index", default="auto", choices=["auto", "exact", "faiss"], help="nearest-neighbour search")
-    group.add_argument("--scoring_batch_size", type=int, default=32)
-    group.add_argument("--max_memory", type=float, default=2.0, metavar="GIB", help="working memory of the search")
-    group.add_argument("--feature_cache", metavar="DIR|none", help="default: ~/.cache/ietagc/features")
-
-
-def _add_training_images(parser, required=True):
-    parser.add_argument("--train", required=required, metavar="DIR|ID", help="training images: a folder, or a dataset")
-    parser.add_argument("--image_column", default="image", help="of a dataset")
-    parser.add_argument("--caption_column", default="text", help="of metadata.jsonl or a dataset")
-
-
-def _add_audit(commands):
-    parser = _command(commands, "audit", "generate, score, report, and exit with 3 over the limits", _audit)
-    _add_training_images(parser)
-    parser.add_argument("--output", default="audit", metavar="DIR", help="default: audit")
-    parser.add_argument("--max_copy_rate", type=float, default=0.01, help="default: 0.01")
-    parser.add_argument("--max_sim_score", type=float, help="default: 0.5 with SSCD; none with pixel")
-    parser.add_argument("--github", action="store_true", help="summary and annotation for GitHub Actions")
-    _add_generation(parser)
-    _add_scoring(parser)
-    _add_device(parser)
-
-
-def _add_generate(commands):
-    parser = _command(commands, "generate", "draw images, each from its own seed; goes on where it stopped", _generate)
-    parser.add_argument("--output", required=True, metavar="DIR")
-    _add_training_images(parser, required=False)
-    _add_generation(parser)
-    _add_device(parser)
-
-
-def _add_score(commands):
-    parser = _command(commands, "score", "compare generated images with the training set", _score)
-    parser.add_argument("--generated", required=True, metavar="DIR")
-    _add_training_images(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="for scores.json and nearest.parquet")
-    _add_scoring(parser)
-    _add_device(parser)
-
-
-def _add_report(commands):
-    parser = _command(commands, "report", "one HTML file of one or more scored models", _report)
-    parser.add_argument("scores", nargs="+", metavar="[NAME=]DIR", help="folders that score wrote")
-    parser.add_argument("--output", default="report.html", metavar="FILE")
-    parser.add_argument("--max_pairs", type=int, default=200, help="pairs shown of each model")
-    parser.add_argument("--title")
-
-
-def _add_front(commands):
-    parser = _command(commands, "front", "held-out loss against the gap along runs, against plain training", _front)
-    parser.add_argument(
-        "--run", action="append", required=True, dest="runs", metavar="NAME=DIR[,DIR]", help="run folders, one a seed"
-    )
-    parser.add_argument("--control", help="the plain run's name; default: the first")
-    parser.add_argument("--heldout", required=True, metavar="DIR|ID", help="captioned images that were not trained on")
-    _add_training_images(parser, required=False)
-    parser.add_argument("--base", metavar="DIR|ID", help="default: what the first run started from")
-    parser.add_argument("--resolution", type=int, help="default: the first run's")
-    parser.add_argument("--max_images", type=int, default=1000, help="of each set")
-    parser.add_argument("--draws", type=int, default=3, help="of noise an image")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="also draw and score N images at each point")
-    parser.add_argument("--points", type=int, help="models of each run, evenly spread; default: all")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=7.5)
-    parser.add_argument("--scheduler", choices=["ddim", "ddpm", "dpm", "euler", "pndm"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="front", metavar="DIR")
-    _add_scoring(parser)
-    _add_device(parser)
-
-
-def _add_benchmark(commands):
-    parser = _command(commands, "benchmark", "a matrix of runs, and the paper's tables of it", _benchmark)
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/benchmark_demo.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
-    parser.add_argument("--feature_cache", metavar="DIR|none", help="default: ~/.cache/ietagc/features")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    _add_device(parser)
-
-
-def _add_figures(commands):
-    parser = _command(
-        commands, "figures", "the paper's Figs. 3, 6, 7, 8 and 9, as far as what is given allows", _figures
-    )
-    parser.add_argument("--scores", nargs="*", default=[], metavar="[NAME=]DIR", help="scored models (Figs. 3, 6, 7)")
-    parser.add_argument("--run", metavar="DIR", help="training run (Figs. 3, 8, 9)")
-    _add_training_images(parser, required=False)
-    parser.add_argument("--output", default="figures", metavar="DIR")
-    _add_device(parser)
 
 
 def _device(args):
@@ -197,9 +44,22 @@ def _settings(args, device):
         resolution=args.resolution,
         scheduler=args.scheduler,
         negative_prompt=args.negative_prompt,
-        mitigation=args.mitigation,
+        mitigation=_chain(args.mitigation),
         dtype=dtype,
     )
+
+
+def _chain(text):
+    """The chain as it was given, once it is known to be one."""
+    if text is None:
+        return None
+    from ietagc_diffusers.mitigations import parse_mitigations
+
+    try:
+        parse_mitigations(text)
+    except UsageError as error:
+        raise UsageError(f"--mitigation {text}: {error}") from error
+    return text
 
 
 def _protocol(args, device):
@@ -332,9 +192,29 @@ def _front(args):
     return run(args, device, lambda: _tools(_protocol(args, device)), _cache(args), _named(args.runs, "--run"))
 
 
-def _benchmark(args):
-    import json
+def _detect(args):
+    from .detect import Detection, detect
+    from .prompts import read_prompts
 
+    _positive(args, "steps", "generations", "num_inference_steps", "batch_size")
+    if bool(args.memorized) != bool(args.others) or bool(args.prompts) == bool(args.memorized):
+        raise UsageError("--prompts, or --memorized and --others: give the prompts, or both kinds of known ones")
+    if args.prompts:
+        prompts, labels = [p.text for p in read_prompts(args.prompts)], None
+    else:
+        kinds = [[p.text for p in read_prompts(getattr(args, f), f"--{f}")] for f in ("memorized", "others")]
+        prompts, labels = kinds[0] + kinds[1], [True] * len(kinds[0]) + [False] * len(kinds[1])
+    device = _device(args)
+    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    settings = Detection(args.steps, args.generations, args.num_inference_steps, args.guidance_scale, args.seed)
+    result = detect(args.model, prompts, args.output, settings, labels, device, dtype, args.batch_size)
+    if labels is not None:
+        rate, threshold = result["tpr_at_1_percent_fpr"], result["threshold"]
+        print(f"AUC {result['auc']:.4f}, TPR at 1% FPR {rate:.4f} over {threshold:.4g}")
+    print(f"{args.output}/detect.csv, detect.json, detect.png")
+
+
+def _benchmark(args):
     from .benchmark import Benchmark, Cell, run
 
     _positive(args, "jobs")
@@ -355,13 +235,22 @@ def _figures(args):
     draw_all(_named(args.scores, "--scores"), args.run, training, Path(args.output), _device(args))
 
 
-COMMANDS = (_add_audit, _add_generate, _add_score, _add_report, _add_front, _add_figures, _add_benchmark)
+COMMANDS = {
+    "audit": _audit,
+    "generate": _generate,
+    "score": _score,
+    "report": _report,
+    "front": _front,
+    "figures": _figures,
+    "detect": _detect,
+    "benchmark": _benchmark,
+}
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
-        return args.handler(args) or 0
+        return COMMANDS[args.command](args) or 0
     except (UsageError, DescriptorError) as error:
         print(f"python -m eval {args.command}: error: {error}", file=sys.stderr)
         return WRONG_USE

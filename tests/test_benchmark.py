@@ -1,0 +1,203 @@
+"""The matrix runs what is missing, survives what fails, and its tables say what was measured."""
+
+import csv
+import io
+import json
+
+import pytest
+import yaml
+from conftest import write_folder
+
+from eval import benchmark as module
+from eval.__main__ import main
+from eval.benchmark import Benchmark, Cell, _as_flags, run
+from eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
+from ietagc_diffusers.config import UsageError
+
+
+def config(tmp_path, base, pictures, **changes):
+    values = {
+        "base": str(base),
+        "train": str(pictures),
+        "output": str(tmp_path / "out"),
+        "num_images": 5,
+        "seeds": [0, 1],
+        "common": {"resolution": 16, "train_batch_size": 4, "max_train_steps": 2},
+        "training": {"none": {"mitigation": "none"}, "given": {"model": str(base)}},
+        "inference": {"rt": "rt:num_words=2"},
+        "generate": {"num_inference_steps": 2, "scheduler": "ddim", "batch_size": 5},
+        "score": {"descriptor": "pixel"},
+        "columns": ["sim_score", "copy_rate", "clip_score", "fid", "frechet_distance"],
+        "tables": {"T": {"title": "All", "rows": [
+            {"label": "base", "training": "given"},
+            {"label": "RT", "training": "given", "inference": "rt", "phase": "inference"},
+        ]}},
+    } | changes  # fmt: skip
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_the_matrix_is_filled_kept_and_tabled(base, pictures, tmp_path, capsys, monkeypatch):
+    path = config(tmp_path, base, pictures, seeds=[0])
+    flags = [
+        "benchmark",
+        "--config",
+        str(path),
+        "--device",
+        "cpu",
+        "--feature_cache",
+        str(tmp_path / "cache"),
+        "--jobs",
+        "2",
+    ]
+    assert main(flags) == 0
+    text = capsys.readouterr().out
+    assert "| inference | RT |" in text and "CLIP" not in text.partition("Table T")[2].partition("images a cell")[0]
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"tables.md", "tables.csv", "tables.tex", "results.json"}
+    metadata = tmp_path / "out" / "cells" / "given" / "rt" / "seed-0" / "images" / "metadata.jsonl"
+    assert json.loads(metadata.read_text().splitlines()[0])["mitigation"] == "rt:num_words=2"
+    monkeypatch.setattr(module, "_call", lambda *_: pytest.fail("runs a finished cell again"))
+    assert main(flags) == 0
+
+
+def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monkeypatch):
+    calls = []
+
+    def call(command, log):
+        """Stands in for the processes: training of `none` fails, cells are scored at once."""
+        calls.append(command)
+        if "--cell" not in command:
+            return "exit 1: out of memory"
+        cell = Cell(*json.loads(command[command.index("--cell") + 1]))
+        Benchmark(path).run_cell(cell)
+        return None
+
+    rows = [{"label": "plain", "training": "none"}, {"label": "base", "training": "given"}]
+    path = config(tmp_path, base, pictures, tables={"T": {"title": "x", "rows": rows}})
+    monkeypatch.setattr(module, "_call", call)
+    assert run(path) == 2
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "plain failed: seed 0: training: exit 1: out of memory" in text and "| plain | – |" in text
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [("scores" in r, r["seed"]) for r in results if r["training"] == "given"] == [(True, 0), (True, 1)]
+    calls.clear()
+    assert run(path) == 2 and all("--cell" not in command for command in calls) and len(calls) == 2  # only what failed
+
+
+def test_training_is_the_script_with_the_variant_s_flags(base, pictures, tmp_path):
+    training = {
+        "x": {"mitigation": "iet-agc+", "num_shards": 2, "max_train_steps": 9, "use_ema": True, "snr_gamma": None}
+    }
+    rows = [{"training": "x"}]
+    made = Benchmark(config(tmp_path, base, pictures, training=training, tables={"T": {"rows": rows}}))
+    command = made.training_command("x", 7)
+    line = " ".join(command)
+    assert "train_text_to_image_ietagc.py" in line and f"--train_data_dir {pictures}" in line
+    assert "--max_train_steps 9" in line and "--max_train_steps 2" not in line and "--seed 7" in line
+    assert command.count("--use_ema") == 1 and "--snr_gamma" not in line and "seed-7" in line
+    assert made.cells == [Cell("x", "none", 0), Cell("x", "none", 1)]
+
+
+def test_flags_of_every_kind():
+    assert _as_flags({"a": True, "b": False, "c": None, "d": 1e-3, "e": ["x", "y"]}) == [
+        "--a",
+        "--d",
+        "0.001",
+        "--e",
+        "x",
+        "y",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainings": {}}, "unknown 'trainings'; did you mean 'training'"),
+        ({"tables": {"T": {"rows": [{"training": "nome"}]}}}, "unknown 'nome'; did you mean 'none'"),
+        ({"tables": {"T": {"rows": [{"training": "none", "inference": "rtt"}]}}}, "did you mean 'rt'"),
+        ({"inference": {"x": "rt:words=3"}}, "unknown option 'words'"),
+        ({"columns": ["simscore"]}, "did you mean 'sim_score'"),
+        ({"generate": {"steps": 3}}, "generate: unknown 'steps'"),
+        ({"score": {"descripter": 3}}, "did you mean 'descriptor'"),
+        ({"base": None}, "training none: give 'base'"),
+        ({"train": None}, "has no 'train'"),
+    ],
+)
+def test_a_wrong_matrix_is_named_before_anything_runs(base, pictures, tmp_path, changes, message):
+    path = config(tmp_path, base, pictures, **changes)
+    if changes == {"train": None}:
+        values = yaml.safe_load(path.read_text())
+        del values["train"]
+        path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UsageError, match=message):
+        Benchmark(path)
+
+
+def test_the_shipped_matrices_are_valid():
+    for name in ("benchmark_demo", "benchmark_laion10k"):
+        made = Benchmark(f"configs/{name}.yaml")
+        assert set(made.tables) == {"II", "IV", "V", "VI"} and len(made.cells) == 18 * len(made.seeds)
+
+
+def result(training, seed, sim, clip, inference="none"):
+    return {
+        "training": training,
+        "inference": inference,
+        "seed": seed,
+        "scores": {"sim_score": sim, "clip_score": clip},
+    }
+
+
+RESULTS = [
+    result("a", 0, 0.60, 30.0), result("a", 1, 0.64, 31.0),
+    result("b", 0, 0.30, 29.0), result("b", 1, 0.30, 29.0),
+    result("c", 0, 0.40, 32.0), {"training": "c", "inference": "none", "seed": 1, "failed": "exit 1: no"},
+]  # fmt: skip
+ROWS = [{"label": "A & co_1", "training": "a"}, {"label": "B", "training": "b"}, {"label": "C|c", "training": "c"}]
+TABLE = build_table("X", {"title": "10% é", "rows": ROWS}, ["sim_score", "clip_score", "fid"], RESULTS)
+
+
+def test_means_spreads_and_ranks_follow_the_direction_of_each_column():
+    assert [column.title for column in TABLE.columns] == ["Sim Score", "CLIP score"]  # fid has no value anywhere
+    text = markdown(TABLE)
+    assert "| A & co_1 | 0.620 ± 0.028 | <u>30.50 ± 0.71</u> |" in text
+    assert "| B | **0.300 ± 0.000** | 29.00 ± 0.00 |" in text
+    assert "| C\\|c | <u>0.400</u> | **32.00** |" in text
+    assert "C|c failed: seed 1: exit 1: no" in text
+
+
+def test_latex_is_escaped_and_complete():
+    text = latex(TABLE)
+    assert r"A \& co\_1 & 0.620 $\pm$ 0.028 & \underline{30.50 $\pm$ 0.71} \\" in text
+    assert r"\caption{10\% \'e}" in text and text.count(r"\begin") == text.count(r"\end") == 2
+    assert r"\textbf{0.300 $\pm$ 0.000}" in text
+
+
+def test_the_csv_has_every_seed():
+    rows = list(csv.DictReader(io.StringIO(comma_separated([TABLE]))))
+    assert len(rows) == 6
+    assert rows[0]["values"] == "0.6 0.64" and float(rows[0]["mean"]) == pytest.approx(0.62)
+    assert rows[4]["deviation"] == "" and rows[2]["rank"] == "best"
+
+
+def test_equal_means_rank_alike_and_a_single_row_has_no_best():
+    rows = [{"training": "a"}, {"training": "b"}]
+    same = [result("a", 0, 0.50001, 1), result("b", 0, 0.50002, 2)]
+    table = build_table("X", {"rows": rows}, ["sim_score"], same)
+    assert [row[2][0].rank for row in table.rows] == ["", ""]
+    assert COLUMNS["clip_score"].lower is False
+
+
+def test_the_base_folder_of_the_tests_is_not_written_to(base, pictures, tmp_path):
+    assert Benchmark(config(tmp_path, base, pictures)).model("given", 1) == str(base)
+    pattern = {"x": {"model": str(tmp_path / "run-{seed}")}}
+    made = Benchmark(config(tmp_path, base, pictures, training=pattern, tables={"T": {"rows": [{"training": "x"}]}}))
+    assert made.model("x", 3) == str(tmp_path / "run-3")
+
+
+def test_another_training_set_is_scored_against(base, tmp_path):
+    other = write_folder(tmp_path / "other", 6, seed=4)
+    made = Benchmark(config(tmp_path, base, other, seeds=[0]))
+    made.run_cell(made.cells[0])
+    assert json.loads((made.folder(made.cells[0]) / "scores.json").read_text())["num_train"] == 6

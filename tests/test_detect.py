@@ -1,0 +1,160 @@
+"""The detector's numbers are those of the statistics books, and the guard gives no training image out."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from eval import detect as module
+from eval.__main__ import main
+from eval.detect import Detection, detect, roc_auc, threshold_at
+from eval.guard import SimilarityGuard, TrainingIndex
+from eval.images import load_images
+from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.mitigations import mitigate, text_conditional_noise
+from sscd import pixel_descriptor
+
+PROMPTS = [f"a {colour} picture" for colour in ("red", "green", "blue", "white", "red")]
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 10, 60).astype(float), rng.random(60) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
+    assert roc_auc(scores, labels) == pytest.approx(np.mean(pairs))
+    assert roc_auc([3, 4, 1, 2], [True, True, False, False]) == 1
+    assert roc_auc([1, 1], [True, False]) == 0.5
+
+
+def test_at_most_the_given_share_of_others_lies_over_the_threshold():
+    scores = np.concatenate([np.arange(200.0), np.array([150.0, 197.5, 198.5, 300.0])])
+    labels = np.arange(204) >= 200
+    threshold, rate = threshold_at(scores, labels)
+    assert (scores[:200] > threshold).sum() == 2 and rate == 0.5
+    assert threshold_at([5.0, 5.0, 5.0, 9.0], [False, False, False, True], 0.5) == (5.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(base):
+    made = StableDiffusionPipeline.from_pretrained(base)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+SETTINGS = Detection(steps=2, generations=2, num_inference_steps=4, seed=3)
+
+
+def test_scores_are_the_mean_magnitude_of_the_generations(pipeline, tmp_path):
+    result = detect(pipeline, PROMPTS, tmp_path, SETTINGS, batch_size=2)
+    rows = list(csv.DictReader((tmp_path / "detect.csv").open()))
+    repeated = [prompt for prompt in PROMPTS for _ in range(2)]
+    by_hand = text_conditional_noise(pipeline, repeated, list(range(3, 13)), 4, 2, 7.5).magnitude.view(5, 2).mean(1)
+    np.testing.assert_allclose([float(row["magnitude"]) for row in rows], by_hand.numpy(), rtol=1e-4)
+    assert result["auc"] is None and (tmp_path / "detect.png").exists()
+
+
+def test_interrupted_detection_goes_on(base, pipeline, tmp_path, monkeypatch):
+    whole = detect(pipeline, PROMPTS, tmp_path / "whole", SETTINGS, batch_size=2)
+    score, calls = module.text_conditional_noise, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(module, "text_conditional_noise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2)
+    assert detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
+    assert len(calls) == 4  # 1, the cut one, and the two that were missing
+    assert (tmp_path / "cut" / "detect.csv").read_text() == (tmp_path / "whole" / "detect.csv").read_text()
+    with pytest.raises(UsageError, match="begun with steps 2"):
+        detect(pipeline, PROMPTS, tmp_path / "cut", Detection(1, 2, 4, seed=3), batch_size=2)
+
+
+def test_the_command_judges_known_prompts(base, tmp_path, capsys):
+    for name, prompts in (("memorized", PROMPTS[:3]), ("others", PROMPTS[3:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+    known = ["--memorized", str(tmp_path / "memorized.txt"), "--others", str(tmp_path / "others.txt")]
+    flags = ["detect", "--model", str(base), "--output", str(tmp_path / "out"), "--num_inference_steps", "2"]
+    flags += ["--generations", "1", "--device", "cpu"]
+    assert main([*flags, *known]) == 0
+    assert "AUC" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "detect.json").read_text())
+    assert 0 <= result["auc"] <= 1 and result["num_prompts"] == 5
+    assert main([*flags, *known[:2]]) == 2
+    assert "--memorized and --others" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def drawn(pipeline):
+    """What the pipeline draws for four prompts and seeds, unguarded."""
+    return pipeline(PROMPTS[:4], num_inference_steps=2, generator=generators(4)).images
+
+
+def generators(number, first=0):
+    return [torch.Generator().manual_seed(first + i) for i in range(number)]
+
+
+def index_of(images, folder):
+    folder.mkdir()
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    return TrainingIndex.build(load_images(folder, "--train"), pixel_descriptor())
+
+
+def test_an_image_of_the_training_set_is_drawn_anew(pipeline, drawn, tmp_path):
+    guard = SimilarityGuard(pipeline, pixel_descriptor(), index_of(drawn[1:3], tmp_path / "train"), 0.999)
+    made = guard(PROMPTS[:4], num_inference_steps=2, generator=generators(4))
+    assert made.tries == [1, 2, 2, 1] and made.refused == [False] * 4
+    assert made.images[0].tobytes() == drawn[0].tobytes() and made.images[3].tobytes() == drawn[3].tobytes()
+    assert made.images[1].tobytes() != drawn[1].tobytes() and max(made.similarity) <= 0.999
+    again = guard(PROMPTS[:4], num_inference_steps=2, generator=generators(4))
+    assert [image.tobytes() for image in again.images] == [image.tobytes() for image in made.images]
+    alone = guard(PROMPTS[1], num_inference_steps=2, generator=generators(1, first=1))
+    assert np.abs(np.asarray(alone.images[0]).astype(int) - np.asarray(made.images[1])).max() <= 1
+
+
+def test_what_stays_too_similar_is_refused(pipeline, drawn, tmp_path):
+    guard = SimilarityGuard(pipeline, pixel_descriptor(), index_of(drawn, tmp_path / "train"), -1.0, retries=2)
+    made = guard(PROMPTS[:2], num_inference_steps=2)
+    assert made.images == [None, None] and made.refused == [True, True] and made.tries == [3, 3]
+    assert all(name.endswith(".png") for name in made.nearest)
+
+
+def test_lists_several_images_a_prompt_and_mitigations_pass_through(pipeline, drawn, tmp_path):
+    guarded = mitigate(pipeline, "rt")
+    options = {"num_inference_steps": 2, "negative_prompt": ["grey", "black"], "num_images_per_prompt": 2}
+    plain = guarded(PROMPTS[:2], generator=generators(4), **options).images
+    guard = SimilarityGuard(guarded, pixel_descriptor(), index_of(plain[1:2], tmp_path / "train"), 0.999)
+    made = guard(PROMPTS[:2], generator=generators(4), **options)
+    assert made.tries == [1, 2, 1, 1] and made.images[2].tobytes() == plain[2].tobytes()
+
+
+def test_the_index_is_saved_and_knows_its_descriptor(pipeline, drawn, tmp_path):
+    index = index_of(drawn, tmp_path / "train")
+    index.save(tmp_path / "index")
+    loaded = TrainingIndex.load(tmp_path / "index")
+    assert torch.equal(loaded.vectors, index.vectors) and loaded.names == index.names
+    with pytest.raises(UsageError, match="build it anew"):
+        SimilarityGuard(pipeline, pixel_descriptor(8), loaded)
+    with pytest.raises(UsageError, match="retries -1"):
+        SimilarityGuard(pipeline, pixel_descriptor(), loaded, retries=-1)
+    with pytest.raises(UsageError, match=r"index\.json"):
+        TrainingIndex.load(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="output_type"):
+        SimilarityGuard(pipeline, pixel_descriptor(), loaded)("a", output_type="pt")
+
+
+def test_an_unreadable_training_image_does_not_stop_the_index(tmp_path):
+    folder = write_folder(tmp_path / "train", 3)
+    (folder / "001_0.png").write_bytes(b"")
+    index = TrainingIndex.build(load_images(folder, "--train"), pixel_descriptor())
+    assert index.names == ["000_0.png", "002_0.png"]
+    assert isinstance(Image.open(folder / "000_0.png"), Image.Image)
