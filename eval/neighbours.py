@@ -135,16 +135,15 @@ def _measured(queries, references, candidates, k, max_memory, device):
     on_host = torch.device(device).type == "cpu"
     budget = min(max_memory // 4, CACHE) if on_host else max_memory // 4
     rows = max(1, budget // (4 * candidates.shape[1] * queries.shape[1]))
-    distances, indices = [], []
+    # Filled in place: small results kept between large buffers would leave holes in the heap that nothing fits into.
+    exact = torch.empty(candidates.shape)
     for start in range(0, len(queries), rows):
-        found = candidates[start : start + rows]
-        block = _floats(queries[start : start + rows], device=device)
-        near = _floats(references[found.flatten()], device=device).view(*found.shape, -1)
-        exact = torch.linalg.vector_norm(near.sub_(block[:, None]), dim=2).cpu()
-        nearest = exact.topk(min(k, exact.shape[1]), largest=False)
-        distances.append(nearest.values)
-        indices.append(found.gather(1, nearest.indices))
-    return torch.cat(distances), torch.cat(indices)
+        here = slice(start, start + rows)
+        near = _floats(references[candidates[here].flatten()], device=device).view(*candidates[here].shape, -1)
+        near.sub_(_floats(queries[here], device=device)[:, None])
+        exact[here] = torch.linalg.vector_norm(near, dim=2).cpu()
+    nearest = exact.topk(min(k, exact.shape[1]), largest=False)
+    return nearest.values, candidates.gather(1, nearest.indices)
 
 
 def _faiss_candidates(queries, references, k, centre):
