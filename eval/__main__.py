@@ -164,7 +164,7 @@ def _report(args):
 
 
 def _audit(args):
-    from .audit import Limits, audit, report_to_github
+    from .audit import Limits, audit, report_to_github, write_card
 
     state, device = _processes(_device(args))
     training = _training_images(args)
@@ -178,8 +178,11 @@ def _audit(args):
     verdict = audit(args.model, training, prompts, output, settings, tools, limits, _cache(args), device, state)
     if verdict is None:
         return 0
+    summary = (output / "summary.md").read_text(encoding="utf-8")
+    if args.card:
+        write_card(args.model, summary)
     if args.github:
-        report_to_github((output / "summary.md").read_text(encoding="utf-8"), verdict)
+        report_to_github(summary, verdict)
     print(f"{verdict.sentence}\n{output / 'report.html'}")
     return verdict.exit_code
 

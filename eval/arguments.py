@@ -92,6 +92,7 @@ def _add_audit(commands):
     parser.add_argument("--output", default="audit", metavar="DIR", help="default: audit")
     parser.add_argument("--max_copy_rate", type=float, default=0.01, help="default: 0.01")
     parser.add_argument("--max_sim_score", type=float, help="default: 0.5 with SSCD; none with pixel")
+    parser.add_argument("--card", action="store_true", help="put the summary into the model folder's README.md")
     parser.add_argument("--github", action="store_true", help="summary and annotation for GitHub Actions")
     _add_generation(parser)
     _add_scoring(parser)

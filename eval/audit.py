@@ -4,6 +4,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ietagc_diffusers.config import UsageError
+
 from .generate import generate, model_hash
 from .images import load_images
 from .records import write_text
@@ -11,6 +13,7 @@ from .report import Scored, table_rows, write_report
 from .score import score
 
 PASSED, OVER = 0, 3
+CARD_START, CARD_END = "<!-- memorization audit -->", "<!-- end of memorization audit -->"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,19 @@ def summary(scored, verdict):
         f"Descriptor `{protocol['descriptor']}`, protocol `{protocol['name']}`, {protocol['neighbours']} neighbours.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def write_card(model, text):
+    """Put the summary into the model's card, in place of an earlier one. Raises ``UsageError`` without a folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UsageError(f"--card: {model} is no folder; download the model and audit that")
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, start, rest = card.partition(CARD_START)
+    after = rest.partition(CARD_END)[2] if start else ""
+    section = text.replace("### ", "## ", 1)
+    write_text(path, f"{before.rstrip()}\n\n{CARD_START}\n{section}{CARD_END}\n{after.lstrip()}".lstrip())
 
 
 def report_to_github(text, verdict):

@@ -15,15 +15,15 @@ from eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 from ietagc_diffusers.config import UsageError
 
 
-def config(tmp_path, base, pictures, **changes):
+def config(tmp_path, pipeline, pictures, **changes):
     values = {
-        "base": str(base),
+        "base": str(pipeline),
         "train": str(pictures),
         "output": str(tmp_path / "out"),
         "num_images": 5,
         "seeds": [0, 1],
         "common": {"resolution": 16, "train_batch_size": 4, "max_train_steps": 2},
-        "training": {"none": {"mitigation": "none"}, "given": {"model": str(base)}},
+        "training": {"none": {"mitigation": "none"}, "given": {"model": str(pipeline)}},
         "inference": {"rt": "rt:num_words=2"},
         "generate": {"num_inference_steps": 2, "scheduler": "ddim", "batch_size": 5},
         "score": {"descriptor": "pixel"},

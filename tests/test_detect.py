@@ -35,7 +35,7 @@ def test_at_most_the_given_share_of_others_lies_over_the_threshold():
     scores = np.concatenate([np.arange(200.0), np.array([150.0, 197.5, 198.5, 300.0])])
     labels = np.arange(204) >= 200
     threshold, rate = threshold_at(scores, labels)
-    assert (scores[:200] > threshold).sum() == 2 and rate == 0.5
+    assert (scores[:200] > threshold).sum() == 2 and rate == 0.75
     assert threshold_at([5.0, 5.0, 5.0, 9.0], [False, False, False, True], 0.5) == (5.0, 1.0)
 
 

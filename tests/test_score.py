@@ -13,7 +13,7 @@ from conftest import write_folder
 from PIL import Image, ImageOps
 
 from eval.__main__ import main
-from eval.audit import Limits, judge
+from eval.audit import Limits, judge, write_card
 from eval.images import load_images
 from eval.report import Scored, write_report
 from eval.score import Protocol, Tools, load_scores, score
@@ -303,6 +303,21 @@ def test_audit_fails_over_the_limits_with_3_and_tells_github(audited, monkeypatc
     assert main([*flags, "--max_sim_score", "-1", "--github"]) == 3
     assert "::error title=Memorization audit::Failed" in capsys.readouterr().out
     assert "❌" in page.read_text() and "Failed" in (output / "report.html").read_text()
+
+
+def test_the_card_carries_the_last_audit(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: [x]\n---\n# Model\n\nText.\n")
+    write_card(tmp_path, "### first\n")
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nMore.\n")
+    write_card(tmp_path, "### second\n")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\ntags: [x]\n---\n# Model\n\nText.\n\n<!--") and "\n## second\n" in card
+    assert "first" not in card and card.endswith("More.\n")
+    (tmp_path / "new").mkdir()
+    write_card(tmp_path / "new", "### only\n")
+    assert (tmp_path / "new" / "README.md").read_text().startswith("<!-- memorization audit -->\n## only\n")
+    with pytest.raises(UsageError, match="is no folder"):
+        write_card("owner/model", "")
 
 
 def test_audit_exits_with_2_before_it_draws(audited, tmp_path, capsys):
