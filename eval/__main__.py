@@ -31,6 +31,13 @@ def _positive(args, *flags):
             raise UsageError(f"--{flag} {value}: must be more than 0")
 
 
+def _within(args, low, high, *flags):
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:  # not a number is not within
+            raise UsageError(f"--{flag} {value}: must be from {low} to {high}")
+
+
 def _settings(args, device):
     from .generate import Settings
 
@@ -66,6 +73,7 @@ def _protocol(args, device):
     from .score import Protocol
 
     _positive(args, "pixels", "scoring_batch_size", "max_memory")
+    _within(args, -1, 1, "copy_similarity")
     return Protocol(
         name=args.protocol,
         descriptor=args.descriptor,
@@ -145,13 +153,17 @@ def _score(args):
 
 
 def _named(values, flag):
-    """[(name or None, folder)] of NAME=DIR."""
+    """[(name, folder)] of NAME=DIR; without a name the folder's own serves."""
     pairs = []
     for value in values:
         name, equals, folder = value.partition("=")
-        pairs.append((name, folder) if equals else (None, value))
-        if not pairs[-1][1]:
+        if not equals or Path(value).exists():
+            name, folder = Path(value.split(",")[0]).resolve().name, value
+        if not folder:
             raise UsageError(f"{flag} {value}: should be NAME=DIR")
+        if name in dict(pairs):
+            raise UsageError(f"{flag} {value}: two of them are named {name}: write NAME={folder}")
+        pairs.append((name, folder))
     return pairs
 
 
@@ -166,6 +178,8 @@ def _report(args):
 def _audit(args):
     from .audit import Limits, audit, report_to_github, write_card
 
+    _within(args, 0, 1, "max_copy_rate")
+    _within(args, -1, 1, "max_sim_score")
     state, device = _processes(_device(args))
     training = _training_images(args)
     prompts, settings, protocol = _prompts(args, training), _settings(args, device), _protocol(args, device)
@@ -190,7 +204,7 @@ def _audit(args):
 def _front(args):
     from .front_command import run
 
-    _positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps")
+    _positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
     device = _device(args)
     return run(args, device, lambda: _tools(_protocol(args, device)), _cache(args), _named(args.runs, "--run"))
 

@@ -52,7 +52,7 @@ def _add_scoring(parser):
     group = parser.add_argument_group("scoring")
     group.add_argument(
         "--protocol",
-        help="dcr (the paper's tables; default), sscd (SSCD's authors), or a preprocessing: sscd-288, sscd-320",
+        help="dcr (the paper's tables), sscd (SSCD's authors), or a preprocessing: sscd-288, sscd-320",
     )
     group.add_argument(
         "--descriptor",
@@ -136,6 +136,7 @@ def _add_front(commands):
     parser.add_argument("--resolution", type=int, help="default: the first run's")
     parser.add_argument("--max_images", type=int, default=1000, help="of each set")
     parser.add_argument("--draws", type=int, default=3, help="of noise an image")
+    parser.add_argument("--batch_size", type=int, default=8, help="images at once; does not change the losses")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="also draw and score N images at each point")
     parser.add_argument("--points", type=int, help="models of each run, evenly spread; default: all")
     parser.add_argument("--num_inference_steps", type=int, default=50)

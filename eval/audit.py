@@ -13,6 +13,7 @@ from .report import Scored, table_rows, write_report
 from .score import score
 
 PASSED, OVER = 0, 3
+BROKEN = 0.05  # share of unusable images beyond which a low copy rate says nothing
 CARD_START, CARD_END = "<!-- memorization audit -->", "<!-- end of memorization audit -->"
 
 
@@ -36,7 +37,8 @@ class Verdict:
 
 def judge(scores, limits):
     """Compare scores with limits."""
-    low, high = scores["copy_rate_ci95"]
+    protocol, (low, high) = scores["protocol"], scores["copy_rate_ci95"]
+    broken = scores["num_of_one_colour"] + len(scores["skipped"]["generated"])
     copies = round(scores["copy_rate"] * scores["num_generated"])
     parts, over = [], []
     if limits.copy_rate is not None:
@@ -45,11 +47,17 @@ def judge(scores, limits):
             f"{copies} of {scores['num_generated']} images are copies: {scores['copy_rate']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%}), limit {limits.copy_rate:.1%}"
         )
+    if broken > BROKEN * (scores["num_generated"] + len(scores["skipped"]["generated"])):
+        over.append(True)
+        parts.append(f"{broken} images are of one colour or cannot be read: the model is broken, which proves nothing")
     if limits.sim_score is not None:
         over.append(scores["sim_score"] > limits.sim_score)
         parts.append(f"Sim Score {scores['sim_score']:.3f}, limit {limits.sim_score:.3f}")
     passed = not any(over)
-    sentence = f"{'Passed' if passed else 'Failed'}: {'; '.join(parts)}."
+    by = f"by descriptor {protocol['descriptor']}, copies over {protocol['copy_similarity']:g}"
+    sentence = f"{'Passed' if passed else 'Failed'} {by}: {'; '.join(parts)}."
+    if protocol["descriptor"] == "pixel":
+        sentence += " It knows near-exact copies alone: for anything that ships give --descriptor sscd_disc_mixup."
     if passed and limits.copy_rate is not None and high > limits.copy_rate:
         sentence += f" The interval reaches over the limit: {_enough(limits.copy_rate)} images would tell more."
     return Verdict(passed, sentence)
@@ -95,10 +103,8 @@ def summary(scored, verdict):
         around = f" ({show(interval[0])} – {show(interval[1])})" if interval else ""
         lines.append(f"| {title} | {show(value)}{around} |")
     protocol = scored[0].scores["protocol"]
-    lines += [
-        "",
-        f"Descriptor `{protocol['descriptor']}`, protocol `{protocol['name']}`, {protocol['neighbours']} neighbours.",
-    ]
+    name = f", protocol `{protocol['name']}`" if protocol["name"] else ""
+    lines += ["", f"Descriptor `{protocol['descriptor']}`{name}, {protocol['neighbours']} neighbours."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,13 +4,17 @@ the paper's tables.
 Each cell is a process of its own, so that one that fails does not take the others with it; finished ones are kept.
 """
 
+import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -113,31 +117,44 @@ class Benchmark:
             )
         )
 
+    # Folders are named by what decides their content, so that nothing of another configuration is taken for this one's.
+
+    def drawn(self, cell):
+        """The folder of a cell's images."""
+        conditions = [
+            self.model(cell.training, cell.seed), self.inference[cell.inference], self.generate, self.num_images,
+            self.prompts, self.train,
+        ]  # fmt: skip
+        name = f"{_slug(cell.training)}-{_slug(cell.inference)}-{_hash(conditions)}"
+        return self.output / "cells" / name / f"seed-{cell.seed}"
+
     def folder(self, cell):
-        return self.output / "cells" / _slug(cell.training) / _slug(cell.inference) / f"seed-{cell.seed}"
+        """The folder of a cell's scores."""
+        return self.drawn(cell) / f"scored-{_hash([self.score, self.reference])}"
+
+    def flags(self, training):
+        """A variant's training flags, but for seed and folder."""
+        return {
+            "pretrained_model_name_or_path": self.base,
+            "train_data_dir" if Path(self.train).is_dir() else "dataset_name": self.train,
+            **self.common,
+            **self.training[training],
+        }
 
     def model(self, training, seed):
         """The variant's pipeline: the one given, or where it is trained."""
         given = self.training[training].get("model")
         if given is not None:
             return str(given).format(seed=seed)
-        return str(self.output / "trained" / _slug(training) / f"seed-{seed}")
+        return str(self.output / "trained" / f"{_slug(training)}-{_hash(self.flags(training))}" / f"seed-{seed}")
 
     def training_command(self, training, seed):
-        flags = {
-            "pretrained_model_name_or_path": self.base,
-            "train_data_dir" if Path(self.train).is_dir() else "dataset_name": self.train,
-            **self.common,
-            **self.training[training],
-            "seed": seed,
-            "output_dir": self.model(training, seed),
-            "resume_from_checkpoint": "latest",
-        }
-        return [*self.launcher, str(SCRIPT), *_as_flags(flags)]
+        own = {"seed": seed, "output_dir": self.model(training, seed), "resume_from_checkpoint": "latest"}
+        return [*self.launcher, str(SCRIPT), *_as_flags(self.flags(training) | own)]
 
     def run_cell(self, cell, device="cpu", cache=None):
         """Draw and score a cell."""
-        folder = self.folder(cell)
+        images = self.drawn(cell) / "images"
         training = load_images(self.train, "train")
         prompts = read_prompts(self.prompts) if self.prompts else caption_prompts(training, "train")
         prompts = choose(prompts, self.num_images or len(prompts), 0)
@@ -145,15 +162,19 @@ class Benchmark:
         # Seeds of training and of drawing go together; no two cells of a row share an image's seed.
         settings = Settings(**self.generate | {"seed": cell.seed * len(prompts), "mitigation": chain})
         model = self.model(cell.training, cell.seed)
-        generate(model, prompts, folder / "images", settings, device, desc=cell.name)
+        generate(model, prompts, images, settings, device, desc=cell.name)
         tools = Tools(Protocol(**self.score | {"device": device}))
         reference = load_images(self.reference, "reference") if self.reference else None
         about = {"model": model, "model_hash": model_hash(model), "cell": [cell.training, cell.inference, cell.seed]}
-        score(load_images(folder / "images", "output"), training, folder, tools, cache, reference, about)
+        score(load_images(images, "output"), training, self.folder(cell), tools, cache, reference, about)
 
 
 def _slug(name):
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name.replace("+", "plus"))
+
+
+def _hash(value):
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=3).hexdigest()
 
 
 def _known(given, known, where):
@@ -220,18 +241,79 @@ def _fill(benchmark, jobs, device, cache):
         if not (benchmark.folder(cell) / SCORES).exists():
             missing.setdefault((cell.training, cell.seed), []).append(cell)
     total = sum(map(len, missing.values()))
-    with tqdm(total=total, desc="Cells") as bar, ThreadPoolExecutor(max_workers=jobs) as pool:
-        jobs = [pool.submit(_run_model, benchmark, *key, cells, device, cache, bar) for key, cells in missing.items()]
+    processes = Processes()
+    with (
+        tqdm(total=total, desc="Cells") as bar,
+        ThreadPoolExecutor(max_workers=jobs) as pool,
+        processes.ended_by_signals(),
+    ):
+        jobs = [
+            pool.submit(_run_model, benchmark, *key, cells, device, cache, bar, processes)
+            for key, cells in missing.items()
+        ]
+        for job in jobs:
+            job.result()
+
+
+class Stopped(Exception):
+    """The benchmark was interrupted."""
+
+
+class Processes:
+    """The running commands, so that an interruption ends them all and begins no more."""
+
+    def __init__(self):
+        self.running, self.stopped, self.lock = set(), False, threading.Lock()
+
+    @contextmanager
+    def ended_by_signals(self):
+        """Within it SIGTERM is an interruption as Ctrl-C is, and any exception ends what runs."""
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        on_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, interrupt) if on_main else None
         try:
-            for job in jobs:
-                job.result()
+            yield
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            with self.lock:
+                self.stopped = True
+                for process in self.running:
+                    process.terminate()
             raise
+        finally:
+            if on_main:
+                signal.signal(signal.SIGTERM, before)
+
+    def call(self, command, log):
+        """Run a command with its output in a file. Returns the last line of it if it fails; raises ``Stopped``."""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        with Path(log).open("w") as output:
+            with self.lock:
+                if self.stopped:
+                    raise Stopped
+                process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
+                self.running.add(process)
+            code = process.wait()
+        self.running.discard(process)
+        if self.stopped or code in (-signal.SIGINT, -signal.SIGTERM, 130):
+            raise Stopped
+        if code == 0:
+            return None
+        lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
+        return f"exit {code}: {lines[-1][:300] if lines else 'no output'} (see {log})"
 
 
-def _run_model(benchmark, training, seed, cells, device, cache, bar):
-    failed = _train(benchmark, training, seed)
+def _run_model(benchmark, training, seed, cells, device, cache, bar, processes):
+    try:
+        _train_and_score(benchmark, training, seed, cells, device, cache, bar, processes)
+    except Stopped:
+        return
+
+
+def _train_and_score(benchmark, training, seed, cells, device, cache, bar, processes):
+    failed = _train(benchmark, training, seed, processes)
     for cell in cells:
         folder = benchmark.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +322,7 @@ def _run_model(benchmark, training, seed, cells, device, cache, bar):
             command = [sys.executable, "-m", "eval", "benchmark", "--config", benchmark.path, "--device", device]
             command += ["--cell", json.dumps([cell.training, cell.inference, cell.seed])]
             command += ["--feature_cache", cache or "none"]
-            why = _call(command, folder / "log.txt")
+            why = processes.call(command, folder / "log.txt")
         if why is None:
             (folder / FAILED).unlink(missing_ok=True)
         else:
@@ -249,25 +331,17 @@ def _run_model(benchmark, training, seed, cells, device, cache, bar):
         bar.update()
 
 
-def _train(benchmark, training, seed):
+def _train(benchmark, training, seed, processes):
     """Train a variant if it is not there. Returns why it failed, or None."""
     folder = Path(benchmark.model(training, seed))
-    if "model" in benchmark.training[training] or (folder / "model_index.json").exists():
+    finished = folder / "model_index.json"
+    if "model" in benchmark.training[training] or finished.exists():
         return None
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    why = _call(benchmark.training_command(training, seed), folder / "train.log")
+    why = processes.call(benchmark.training_command(training, seed), folder / "train.log")
+    if why is None and not finished.exists():
+        raise Stopped  # a signal ends the script with a checkpoint and 0
     if why is None:
         write_json(folder / "seconds.json", {"train": round(time.perf_counter() - started, 1)})
     return None if why is None else f"training: {why}"
-
-
-def _call(command, log):
-    """Run a command with its output in a file. Returns the last line of it if it fails."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with Path(log).open("w") as output:
-        done = subprocess.run(list(map(str, command)), stdout=output, stderr=output, env=environment)
-    if done.returncode == 0:
-        return None
-    lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
-    return f"exit {done.returncode}: {lines[-1][:300] if lines else 'no output'} (see {log})"

@@ -37,7 +37,8 @@ class ClipScorer:
     """CLIP score over open_clip.
 
     Args:
-        model_name: open_clip's, such as ``ViT-B-16``; OpenAI's weights from a file need ``ViT-B-16-quickgelu``.
+        model_name: open_clip's, such as ``ViT-B-16``; OpenAI's weights from a file need ``ViT-B-16-quickgelu``, which a
+            tag brings along.
         pretrained: a tag (downloaded) or a weights file.
         preprocess: ``own``, the model's; or ``dcr``, which feeds the CLIP of the paper's tables with the images that
             SSCD saw (256, crop 224, 0.5/0.5).
@@ -56,8 +57,12 @@ class ClipScorer:
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         if not path.is_file() and pretrained not in tags:
             raise UsageError(f"{where}: neither a file nor a tag of this model ({', '.join(tags) or 'it has none'})")
+        # OpenAI's weights were trained with another GELU than the plain model names have.
+        quick = pretrained in tags and bool(open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu"))
         try:
-            model, _, own = open_clip.create_model_and_transforms(model_name, pretrained, device=device)
+            model, _, own = open_clip.create_model_and_transforms(
+                model_name, pretrained, device=device, force_quick_gelu=quick
+            )
         except Exception as error:
             raise UsageError(
                 f"{where}: the weights cannot be loaded ({' '.join(str(error).split())[:200]}); "
@@ -70,7 +75,8 @@ class ClipScorer:
         self.model, self.device = model.eval(), device
         self.tokenizer = open_clip.get_tokenizer(model_name)
         weights = {"sha256": file_hash(path)} if path.is_file() else {"tag": pretrained}
-        self.record = {"model": model_name, **weights, "preprocess": preprocess}
+        quick |= "quickgelu" in model_name
+        self.record = {"model": model_name, **weights, "preprocess": preprocess, "quick_gelu": quick}
         transform = PREPROCESS["dcr"] if preprocess == "dcr" else partial(_one_by_one, own)
         self.images = ClipImages(self.model, transform, self.record, device)
 

@@ -3,6 +3,7 @@ a prompt that needs neither the training set nor a finished image.
 """
 
 import csv
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ietagc_diffusers.mitigations import text_conditional_noise
 
 from .figures import COLOURS, png
 from .generate import load_pipeline, model_hash
-from .records import read_json, write_json, write_text
+from .records import read_json, read_json_lines, write_json, write_text
 
 FALSE_POSITIVES = 0.01
 RESULT, SCORES, SETTINGS = "detect.json", "detect.csv", ".settings.json"
@@ -99,8 +100,8 @@ def _magnitudes(model, prompts, output, settings, device, dtype, batch_size):
     """(N, generations), from what is kept of an earlier run as far as it goes."""
     _check_settings(model, prompts, output, settings, dtype, batch_size)
     kept = output / ".magnitudes.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    rows = rows[: len(rows) // batch_size * batch_size]  # whole batches, lest a line was cut
+    rows = read_json_lines(kept)
+    rows = rows[: len(rows) // batch_size * batch_size] if len(rows) < len(prompts) else rows  # whole batches
     write_text(kept, "".join(json.dumps(row) + "\n" for row in rows))
     if len(rows) < len(prompts):
         from .generate import Settings
@@ -135,8 +136,8 @@ def _of_batch(pipeline, prompts, start, settings, batch_size):
 
 
 def _check_settings(model, prompts, output, settings, dtype, batch_size):
-    wanted = asdict(settings) | {"dtype": dtype, "prompts": len(prompts), "batch_size": batch_size}
-    wanted["first_prompt"] = prompts[0]
+    wanted = asdict(settings) | {"dtype": dtype, "batch_size": batch_size, "num_prompts": len(prompts)}
+    wanted["prompts"] = hashlib.blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
     if isinstance(model, (str, Path)):
         wanted["model_hash"] = model_hash(model)
     path = output / SETTINGS

@@ -23,6 +23,7 @@ from ietagc_diffusers.config import UsageError
 from .images import BadImage, content_hash, to_tensor
 
 DTYPES = {"f": np.float32, "u": np.uint8}
+PIXELS_AT_ONCE = 16_000_000  # 16 photographs of a megapixel, or one large one
 
 
 def default_cache():
@@ -37,34 +38,51 @@ class FeatureCache:
     """
 
     def __init__(self, folder, identity):
-        self.connection = self._open(folder, identity) if folder is not None else sqlite3.connect(":memory:")
-        self.connection.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, kind TEXT, vector BLOB)")
+        self.path = None
+        if folder is not None:
+            text = json.dumps(identity, sort_keys=True)
+            self.path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.sqlite"
+        self.connection = self._open(str(identity))
+
+    def _open(self, identity):
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                return self._connect(self.path, identity)
+            except (OSError, sqlite3.Error) as error:
+                self._give_up(error)
+        return self._connect(":memory:", identity)
 
     @staticmethod
-    def _open(folder, identity):
-        text = json.dumps(identity, sort_keys=True)
-        path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.sqlite"
+    def _connect(where, identity):
+        connection = sqlite3.connect(where, timeout=60)
+        connection.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, kind TEXT, vector BLOB)")
+        connection.execute("CREATE TABLE IF NOT EXISTS identity (text TEXT PRIMARY KEY)")
+        connection.execute("INSERT OR IGNORE INTO identity VALUES (?)", (identity,))
+        connection.commit()
+        return connection
+
+    def _give_up(self, error):
+        """Set a damaged file aside, so that the next run begins it anew."""
+        warnings.warn(f"{self.path}: features are not kept this time: {error}", stacklevel=3)
+        damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+        if damaged and self.path.exists():
+            self.path.replace(self.path.with_suffix(".damaged"))
+
+    def _or_in_memory(self, action):
+        """What ``action`` returns, in memory from now on if the file fails."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for attempt in range(2):
-                connection = sqlite3.connect(path, timeout=60)
-                try:
-                    connection.execute("CREATE TABLE IF NOT EXISTS identity (text TEXT PRIMARY KEY)")
-                    connection.execute("INSERT OR IGNORE INTO identity VALUES (?)", (text,))
-                    connection.commit()
-                    return connection
-                except sqlite3.DatabaseError as error:
-                    connection.close()
-                    if attempt or isinstance(error, sqlite3.OperationalError):
-                        raise
-                    path.replace(path.with_suffix(".damaged"))
-                    warnings.warn(f"{path}: damaged; begun anew", stacklevel=2)
-        except (OSError, sqlite3.Error) as error:
-            warnings.warn(f"{path}: features are not kept: {error}", stacklevel=2)
-        return sqlite3.connect(":memory:")
+            return action()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            self.connection = self._connect(":memory:", "")
+            return action()
 
     def get(self, keys):
         """{key: vector} of the keys that are known."""
+        return self._or_in_memory(lambda: self._get(keys))
+
+    def _get(self, keys):
         marks = ",".join("?" * len(keys))
         rows = self.connection.execute(f"SELECT key, kind, vector FROM vectors WHERE key IN ({marks})", keys)
         return {key: np.frombuffer(vector, dtype=DTYPES[kind]) for key, kind, vector in rows}
@@ -72,6 +90,9 @@ class FeatureCache:
     def put(self, vectors):
         """Keep {key: vector}."""
         rows = [(key, "u" if v.dtype == np.uint8 else "f", v.tobytes()) for key, v in vectors.items()]
+        self._or_in_memory(lambda: self._put(rows))
+
+    def _put(self, rows):
         with self.connection:
             self.connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
 
@@ -138,19 +159,35 @@ def _embed_batch(images, batch, extractors, caches, pool):
     keys = {index: content_hash(value) for index, value in encoded.items() if value is not None}
     known = {name: cache.get(list(set(keys.values()))) for name, cache in caches.items()}
     missing = [index for index in keys if any(keys[index] not in known[name] for name in extractors)]
-    decoded = pool.map(lambda index: guarded(images.image, index, encoded[index]), missing)
-    decoded = {i: to_tensor(image) for i, image in zip(missing, decoded, strict=True) if image is not None}
-    for name, extractor in extractors.items():
-        wanted = {keys[i]: image for i, image in decoded.items() if keys[i] not in known[name]}
-        made = _in_stacks(extractor, wanted)
-        finite = {key: vector for key, vector in made.items() if np.isfinite(vector).all()}
-        caches[name].put(finite)
-        known[name] |= finite
-        for index in decoded:
-            if keys[index] not in known[name]:
-                bad[index] = f"its {name} features are not finite"
+    for group in _groups(images, missing, encoded, guarded, pool):
+        for name, extractor in extractors.items():
+            wanted = {keys[i]: image for i, image in group.items() if keys[i] not in known[name]}
+            made = _in_stacks(extractor, wanted)
+            finite = {key: vector for key, vector in made.items() if np.isfinite(vector).all()}
+            caches[name].put(finite)
+            known[name] |= finite
+            for index in group:
+                if keys[index] not in known[name]:
+                    bad[index] = f"its {name} features are not finite"
     good = [index for index in keys if index not in bad]
     return {index: {name: known[name][keys[index]] for name in extractors} for index in good}, bad
+
+
+def _groups(images, indices, encoded, guarded, pool):
+    """{index: decoded image}, so many at a time that they stay small: photographs are large when decoded."""
+    group, pixels, few = {}, 0, os.cpu_count() or 1
+    for start in range(0, len(indices), few):
+        some = indices[start : start + few]
+        decoded = pool.map(lambda index: guarded(images.image, index, encoded[index]), some)
+        for index, image in zip(some, decoded, strict=True):
+            if image is not None:
+                if group and pixels + image.width * image.height > PIXELS_AT_ONCE:
+                    yield group
+                    group, pixels = {}, 0
+                group[index] = to_tensor(image)
+                pixels += image.width * image.height
+    if group:
+        yield group
 
 
 def _in_stacks(extractor, images):

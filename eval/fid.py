@@ -38,14 +38,16 @@ def _mean_and_root(features):
     return mean, torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
 
 
-def kernel_distance(first, second, subsets=100, subset_size=1000):
-    """KID's unbiased squared MMD with the cubic polynomial kernel: [mean, standard deviation] over seeded subsets.
+def kernel_distance(first, second, subsets=100, subset_size=None):
+    """KID's unbiased squared MMD with the cubic polynomial kernel: [mean, standard deviation] over seeded subsets of
+    1,000 images, or of half of the smaller set if that is fewer.
 
     Unlike the Frechet distance it is unbiased for few images.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    size = min(subset_size, len(first), len(second))
+    smaller = min(len(first), len(second))
+    size = subset_size or min(1000, max(2, smaller // 2))
     made = kid_features_to_metric(
         first.float(), second.float(), kid_subsets=subsets, kid_subset_size=size, verbose=False
     )

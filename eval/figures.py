@@ -103,14 +103,17 @@ def plot_front(axes, points, control=None, colours=None):
 
 
 def plot_sampled(axes, points, key, label, control=None, colours=None):
-    """What was sampled along each run: ``key`` against the Frechet distance."""
+    """What was sampled along each run: the mean of ``key`` over its seeds, and their range as a band, against the
+    Frechet distance.
+    """
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
-        colour = colours[name]
-        for number, seed in enumerate(replicates(run)):
-            drawn = [p for p in seed if p.sampled]
-            x, y = [p.sampled[key] for p in drawn], [p.sampled["frechet"] for p in drawn]
-            axes.plot(x, y, marker="o", markersize=3.5, color=colour, label=None if number else name)
+        colour, seeds = colours[name], replicates(run)
+        x, y = (np.array([[p.sampled[k] for p in seed] for seed in seeds], dtype=float) for k in (key, "frechet"))
+        label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=label)
+        if len(seeds) > 1:
+            axes.fill_betweenx(y.mean(axis=0), x.min(axis=0), x.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel(f"{label} (memorization →)")
     axes.set_ylabel("Fréchet distance (← quality)")
     axes.grid(alpha=0.25)

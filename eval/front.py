@@ -21,7 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ietagc_diffusers.objectives import TextToImageObjective
 
+from .records import read_json_lines
+
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+DRAWN_TOGETHER = 100  # images whose noise is one draw
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,20 @@ class FrontPoint:
     sampled: dict | None = None
 
 
+def _centred(images):
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
 class FixedLosses:
     """Denoising losses of images under fixed noise and timesteps, so that models can be compared to a few
     ten-thousandths.
 
     Args:
         base: folder or Hub id of the pipeline whose VAE, text encoder and scheduler the models share.
-        images: float32 (N, 3, H, W) in [-1, 1]; captions: N strings.
+        images: float32 (N, 3, H, W) in [-1, 1], or uint8; captions: N strings.
         draws: noise draws an image, each at another timestep.
         prediction_type: the scheduler's, if the runs were trained with another than the base's.
+        batch_size: images at once; the draws do not depend on it.
         sweep: each draw is at one timestep for all images, over the range; ``self.sweep`` has them.
     """
 
@@ -63,7 +71,9 @@ class FixedLosses:
         tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
         text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device)
         vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32).to(device)
+        vae.enable_slicing()  # one image at a time: the widest activations are its encoder's
         self.objective = TextToImageObjective(vae, text_encoder, scheduler)
+        self.device, self.batch_size = device, batch_size
         tokens = tokenizer(
             captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
@@ -77,11 +87,11 @@ class FixedLosses:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for draw in range(draws):
-                for rows in torch.arange(len(images)).split(batch_size):
-                    batch = {"pixel_values": images[rows].to(device), "input_ids": tokens[rows].to(device)}
+                for rows in torch.arange(len(images)).split(DRAWN_TOGETHER):
+                    batch = {"pixel_values": _centred(images[rows]).to(device), "input_ids": tokens[rows].to(device)}
                     drawn = self.objective.draw(batch)
                     drawn.timesteps.copy_(timesteps[draw, rows])
-                    self.batches.append((draw, rows, drawn))
+                    self.batches.append((draw, rows, drawn.to("cpu")))
         self.num_images, self.draws = len(images), draws
 
     @torch.no_grad()
@@ -89,7 +99,8 @@ class FixedLosses:
         """Loss of each image at each draw: float32 (draws, N)."""
         losses = torch.zeros(self.draws, self.num_images)
         for draw, rows, drawn in self.batches:
-            losses[draw, rows] = self.objective.losses(unet, drawn).cpu()
+            for some in torch.arange(len(rows)).split(self.batch_size):
+                losses[draw, rows[some]] = self.objective.losses(unet, drawn[some].to(self.device)).cpu()
         return losses
 
     def __call__(self, unet):
@@ -130,16 +141,16 @@ class Losses:
     def __init__(self, base, train, heldout, memory=None, **options):
         self.sets = [FixedLosses(base, *images, **options) for images in (train, heldout)]
         self.device = options.get("device", "cpu")
-        digest = hashlib.blake2b(json.dumps([str(base), {k: str(v) for k, v in options.items()}]).encode())
+        shown = {k: str(v) for k, v in options.items() if k != "batch_size"}
+        digest = hashlib.blake2b(json.dumps([str(base), shown]).encode())
         for images, captions in (train, heldout):
-            digest.update(images.numpy().tobytes() + json.dumps(captions).encode())
+            for image in images:
+                digest.update(image.numpy().tobytes())
+            digest.update(json.dumps(captions).encode())
         self.conditions = digest.hexdigest()[:16]
         self.memory = memory
-        self.known = {}
-        if memory is not None and Path(memory).exists():
-            for line in Path(memory).read_text().splitlines():
-                key, *losses = json.loads(line)
-                self.known[key] = tuple(losses)
+        rows = [] if memory is None else read_json_lines(memory)
+        self.known = {key: tuple(losses) for key, *losses in rows}
 
     def __call__(self, folder, subfolder=None):
         """(training loss, held-out loss) of the UNet in a folder, or in a pipeline's subfolder."""

@@ -1,6 +1,8 @@
 """``python -m eval front``: measure, draw and read the front of any runs."""
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,23 +13,28 @@ from ietagc_diffusers.config import UsageError
 from ietagc_diffusers.data import image_transform
 
 from .figures import plot_front, plot_sampled, png
-from .front import compare, crossing, measure, replicates, saved_models, write_csv
+from .front import compare, crossing, measure, replicates, saved_models, weights_hash, write_csv
 from .generate import Settings, generate
-from .images import BadImage, load_images
+from .images import BadImage, load_images, to_tensor
 from .prompts import caption_prompts, choose
 from .records import read_json, write_text
 from .score import SCORES, score
 
+SAMPLED = {"sim_score": "Sim Score", "copy_rate": "copy rate", "memorized_quantity_0.4": "MQ 0.4"}
+
 
 def captioned(images, resolution, max_images, seed=0):
-    """Images that have a caption, as the training transform with a centre crop shows them: float32 (N, 3, R, R) in
-    [-1, 1], and their captions. What does not decode is left out.
+    """Images that have a caption, as the training transform with a centre crop shows them: uint8 (N, 3, R, R), and
+    their captions. What does not decode is left out.
     """
-    transform = image_transform(resolution, True, False, "bilinear")
+    transform = image_transform(resolution, True, False, "bilinear").transforms[:2]  # resize, crop
     pixels, texts = [], []
     for index, text in choose(images.captions(), min(max_images, len(images.captions())), seed):
         try:
-            pixels.append(transform(images.image(index)))
+            image = images.image(index)
+            for step in transform:
+                image = step(image)
+            pixels.append(to_tensor(image))
             texts.append(text)
         except BadImage:
             continue
@@ -77,6 +84,7 @@ def run(args, device, make_tools, cache, named):
         draws=args.draws,
         seed=args.seed,
         device=device,
+        batch_size=args.batch_size,
         prediction_type=config.get("prediction_type"),
     )
     points = [point for point, _ in measured]
@@ -97,11 +105,16 @@ def _sampled(measured, args, base, training, output, tools, cache, device):
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         scheduler=args.scheduler,
+        batch_size=args.batch_size,
+        dtype="float16" if str(device).startswith("cuda") else "float32",
     )
+    conditions = [asdict(settings), asdict(tools.protocol), args.sample, str(base)]
     points = []
     for point, unet in measured:
         name = "base" if unet is None else f"{point.run}-{point.replicate}-{point.step}".replace("/", "_")
-        folder = output / "samples" / name
+        # What was drawn or scored under other conditions, or by a run since trained anew, lies elsewhere.
+        key = json.dumps([*conditions, "" if unet is None else weights_hash(unet)])
+        folder = output / "samples" / f"{name}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
         if not (folder / SCORES).exists():
             generate(base, prompts, folder / "images", settings, device, unet=unet, desc=f"Drawing with {name}")
             score(load_images(folder / "images", "--output"), training, folder, tools, cache)
@@ -119,8 +132,8 @@ def _sampled(measured, args, base, training, output, tools, cache, device):
 
 
 def _picture(points, control, path):
-    panels = [("sim_score", "Sim Score"), ("copy_rate", "copy rate")] if points[0].sampled else []
-    figure, axes = plt.subplots(1, 1 + len(panels), figsize=(7.5 + 5 * len(panels), 4.6), squeeze=False)
+    panels = list(SAMPLED.items()) if points[0].sampled else []
+    figure, axes = plt.subplots(1, 1 + len(panels), figsize=(7.5 + 4.5 * len(panels), 4.6), squeeze=False)
     plot_front(axes[0, 0], points, control)
     for panel, (key, label) in zip(axes[0, 1:], panels, strict=True):
         plot_sampled(panel, points, key, label, control)
@@ -136,11 +149,8 @@ def reading(points, control):
         cells = [_range(comparison.at_gap, "gap"), _range(comparison.at_loss, "loss")]
         lines.append(f"| {comparison.run} | {cells[0]} | {cells[1]} |")
     if points[0].sampled:
-        lines += [
-            "",
-            "| run | Sim Score at equal Fréchet distance | copy rate at equal Fréchet distance |",
-            "|---|---|---|",
-        ]
+        titles = " | ".join(f"{label} at equal Fréchet distance" for label in SAMPLED.values())
+        lines += ["", f"| run | {titles} |", "|---|" + "---|" * len(SAMPLED)]
         names = dict.fromkeys(p.run for p in points if p.run != control)
         lines += [f"| {name} | {' | '.join(_sampled_range(points, name, control))} |" for name in names]
     return "\n".join(lines) + "\n"
@@ -161,7 +171,7 @@ def _range(differences, what):
 def _sampled_range(points, name, control):
     """The last model of each seed against the control's course where that is first at the same Frechet distance."""
     cells = []
-    for key in ("sim_score", "copy_rate"):
+    for key in SAMPLED:
         ours = [seed[-1] for seed in replicates([p for p in points if p.run == name])]
         theirs = replicates([p for p in points if p.run == control])
         differences = [

@@ -55,10 +55,11 @@ def load_pipeline(model, settings, device="cpu", unet=None):
     """
     dtype = getattr(torch, settings.dtype)
     other = {} if unet is None else {"unet": UNet2DConditionModel.from_pretrained(unet, dtype=dtype)}
+    folder = pipeline_folder(model)
+    if "safety_checker" in read_json(folder / "model_index.json"):
+        other |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, dtype=dtype, safety_checker=None, requires_safety_checker=False, **other
-        )
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **other)
     except Exception as error:
         raise UsageError(f"--model {model}: does not load as a pipeline: {_one_line(error)}") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:

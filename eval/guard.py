@@ -104,6 +104,7 @@ class SimilarityGuard:
         options |= {} if prompt is None else {"prompt": prompt}
         states = _states(generator)
         first = self.pipeline(**options, generator=generator, num_images_per_prompt=num_images_per_prompt).images
+        states = states or [torch.randint(2**63 - 1, ()).numpy().tobytes()]
         images, tries = list(first), [1] * len(first)
         similarity, nearest = self._compare(images)
         options.pop("latents", None)
@@ -126,15 +127,13 @@ class SimilarityGuard:
     def _compare(self, images):
         """Similarity to the nearest training image, and its name, of each PIL image."""
         vectors = self.descriptor(torch.stack([to_tensor(image.convert("RGB")) for image in images]))
-        values, found = most_similar(vectors, self.index.vectors)
+        values, found = most_similar(vectors, self.index.vectors, index="exact", device=self.descriptor.device)
         return values[:, 0].tolist(), [self.index.names[i] for i in found[:, 0]]
 
 
 def _states(generator):
-    """The state of each generator before the first try; a drawn one if there is none."""
+    """The state of each generator before the first try."""
     generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
-    if not generators:
-        return [torch.randint(2**63 - 1, ()).numpy().tobytes()]
     return [g.get_state().numpy().tobytes() for g in generators]
 
 

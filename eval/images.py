@@ -53,9 +53,9 @@ class ImageSet:
 
     Attributes:
         source: the folder or dataset, for messages and records.
-        names: a name for each image, unique and short: its path in the folder, or ``row 17``.
+        names: a name for each image: its path in the folder, or ``row 17``.
         texts: its caption (the first of several), or None.
-        rows: what else its metadata says: dicts.
+        rows: what else its metadata says: dicts; ``sample_id`` is its row in the dataset, as in training.
         skipped: [name, reason] of what could not be used.
     """
 
@@ -149,37 +149,47 @@ def _hidden(path, folder):
 
 
 def _from_folder(folder, flag, files, images, caption_column):
-    metadata, skipped = {}, []
+    """Rows of the metadata first, in their order as ``datasets`` numbers them, then images without a row."""
+    entries, skipped = [], []
     for path in files:
         if path.name in METADATA:
-            for number, row in enumerate(_metadata_rows(path, flag), 1):
-                where = f"{path.relative_to(folder)} row {number}"
-                name = row.pop("file_name", None)
+            for number, row in enumerate(_metadata_rows(path, flag)):
+                where, name = f"{path.relative_to(folder)} row {number + 1}", row.pop("file_name", None)
                 if not isinstance(name, str):
                     skipped.append([where, "has no file_name"])
-                    continue
-                target = (path.parent / name).resolve()
-                if not target.is_file():
+                elif not (path.parent / name).is_file():
                     skipped.append([where, f"its file {name} does not exist"])
-                metadata[target] = row
+                else:
+                    # With several metadata files the number says nothing.
+                    sample_id = {"sample_id": number} if path.parent == folder else {}
+                    entries.append((path.parent / name, sample_id | row))
         elif path.suffix.lower() not in SUFFIXES:
-            skipped.append([str(path.relative_to(folder)), "is not an image"])
-    rows = [metadata.get(path.resolve(), {}) for path in images]
+            skipped.append([_printable(path, folder), "is not an image"])
+    described = {path.resolve() for path, _ in entries}
+    numbered = not described
+    for number, path in enumerate(path for path in images if path.resolve() not in described):
+        entries.append((path, {"sample_id": number} if numbered else {}))
+    readable = [(path, row) for path, row in entries if str(path).isprintable()]
+    skipped += [[_printable(p, folder), "has a name that is no text"] for p, _ in entries if not str(p).isprintable()]
     return ImageSet(
         folder,
-        [str(path.relative_to(folder)) for path in images],
-        [_caption(row.get(caption_column)) for row in rows],
-        rows,
-        lambda index: images[index].read_bytes(),
+        [str(path.relative_to(folder)) for path, _ in readable],
+        [_caption(row.get(caption_column)) for _, row in readable],
+        [row for _, row in readable],
+        lambda index: readable[index][0].read_bytes(),
         skipped,
     )
+
+
+def _printable(path, folder):
+    return ascii(str(path.relative_to(folder)))[1:-1]
 
 
 def _metadata_rows(path, flag):
     """The rows of a metadata file as dicts."""
     try:
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         elif path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))

@@ -25,10 +25,16 @@ def l2_ratio(generated, training, protocol="iet-agc", num_neighbours=NUM_NEIGHBO
     Returns:
         float32 (N,).
     """
+    return ratio_of(
+        *nearest_l2(generated, training, max(2, num_neighbours), **options), training, protocol, num_neighbours
+    )
+
+
+def ratio_of(distances, indices, training, protocol, num_neighbours=NUM_NEIGHBOURS):
+    """The ratios of ``l2_ratio``, of neighbours already found: distances and indices (N, at least 2)."""
     if protocol == "gu":
-        distances, _ = nearest_l2(generated, training, 2, **options)
         return distances[:, 0] / distances[:, 1].clamp(min=TINY)
-    distances, indices = nearest_l2(generated, training, min(num_neighbours, len(training)), **options)
+    distances, indices = distances[:, :num_neighbours], indices[:, :num_neighbours]
     if protocol == "iet-agc":
         squared = distances.double().pow(2)
         return (squared[:, 0] / squared.mean(dim=1).clamp(min=TINY)).float()

@@ -1,5 +1,6 @@
 """Exact nearest neighbours by chunked matrix products, in bounded memory."""
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -7,6 +8,7 @@ MARGIN = 8  # candidates beyond k: rounding of the expanded square may swap neig
 QUERY_CHUNK = 1024
 FAISS_FROM = 300_000
 FAISS_PROBES = 64
+FAISS_POINTS = 39  # training points a list, the fewest that FAISS takes without a warning
 CACHE = 2**23  # bytes: what stays in a core's cache is measured several times as fast
 GIB = 2**30
 
@@ -20,21 +22,24 @@ def nearest_l2(queries, references, k=1, max_memory=2 * GIB, device="cpu", index
     Args:
         queries: (N, D), references: (M, D), M >= k, float32 or uint8; uint8 counts as value / 255.
         max_memory: bytes for working memory, on top of inputs and results.
-        index: ``exact``; ``faiss``: candidates from an inverted file, which can miss neighbours; ``auto``: FAISS from
-            300,000 references on, if it is installed.
+        index: ``exact``; ``faiss``: candidates from an inverted file in memory, which can miss neighbours; ``auto``:
+            FAISS from 300,000 references on, if it is installed and its copy of them fits into ``max_memory``.
 
     Returns:
         Distances float32 (N, k), ascending, and indices (N, k), on the CPU.
     """
     centre = _mean(references, max_memory)
-    if uses_faiss(index, len(references)):
-        candidates = _faiss_candidates(queries, references, k + MARGIN, centre)
-    else:
 
+    def exact(queries):
         def offset(chunk):
             return chunk.pow(2).sum(dim=1) / -2  # max of q.r - ||r||^2 / 2 is min of ||q - r||
 
-        candidates, _ = _chunked(queries, references, k + MARGIN, offset, centre, max_memory, device, progress)
+        return _chunked(queries, references, k + MARGIN, offset, centre, max_memory, device, progress)[0]
+
+    if uses_faiss(index, references, max_memory):
+        candidates = _faiss_candidates(queries, references, k + MARGIN, centre, exact)
+    else:
+        candidates = exact(queries)
     return _measured(queries, references, candidates, k, max_memory, device)
 
 
@@ -51,24 +56,26 @@ def most_similar(
     """
     if exclude_self:
         groups = (torch.arange(len(queries)), torch.arange(len(references)))
-    if groups is None and uses_faiss(index, len(references)):
-        found = _faiss_candidates(queries, references, k, None)
+
+    def exact(queries, mask=None):
+        return _chunked(queries, references, k, None, None, max_memory, device, False, mask)
+
+    if groups is None and uses_faiss(index, references, max_memory):
+        found = _faiss_candidates(queries, references, k, None, lambda left: exact(left)[0])
         return torch.einsum("nd,nkd->nk", queries, references[found]), found
 
     def mask(scores, rows, columns):
         same = groups[0][rows, None] == groups[1][columns]
         scores.masked_fill_(same.to(scores.device), -torch.inf)
 
-    mask = None if groups is None else mask
-    indices, values = _chunked(queries, references, k, None, None, max_memory, device, False, mask)
+    indices, values = exact(queries, None if groups is None else mask)
     return values, indices
 
 
-def uses_faiss(index, num_references):
-    """Whether ``index`` means FAISS for so many references."""
-    if index == "auto" and num_references < FAISS_FROM:
-        return False
-    if index == "exact":
+def uses_faiss(index, references, max_memory):
+    """Whether ``index`` means FAISS for these references."""
+    fits = 4 * references.numel() <= max_memory
+    if index == "exact" or (index == "auto" and not (len(references) >= FAISS_FROM and fits)):
         return False
     try:
         import faiss  # noqa: F401
@@ -146,22 +153,25 @@ def _measured(queries, references, candidates, k, max_memory, device):
     return nearest.values, candidates.gather(1, nearest.indices)
 
 
-def _faiss_candidates(queries, references, k, centre):
-    """The k best that FAISS finds in the inverted lists nearest to each query: (N, k) indices. Without a centre the
-    vectors are of unit length, of which the nearest are the most similar.
+def _faiss_candidates(queries, references, k, centre, exact):
+    """The k best that FAISS finds in the inverted lists nearest to each query: (N, min(k, M)) indices, best first.
+    Without a centre the vectors are of unit length, of which the nearest are the most similar.
+
+    exact: finds them for queries whose lists hold fewer than k.
     """
     import faiss
 
-    dim, lists = references.shape[1], int(4 * len(references) ** 0.5)
+    k, dim = min(k, len(references)), references.shape[1]
+    lists = max(1, min(int(4 * len(references) ** 0.5), len(references) // FAISS_POINTS))
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim), dim, lists)
-    sample = references[torch.linspace(0, len(references) - 1, min(len(references), 64 * lists)).long()]
-    index.train(_floats(sample, centre).numpy())
+    sample = torch.linspace(0, len(references) - 1, min(len(references), FAISS_POINTS * lists)).long()
+    index.train(_floats(references[sample], centre).numpy())
     for chunk in tqdm(references.split(50_000), desc="FAISS index", leave=False):
         index.add(_floats(chunk, centre).numpy())
     index.nprobe = min(lists, FAISS_PROBES)
-    found = [
-        torch.from_numpy(index.search(_floats(block, centre).numpy(), k)[1]) for block in queries.split(QUERY_CHUNK)
-    ]
-    found = torch.cat(found)
-    # Where the probed lists hold fewer than k, FAISS pads with -1: repeat the best.
-    return torch.where(found < 0, found[:, :1].clamp(min=0), found)
+    blocks = [index.search(_floats(block, centre).numpy(), k)[1] for block in queries.split(QUERY_CHUNK)]
+    found = torch.from_numpy(np.concatenate(blocks))
+    short = (found < 0).any(dim=1)
+    if short.any():
+        found[short] = exact(queries[short])
+    return found

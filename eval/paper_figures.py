@@ -14,9 +14,9 @@ from .features import Pixels, embed
 from .figures import COLOURS, GREY, plot_similarities, png
 from .front import FixedLosses
 from .front_command import captioned, run_config
-from .images import load_images
+from .images import BadImage, load_images
 from .neighbours import nearest_l2
-from .report import Scored
+from .report import Scored, same_prompt_and_seed
 
 GROUP = 256  # images in a group of Figs. 3 and 8
 TIMESTEPS = 20
@@ -51,7 +51,7 @@ def draw_all(named_scores, run, training, output, device="cpu"):
         try:
             png(draw(), output / name)
             print(output / name)
-        except UsageError as error:
+        except (UsageError, BadImage) as error:
             print(f"{name} not drawn: {error}")
 
 
@@ -95,34 +95,30 @@ def fig6(scored):
 
 def fig7(scored):
     """Training images, and what each model drew for the same prompt and seed where the first one copies most."""
-    rows = [
-        {(t, s): i for i, (t, s) in enumerate(zip(m.nearest["text"], m.nearest["seed"], strict=True))} for m in scored
-    ]
-    first = scored[0].nearest
-    shared = sorted(
-        (key for key in rows[0] if all(key in r for r in rows)), key=lambda k: -first["similarity"][rows[0][k]]
-    )
-    seen, chosen = set(), []
-    for key in shared:
-        name = first["nearest"][rows[0][key]]
-        if name not in seen and len(chosen) < COLUMNS:
-            seen.add(name)
-            chosen.append(key)
+    chosen = {}
+    for _, drawn in same_prompt_and_seed(scored):
+        model, row = drawn[0]
+        chosen.setdefault(model.nearest["nearest"][row], drawn)
+    chosen = list(chosen.values())[:COLUMNS]
     if not chosen:
         raise UsageError("--scores: the models share no prompt and seed")
-    sets = {
-        source: load_images(source, "--scores") for m in scored for source in (m.scores["generated"], m.scores["train"])
-    }
+    sets = {}
 
     def image(source, name):
+        if source not in sets:
+            sets[source] = load_images(source, "--scores")
+        if name not in sets[source].names:
+            raise UsageError(f"--scores: {source} has no {name} any more")
         return sets[source].image(sets[source].names.index(name))
 
-    lines = [[image(scored[0].scores["train"], first["nearest"][rows[0][key]]) for key in chosen]]
-    for model, index in zip(scored, rows, strict=True):
-        lines.append([image(model.scores["generated"], model.nearest["file_name"][index[key]]) for key in chosen])
+    models = [model for model, _ in chosen[0]]
+    lines = [[image(drawn[0][0].scores["train"], drawn[0][0].nearest["nearest"][drawn[0][1]]) for drawn in chosen]]
+    for number, model in enumerate(models):
+        names = [model.nearest["file_name"][drawn[number][1]] for drawn in chosen]
+        lines.append([image(model.scores["generated"], name) for name in names])
     size = (1.4 * len(chosen), 1.45 * len(lines))
     figure, axes = plt.subplots(len(lines), len(chosen), figsize=size, squeeze=False)
-    for label, line, cells in zip(["training", *(m.name for m in scored)], lines, axes, strict=True):
+    for label, line, cells in zip(["training", *(m.name for m in models)], lines, axes, strict=True):
         for cell, picture in zip(cells, line, strict=True):
             cell.imshow(np.asarray(picture))
             cell.set_xticks([])
@@ -161,13 +157,14 @@ def fig8(run, training):
     visited = np.flatnonzero(np.array(counts["visits"]) > 0)
     order = visited[np.argsort(-rate[visited], kind="stable")]
     rows = np.array(counts["sample_id"])[order]
-    if rows.max() >= len(training):
-        raise UsageError(f"--train {training.source}: has {len(training)} images; the run was trained on others")
+    place = {row["sample_id"]: index for index, row in enumerate(training.rows) if row.get("sample_id") is not None}
+    if not set(rows.tolist()) <= place.keys():
+        raise UsageError(f"--train {training.source}: has no rows with the run's sample ids; it was trained on others")
     size = min(GROUP, len(rows) // 4)
     if size < 2:
         raise UsageError(f"--train {training.source}: Fig. 8 needs at least 8 images")
     embedded = embed(training, {"pixels": Pixels(64)}, desc="Reading training images")
-    place = {row: i for i, row in enumerate(embedded.kept)}
+    kept = {index: i for i, index in enumerate(embedded.kept)}
     pixels = embedded.features["pixels"]
     distances, _ = nearest_l2(pixels, pixels, 2)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
@@ -175,7 +172,7 @@ def fig8(run, training):
         ("skipped most", rows[:size], COLOURS[0]),
         ("skipped least", rows[-size:], COLOURS[1]),
     ):
-        chosen = [place[row] for row in group if row in place]
+        chosen = [kept[place[row]] for row in group.tolist() if place[row] in kept]
         style = {"bins": 25, "histtype": "step", "linewidth": 1.8, "color": colour, "label": f"{label} ({len(chosen)})"}
         left.hist(distances[chosen, 1].numpy(), **style)
         right.hist(energy(pixels[chosen]).clamp(min=1e-9).log10().numpy(), **style)

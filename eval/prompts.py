@@ -1,6 +1,7 @@
 """Prompts from a file or from the captions of a set of images."""
 
 import csv
+import io
 import json
 import random
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ def read_prompts(path, flag="--prompts"):
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{flag} {path}: no such file")
-    text = path.read_text(encoding="utf-8-sig")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".jsonl", ".json"):
             rows = _json_rows(text, path.suffix)
         elif path.suffix in (".csv", ".tsv"):
             rows = _csv_rows(text)
         else:
-            rows = [line for line in text.splitlines() if line.strip()]
+            rows = [line for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{flag} {path}: does not parse: {error}") from error
     prompts = [Prompt(_prompt_of(row, f"{flag} {path}: row {number}")) for number, row in enumerate(rows, 1)]
@@ -49,13 +50,17 @@ def read_prompts(path, flag="--prompts"):
 def _json_rows(text, suffix):
     if suffix == ".json":
         return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _csv_rows(text):
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
-    return list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more fields than the header names: put prompts in quotes")
+    return rows
 
 
 def _prompt_of(row, where):
@@ -78,7 +83,7 @@ def caption_prompts(images, flag):
         raise UsageError(
             f"{flag} {images.source}: its images have no captions (a metadata.jsonl with text); give --prompts"
         )
-    return [Prompt(text, images.rows[index].get("sample_id", index), images.names[index]) for index, text in captions]
+    return [Prompt(text, images.rows[index].get("sample_id"), images.names[index]) for index, text in captions]
 
 
 def choose(prompts, num_images, seed):

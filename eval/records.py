@@ -17,6 +17,18 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json_lines(path):
+    """The rows of a JSON-lines file that is written line by line; a last line that was cut off is removed from it."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    whole, cut = lines[:-1], lines[-1]
+    if cut:
+        write_text(path, "".join(line + "\n" for line in whole))
+    return [json.loads(line) for line in whole]
+
+
 def read_json(path):
     """Raises ``UsageError`` if the file is missing or broken."""
     try:

@@ -137,27 +137,37 @@ def _pairs(index, model, max_pairs, pictures):
     return pairs
 
 
-def _compare(scored, pictures):
-    """Images of the models with seeds for the same prompt and seed, where the first copies most."""
-    by_key = {}
+def same_prompt_and_seed(scored):
+    """[((prompt, seed), [(model, row in its table)])] for what all models with seeds drew; where the first of them
+    copies most comes first.
+    """
+    tables = []
     for model in scored:
         keys = zip(model.nearest["text"], model.nearest["seed"], strict=True)
         rows = {key: row for row, key in enumerate(keys) if key[1] is not None}
         if rows:
-            by_key[model.name] = model, rows
-    if len(by_key) < 2:
+            tables.append((model, rows))
+    if not tables:
         return []
-    (first, of_first), *others = by_key.values()
+    (first, of_first), *others = tables
     shared = [key for key in of_first if all(key in rows for _, rows in others)]
     shared.sort(key=lambda key: -first.nearest["similarity"][of_first[key]])
+    return [(key, [(model, rows[key]) for model, rows in tables]) for key in shared]
+
+
+def _compare(scored, pictures):
+    """Images of the models with seeds for the same prompt and seed, as JSON values."""
     compared = []
-    for key in shared[:COMPARED]:
+    for key, drawn in same_prompt_and_seed(scored)[:COMPARED]:
+        if len(drawn) < 2:
+            return []
         cells = []
-        for name, (model, rows) in by_key.items():
-            image = pictures.add(model.scores["generated"], model.nearest["file_name"][rows[key]])
-            similarity = _number(model.nearest["similarity"][rows[key]])
-            cells.append({"model": name, "image": image, "similarity": similarity})
-        training = pictures.add(first.scores["train"], first.nearest["nearest"][of_first[key]])
+        for model, row in drawn:
+            image = pictures.add(model.scores["generated"], model.nearest["file_name"][row])
+            similarity = _number(model.nearest["similarity"][row])
+            cells.append({"model": model.name, "image": image, "similarity": similarity})
+        first, row = drawn[0]
+        training = pictures.add(first.scores["train"], first.nearest["nearest"][row])
         compared.append({"text": key[0], "seed": key[1], "training": training, "cells": cells})
     return compared
 

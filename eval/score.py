@@ -3,21 +3,24 @@ computed is null, with the reason.
 """
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from ietagc_diffusers.config import UsageError
 from sscd import load_descriptor
+from sscd.descriptor import protocol_of
 
 from .clip_score import ClipScorer, clip_scores
 from .features import Embedded, Pixels, embed
 from .fid import SMALL, Inception, PooledPixels, frechet_distance, kernel_distance, load_inception
-from .memorized_quantity import NUM_NEIGHBOURS, l2_ratio, memorization_ratio, memorized_quantity
-from .neighbours import GIB, most_similar, uses_faiss
+from .memorized_quantity import NUM_NEIGHBOURS, memorization_ratio, memorized_quantity, ratio_of
+from .neighbours import GIB, most_similar, nearest_l2, uses_faiss
 from .patches import PatchDescriptor, most_similar_crops
 from .records import read_json, write_json
 from .similarity import bootstrap_interval, copy_rate, share_interval, sim_score
@@ -25,6 +28,7 @@ from .similarity import bootstrap_interval, copy_rate, share_interval, sim_score
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"
 BACKGROUND_SAMPLES = 10_000
 MQ_PIXELS = 64
+ALWAYS_A_COPY = 0.999
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Protocol:
     """What is measured, and with what.
 
     Args:
-        name: ``dcr`` or ``sscd``, or a preprocessing of ``sscd.PREPROCESS``; None is ``dcr``.
+        name: ``dcr`` or ``sscd``, or a preprocessing of ``sscd.PREPROCESS``; None is the descriptor's own or ``dcr``.
         descriptor: see ``sscd.load_descriptor``.
         copy_similarity: over it an image is a copy; None is the descriptor's own.
         l2: ``iet-agc`` or ``paper``, for MQ. The Gu ratio comes with it.
@@ -85,10 +89,15 @@ class Tools:
             raise UsageError(f"--fid {p.fid}: must be inception, inception:FILE, pixel-8 or none")
         if p.clip is not None:
             model, _, weights = p.clip.partition(":")
-            preprocess = p.clip_preprocess or ("dcr" if p.name in (None, "dcr") else "own")
+            preprocess = p.clip_preprocess or ("dcr" if (p.name or protocol_of(p.descriptor)) == "dcr" else "own")
             self.clip = ClipScorer(model, weights or "openai", preprocess, p.device)
         if p.patches:
             self.patches = PatchDescriptor(self.descriptor)
+
+    @property
+    def protocol_name(self):
+        """None of a descriptor that has no protocols."""
+        return None if self.descriptor.name == "pixel" else self.protocol.name or protocol_of(self.protocol.descriptor)
 
     @property
     def copy_similarity(self):
@@ -118,7 +127,7 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     Returns:
         The scores.
     """
-    pixels = Pixels(tools.protocol.pixels or min(MQ_PIXELS, _small_edge(generated)))
+    pixels = Pixels(tools.protocol.pixels or min(MQ_PIXELS, _smallest_edge(generated)))
     options = {"cache": cache, "batch_size": tools.protocol.batch_size}
     extractors = tools.extractors(pixels)
     known = embed(training, extractors, desc="Describing training images", **options)
@@ -127,9 +136,9 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     made = embed(generated, extractors | clip, desc="Describing generated images", **options)
     reasons, notes = {}, []
     num_duplicates = len(known.kept) - len(first)
+    distinct = {name: vectors[first] for name, vectors in known.features.items()}
     if tools.protocol.distinct:
-        features = {name: vectors[first] for name, vectors in known.features.items()}
-        known = Embedded(features, [known.kept[i] for i in first], known.skipped)
+        known = Embedded(distinct, [known.kept[i] for i in first], known.skipped)
     elif num_duplicates:
         notes.append(
             f"{num_duplicates} training images duplicate another exactly: their copies have two neighbours alike, "
@@ -138,9 +147,13 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     drawn, trained = generated.select(made.kept), training.select(known.kept)
     table, background = {}, {}
 
-    scores = _similarity(made, known, drawn, trained, tools, table, background, reasons)
+    flat = made.features["pixels"]
+    num_flat = int((flat.amax(dim=1) == flat.amin(dim=1)).sum())
+    if num_flat:
+        notes.append(f"{num_flat} generated images are of one colour: similar to nothing, as a broken model draws them")
+    scores = _similarity(made, known, drawn, trained, tools, table, background, reasons, notes)
     scores |= _l2(made, known, tools, table, reasons, notes)
-    scores |= _patches(made, known, trained, tools, table, reasons)
+    scores |= _patches(made, known, distinct.get("patches"), trained, tools, table, reasons)
     scores |= _clip(made, drawn, tools, table, reasons, notes)
     wanted = known
     if reference is not None and tools.features is not None:
@@ -148,9 +161,10 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     scores |= _frechet(made, wanted, tools, reasons, notes)
     scores |= {
         "num_generated": len(drawn),
+        "num_of_one_colour": num_flat,
         "num_train": len(trained),
         "num_train_duplicates": num_duplicates,
-        "protocol": _record(tools, pixels, len(trained), reference),
+        "protocol": _record(tools, pixels, known.features["descriptor"], reference),
         "generated": str(Path(generated.source).resolve()) if Path(generated.source).exists() else generated.source,
         "train": str(Path(training.source).resolve()) if Path(training.source).exists() else training.source,
         "skipped": {"generated": made.skipped, "train": known.skipped},
@@ -185,29 +199,34 @@ def load_scores(folder):
     return scores, *tables
 
 
-def _small_edge(images):
+def _smallest_edge(images):
+    """The smallest side of any image, as the files' headers say."""
+    edges = []
     for index in range(len(images)):
         try:
-            return min(images.image(index).size)
-        except ValueError:
+            edges.append(min(Image.open(io.BytesIO(images.encoded(index))).size))
+        except (ValueError, OSError):  # those are named when they are read
             continue
-    return MQ_PIXELS
+    return min(edges, default=MQ_PIXELS)
 
 
 def _metadata_columns(images):
-    def column(key):
-        return [row.get(key) for row in images.rows]
+    """File name, prompt and seed of each image; of what others wrote, only what is of the right kind."""
+
+    def column(key, kind):
+        values = [row.get(key) for row in images.rows]
+        return [value if isinstance(value, kind) and not isinstance(value, bool) else None for value in values]
 
     return {
         "file_name": images.names,
-        "text": images.texts,
-        "seed": column("seed"),
-        "mitigation": column("mitigation"),
-        "sample_id": column("sample_id"),
+        "text": pa.array(images.texts, pa.string()),
+        "seed": pa.array(column("seed", int), pa.int64()),
+        "mitigation": pa.array(column("mitigation", str), pa.string()),
+        "sample_id": pa.array(column("sample_id", int), pa.int64()),
     }
 
 
-def _similarity(made, known, drawn, trained, tools, table, background, reasons):
+def _similarity(made, known, drawn, trained, tools, table, background, reasons, notes):
     ours, theirs = made.features["descriptor"], known.features["descriptor"]
     similarity, nearest = (x[:, 0] for x in most_similar(ours, theirs, **tools.search()))
     table["similarity"] = similarity.tolist()
@@ -231,6 +250,7 @@ def _similarity(made, known, drawn, trained, tools, table, background, reasons):
     if len(rows) > BACKGROUND_SAMPLES:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randperm(len(rows), generator=generator)[:BACKGROUND_SAMPLES].sort().values
+        notes.append(f"the training images' own similarity is that of {BACKGROUND_SAMPLES:,} of them, drawn at random")
     groups = (rows, torch.arange(len(theirs)))
     among, which = (x[:, 0] for x in most_similar(theirs[rows], theirs, groups=groups, **tools.search()))
     background["file_name"] = [trained.names[i] for i in rows]
@@ -248,8 +268,8 @@ def _l2(made, known, tools, table, reasons, notes):
         notes.append(
             f"MQ's neighbourhood is all {len(theirs)} training images, fewer than {NUM_NEIGHBOURS}: ratios are higher"
         )
-    ratios = l2_ratio(ours, theirs, tools.protocol.l2, progress=True, **tools.search())
-    gu = l2_ratio(ours, theirs, "gu", **tools.search())
+    found = nearest_l2(ours, theirs, NUM_NEIGHBOURS, progress=True, **tools.search())
+    ratios, gu = ratio_of(*found, theirs, tools.protocol.l2), ratio_of(*found, theirs, "gu")
     table["l2_ratio"], table["gu_ratio"] = ratios.tolist(), gu.tolist()
     quantity = memorized_quantity(ratios)
     intervals = {key: share_interval(ratios <= float(key)) for key in quantity}
@@ -265,7 +285,7 @@ def _because(reasons, scores, why):
     return {}
 
 
-def _patches(made, known, trained, tools, table, reasons):
+def _patches(made, known, distinct, trained, tools, table, reasons):
     scores = dict.fromkeys(("patch_sim_score", "patch_copy_rate", "train_train_patch_sim_score"))
     if tools.patches is None:
         return scores | _because(reasons, scores, "not asked for: give --patches")
@@ -276,13 +296,14 @@ def _patches(made, known, trained, tools, table, reasons):
     table["patch"], table["patch_of_nearest"] = box.tolist(), their_box.tolist()
     scores["patch_sim_score"] = sim_score(similarity)
     threshold = tools.copy_similarity
-    if len(theirs) < 2:
-        reasons["train_train_patch_sim_score"] = "needs two training images"
+    if len(distinct) < 2:
+        reasons["train_train_patch_sim_score"] = "needs two different training images"
     else:
-        among = most_similar_crops(theirs, theirs, tools.patches, same=True, **tools.search())[0]
+        among = most_similar_crops(distinct, distinct, tools.patches, same=True, **tools.search())[0]
         scores["train_train_patch_sim_score"] = sim_score(among)
-        threshold = max(threshold, sim_score(among))
-    # Crops of unrelated images are more alike than the images: a copy must also exceed the training set's own 95%.
+        # Crops of unrelated images are more alike than the images: a copy must also exceed the training set's own 95%,
+        # exact duplicates aside. An exact copy is always one, whatever rounding makes of its similarity.
+        threshold = min(max(threshold, sim_score(among)), ALWAYS_A_COPY)
     scores["patch_copy_similarity"] = threshold
     scores["patch_copy_rate"] = copy_rate(similarity, threshold)
     scores["patch_copy_rate_ci95"] = share_interval(similarity > threshold)
@@ -295,7 +316,8 @@ def _clip(made, drawn, tools, table, reasons, notes):
         return {"clip_score": None, "clip_score_ci95": None}
     if not all(drawn.texts):
         missing = next(name for name, text in zip(drawn.names, drawn.texts, strict=True) if not text)
-        reasons["clip_score"] = f"{drawn.texts.count(None)} images have no prompt in a metadata.jsonl: {missing} first"
+        number = sum(not text for text in drawn.texts)
+        reasons["clip_score"] = f"{number} images have no prompt in a metadata.jsonl: {missing} first"
         return {"clip_score": None, "clip_score_ci95": None}
     vectors, num_longer = tools.clip.texts(drawn.texts)
     if num_longer:
@@ -331,15 +353,15 @@ def _frechet(made, wanted, tools, reasons, notes):
     return scores | {"frechet_distance": distance, "kernel_distance": kernel}
 
 
-def _record(tools, pixels, num_train, reference):
+def _record(tools, pixels, vectors, reference):
     protocol = tools.protocol
     return {
-        "name": protocol.name or "dcr",
+        "name": tools.protocol_name,
         **tools.descriptor.identity,
         "copy_similarity": tools.copy_similarity,
-        "neighbours": "faiss" if uses_faiss(protocol.index, num_train) else "exact",
+        "neighbours": "faiss" if uses_faiss(protocol.index, vectors, protocol.max_memory) else "exact",
         "l2": protocol.l2,
-        "l2_neighbours": min(NUM_NEIGHBOURS, num_train),
+        "l2_neighbours": min(NUM_NEIGHBOURS, len(vectors)),
         "l2_pixels": pixels.size,
         "clip": None if tools.clip is None else tools.clip.record,
         "frechet": None if tools.features is None else {"features": tools.features.name, **tools.features.identity},

@@ -38,7 +38,7 @@ def share_interval(hits, level=0.95):
     n, share = len(hits), hits.mean()
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z**2 / n)
-    return [max(0.0, float(centre - half)), min(1.0, float(centre + half))]
+    return [float(centre - half) if hits.any() else 0.0, float(centre + half) if not hits.all() else 1.0]
 
 
 def _array(values):

@@ -32,6 +32,9 @@ class Drawn:
     def __len__(self):
         return len(self.timesteps)
 
+    def to(self, device):
+        return Drawn(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
 
 class TextToImageObjective:
     """The objective of Diffusers' ``train_text_to_image.py``: denoise VAE latents given the caption.

@@ -18,6 +18,7 @@ CHECKPOINTS = {"sscd_disc_mixup": 512, "sscd_disc_large": 1024}
 FOLDER_VARIABLE = "SSCD_HOME"
 # A protocol is a checkpoint and a preprocessing: `dcr` that of the paper's tables, `sscd` that of SSCD's authors.
 PROTOCOLS = {"dcr": ("sscd_disc_large", "dcr"), "sscd": ("sscd_disc_mixup", "sscd-288")}
+# The papers' threshold. SSCD's authors give 0.75 for a precision of 90%.
 SSCD_COPY = 0.5
 # Measured on photographs: see docs/evaluation.md. Pixels of unrelated pictures are often similar, up to 0.8.
 PIXEL_COPY = 0.9
@@ -80,14 +81,16 @@ def load_descriptor(path_or_name="auto", protocol=None, device="cpu"):
         path_or_name: ``pixel``; ``sscd_disc_mixup`` or ``sscd_disc_large``, which are looked for in ``$SSCD_HOME`` and
             in torch's hub cache, then downloaded into the latter; a TorchScript file; or ``auto``: the protocol's SSCD
             checkpoint if it is on this machine, else ``pixel``; nothing is downloaded.
-        protocol: ``dcr`` (default) or ``sscd``; or a preprocessing: ``dcr``, ``sscd-288``, ``sscd-320``.
+        protocol: ``dcr`` or ``sscd``; or a preprocessing: ``sscd-288``, ``sscd-320``. Default: the one that the named
+            checkpoint belongs to, else ``dcr``.
         device: where the network runs.
 
     Raises:
         DescriptorError: unknown name, no file and no network, a file that is no TorchScript descriptor, or one that
             changed since its hash was recorded.
     """
-    checkpoint, preprocess = PROTOCOLS.get(protocol or "dcr", ("sscd_disc_mixup", protocol))
+    protocol = protocol or protocol_of(path_or_name)
+    checkpoint, preprocess = PROTOCOLS.get(protocol, ("sscd_disc_mixup", protocol))
     if preprocess not in PREPROCESS:
         known = ", ".join({**PROTOCOLS, **PREPROCESS})
         raise DescriptorError(f"protocol {protocol}: unknown; the known ones are {known}")
@@ -105,6 +108,12 @@ def load_descriptor(path_or_name="auto", protocol=None, device="cpu"):
         hint = f"; did you mean {near[0]}?" if near else f" (names: pixel, auto, {', '.join(CHECKPOINTS)})"
         raise DescriptorError(f"descriptor {path_or_name}: neither a known name nor a file{hint}")
     return _from_file(path, path.name.split(".")[0], preprocess, device)
+
+
+def protocol_of(path_or_name):
+    """The protocol that a checkpoint's name belongs to; ``dcr`` for any other."""
+    name = Path(path_or_name).name.split(".")[0]
+    return next((protocol for protocol, (checkpoint, _) in PROTOCOLS.items() if checkpoint == name), "dcr")
 
 
 def _hub_folder():
@@ -149,7 +158,9 @@ def _checked_hash(path):
                 f"get it anew, or remove {beside.name} if the change was meant"
             )
     elif os.access(path.parent, os.W_OK):
-        beside.write_text(f"{found}  {path.name}\n")
+        part = beside.with_suffix(f".{os.getpid()}.part")
+        part.write_text(f"{found}  {path.name}\n")
+        part.replace(beside)
     return found
 
 
