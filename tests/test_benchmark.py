@@ -3,6 +3,11 @@
 import csv
 import io
 import json
+import os
+import signal
+import sys
+import threading
+import time
 
 import pytest
 import yaml
@@ -55,16 +60,16 @@ def test_the_matrix_is_filled_kept_and_tabled(base, pictures, tmp_path, capsys, 
     text = capsys.readouterr().out
     assert "| inference | RT |" in text and "CLIP" not in text.partition("Table T")[2].partition("images a cell")[0]
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"tables.md", "tables.csv", "tables.tex", "results.json"}
-    metadata = tmp_path / "out" / "cells" / "given" / "rt" / "seed-0" / "images" / "metadata.jsonl"
+    (metadata,) = (tmp_path / "out" / "cells").glob("given-rt-*/seed-0/images/metadata.jsonl")
     assert json.loads(metadata.read_text().splitlines()[0])["mitigation"] == "rt:num_words=2"
-    monkeypatch.setattr(module, "_call", lambda *_: pytest.fail("runs a finished cell again"))
+    monkeypatch.setattr(module.Processes, "call", lambda *_: pytest.fail("runs a finished cell again"))
     assert main(flags) == 0
 
 
 def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monkeypatch):
     calls = []
 
-    def call(command, log):
+    def call(self, command, log):
         """Stands in for the processes: training of `none` fails, cells are scored at once."""
         calls.append(command)
         if "--cell" not in command:
@@ -75,7 +80,7 @@ def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monk
 
     rows = [{"label": "plain", "training": "none"}, {"label": "base", "training": "given"}]
     path = config(tmp_path, base, pictures, tables={"T": {"title": "x", "rows": rows}})
-    monkeypatch.setattr(module, "_call", call)
+    monkeypatch.setattr(module.Processes, "call", call)
     assert run(path) == 2
     text = (tmp_path / "out" / "tables.md").read_text()
     assert "plain failed: seed 0: training: exit 1: out of memory" in text and "| plain | – |" in text
@@ -83,6 +88,49 @@ def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monk
     assert [("scores" in r, r["seed"]) for r in results if r["training"] == "given"] == [(True, 0), (True, 1)]
     calls.clear()
     assert run(path) == 2 and all("--cell" not in command for command in calls) and len(calls) == 2  # only what failed
+
+
+def test_cells_of_another_configuration_are_not_taken_for_these(base, pictures, tmp_path):
+    def places(**changes):
+        made = Benchmark(config(tmp_path, base, pictures, **changes))
+        cell = made.cells[0]
+        return made.drawn(cell), made.folder(cell), made.model("none", 0)
+
+    drawn, scored, trained = places()
+    assert places() == (drawn, scored, trained)
+    assert places(score={"descriptor": "pixel", "copy_similarity": 0.8})[0] == drawn
+    assert places(score={"descriptor": "pixel", "copy_similarity": 0.8})[1] != scored
+    assert places(num_images=4)[0] != drawn and places(num_images=4)[2] == trained
+    assert places(common={"resolution": 16})[2] != trained
+
+
+def test_an_interruption_ends_what_runs_and_begins_no_more(base, pictures, tmp_path):
+    processes = module.Processes()
+    rows = [{"training": "given"}, {"training": "given", "inference": "rt"}]
+    made = Benchmark(config(tmp_path, base, pictures, seeds=[0], tables={"T": {"rows": rows}}))
+    begun = []
+
+    def long(self, command, log):
+        begun.append(command)
+        return call(self, [sys.executable, "-c", "import time; time.sleep(60)"], log)
+
+    call = module.Processes.call
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Processes, "call", long)
+        patch.setattr(module, "Processes", lambda: processes)
+        threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        started = time.monotonic()
+        module._fill(made, 1, "cpu", None)
+    assert time.monotonic() - started < 20 and len(begun) == 1
+    assert not list((tmp_path / "out").rglob(module.FAILED))
+
+
+def test_a_training_that_a_signal_ended_is_no_failure(base, pictures, tmp_path, monkeypatch):
+    """The script then exits with 0 and a checkpoint."""
+    monkeypatch.setattr(module.Processes, "call", lambda *_: None)
+    made = Benchmark(config(tmp_path, base, pictures, seeds=[0], tables={"T": {"rows": [{"training": "none"}]}}))
+    module._fill(made, 1, "cpu", None)
+    assert not list((tmp_path / "out").rglob(module.FAILED)) and not list((tmp_path / "out").rglob("seconds.json"))
 
 
 def test_training_is_the_script_with_the_variant_s_flags(base, pictures, tmp_path):

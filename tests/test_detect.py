@@ -74,6 +74,10 @@ def test_interrupted_detection_goes_on(base, pipeline, tmp_path, monkeypatch):
     assert detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
     assert len(calls) == 4  # 1, the cut one, and the two that were missing
     assert (tmp_path / "cut" / "detect.csv").read_text() == (tmp_path / "whole" / "detect.csv").read_text()
+    (tmp_path / "cut" / ".magnitudes.jsonl").open("a").write("[3.1")  # as a kill leaves it
+    assert detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
+    with pytest.raises(UsageError, match="begun with prompts"):
+        detect(pipeline, [PROMPTS[0], "a", "b", "c", "d"], tmp_path / "cut", SETTINGS, batch_size=2)
     with pytest.raises(UsageError, match="begun with steps 2"):
         detect(pipeline, PROMPTS, tmp_path / "cut", Detection(1, 2, 4, seed=3), batch_size=2)
 
@@ -119,6 +123,15 @@ def test_an_image_of_the_training_set_is_drawn_anew(pipeline, drawn, tmp_path):
     assert [image.tobytes() for image in again.images] == [image.tobytes() for image in made.images]
     alone = guard(PROMPTS[1], num_inference_steps=2, generator=generators(1, first=1))
     assert np.abs(np.asarray(alone.images[0]).astype(int) - np.asarray(made.images[1])).max() <= 1
+
+
+def test_the_first_try_is_the_pipeline_s_own_call_without_a_generator_too(pipeline, drawn, tmp_path):
+    index = index_of(drawn[:1], tmp_path / "train")
+    torch.manual_seed(7)
+    plain = pipeline(PROMPTS[:2], num_inference_steps=2).images
+    torch.manual_seed(7)
+    made = SimilarityGuard(pipeline, pixel_descriptor(), index, 1.0)(PROMPTS[:2], num_inference_steps=2)
+    assert [image.tobytes() for image in made.images] == [image.tobytes() for image in plain]
 
 
 def test_what_stays_too_similar_is_refused(pipeline, drawn, tmp_path):

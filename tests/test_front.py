@@ -1,6 +1,7 @@
 """The front: fixed losses that compare, points that start at the base, and differences read at equal gap."""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -57,6 +58,17 @@ def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base
     assert not calls
     measure(base, {"run": run_dir}, heldout, train, memory=tmp_path / "losses")
     assert len(calls) == 8
+    (tmp_path / "losses").open("a").write('["cut')  # as a kill leaves it
+    assert measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses") == first
+
+
+def test_the_batch_size_changes_no_draw(base):
+    pixels, captions = images(7, "red")
+    unet = tiny.random_pipeline(["a red picture"]).unet
+    ours, theirs = (FixedLosses(base, pixels, captions, batch_size=size)(unet) for size in (2, 7))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    whole = FixedLosses(base, ((pixels + 1) * 127.5).round().to(torch.uint8), captions)(unet)
+    torch.testing.assert_close(whole, theirs, rtol=2e-2, atol=1e-3)  # bytes are rounded pixels
 
 
 def test_checkpoints_serve_where_no_rounds_were_saved(run_dir, tmp_path):
@@ -136,14 +148,34 @@ def test_the_front_command_measures_samples_and_goes_on(
     ]  # fmt: skip
     assert all(row["copy_rate"] == "0.0" for row in rows) and float(rows[3]["frechet"]) > 0
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| other | +0.0000" in capsys.readouterr().out
+    assert "| other | +0.0000" in capsys.readouterr().out and len(list((tmp_path / "samples").iterdir())) == 4
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("measures again"))
     assert main(flags) == 0
+
+
+def test_other_samples_are_not_taken_for_these(base, run_dir, heldout, tmp_path):
+    flags = [
+        "front",
+        "--run",
+        f"plain={run_dir}",
+        "--heldout",
+        str(heldout),
+        "--output",
+        str(tmp_path),
+        "--points",
+        "1",
+    ]
+    flags += ["--num_inference_steps", "1", "--feature_cache", "none", "--descriptor", "pixel", "--device", "cpu"]
+    assert main([*flags, "--sample", "3"]) == 0
+    first = (tmp_path / "front.csv").read_text()
+    assert main([*flags, "--sample", "6", "--copy_similarity", "-1"]) == 0
+    assert (tmp_path / "front.csv").read_text() != first and ",1.0," in (tmp_path / "front.csv").read_text()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--run", "{run}", "--run", "{run}"], "two of them are named run"),
         (["--run", "a=nowhere"], "--run nowhere"),
         (["--run", "a={run}", "--control", "b"], "--control b"),
         (["--run", "a="], "--run a="),
@@ -166,8 +198,26 @@ def test_figures_say_what_they_lack_and_draw_the_rest(run_dir, pictures, heldout
     assert "fig6.png" in said and "fig9.png not drawn: needs --run" in said
     flags = ["--scores", f"x={tmp_path / 's'}", "--run", str(run_dir), "--train", str(pictures)]
     assert main(["figures", *flags, "--output", str(tmp_path / "g"), "--device", "cpu"]) == 0
-    assert "skipped no sample" in capsys.readouterr().out  # plain training
-    assert {path.name for path in (tmp_path / "g").iterdir()} == {"fig3.png", "fig6.png", "fig7.png"}
+    said = capsys.readouterr().out
+    assert "skipped no sample" in said  # plain training
+    assert "share no prompt and seed" in said  # pictures that were not drawn from seeds
+    assert {path.name for path in (tmp_path / "g").iterdir()} == {"fig3.png", "fig6.png"}
+
+
+def test_models_are_drawn_side_by_side_unless_their_pictures_are_gone(heldout, pictures, tmp_path, capsys):
+    shutil.copytree(heldout, tmp_path / "drawn")
+    rows = [json.loads(line) for line in (heldout / "metadata.jsonl").read_text().splitlines()]
+    seeded = "".join(json.dumps(row | {"seed": number}) + "\n" for number, row in enumerate(rows))
+    (tmp_path / "drawn" / "metadata.jsonl").write_text(seeded)
+    for name in "ab":
+        flags = ["--descriptor", "pixel", "--feature_cache", "none", "--train", str(pictures)]
+        assert main(["score", "--generated", str(tmp_path / "drawn"), "--output", str(tmp_path / name), *flags]) == 0
+    both = ["figures", "--scores", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "f")]
+    assert main(both) == 0 and (tmp_path / "f" / "fig7.png").exists()
+    shutil.rmtree(tmp_path / "drawn")
+    capsys.readouterr()
+    assert main([*both[:-1], str(tmp_path / "g")]) == 0
+    assert "fig7.png not drawn" in capsys.readouterr().out and (tmp_path / "g" / "fig6.png").exists()
 
 
 def test_skips_and_energy_are_drawn_for_a_run_that_skips(base, pictures, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_folder
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -71,6 +71,18 @@ def test_a_mixed_folder_is_read_and_what_is_bad_is_named(mixed):
     assert "gone.png does not exist" in bad["metadata.jsonl row 2"] and "file_name" in bad["metadata.jsonl row 3"]
     assert "is not an image" in bad["notes.txt"] and "sides differ" in bad["strip.png"]
     assert images.texts[0] == "an a" and images.captions() == [(0, "an a")]
+
+
+def test_rows_are_numbered_as_in_the_training_set(tmp_path):
+    folder = write_folder(tmp_path / "images", 5)
+    names = ["003_0.png", "001_0.png", "003_0.png", "000_0.png"]
+    rows = [{"file_name": name, "text": f"row {number}"} for number, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = load_images(folder, "--train")
+    trained = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    assert images.texts[:4] == trained["text"] == [f"row {number}" for number in range(4)]
+    assert [row.get("sample_id") for row in images.rows] == [0, 1, 2, 3, None, None]
+    assert images.names[4:] == ["002_0.png", "004_0.png"]
 
 
 @pytest.mark.parametrize(
@@ -160,11 +172,40 @@ def test_a_damaged_cache_is_begun_anew_and_an_unwritable_one_done_without(tmp_pa
     cache.connection.close()
     (path,) = tmp_path.glob("*.sqlite")
     path.write_bytes(b"rubbish" * 1000)
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="not kept this time"):
         assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {}
+    assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {} and path.with_suffix(".damaged").exists()
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="not kept"):
         FeatureCache(tmp_path / "file" / "cache", {"a": 1}).put({b"key": np.ones(3, np.float32)})
+
+
+def test_a_cache_damaged_behind_its_head_costs_no_results(pictures, tmp_path):
+    images = load_images(pictures, "--train")
+    wide = Counting()
+    wide.__class__ = type("Wide", (Counting,), {"__call__": lambda self, x: x.float().flatten(1)})
+    whole = embed(images, {"x": wide}, tmp_path).features["x"]
+    (path,) = tmp_path.glob("*.sqlite")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = b"x" * (len(data) - len(data) // 2)
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="not kept this time"):
+        assert torch.equal(embed(images, {"x": wide}, tmp_path).features["x"], whole)
+
+
+def test_large_photographs_go_through_a_few_at_a_time(tmp_path):
+    sizes = []
+
+    class Watching(Counting):
+        def __call__(self, images):
+            sizes.append(images.shape[0] * images.shape[2] * images.shape[3])
+            return super().__call__(images)
+
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        Image.new("RGB", (3000, 2500), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    made = embed(load_images(tmp_path / "photos", "--train"), {"x": Watching()})
+    assert len(made.kept) == 5 and max(sizes) <= 16_000_000 and len(sizes) >= 3
 
 
 def test_the_cache_keeps_bytes_and_floats_apart(tmp_path):
@@ -191,6 +232,7 @@ def test_pixels_are_the_centre_of_the_image_at_one_size():
         ("p.tsv", "prompt\tseed\na cat\t1\na dog, big\t2\n"),
         ("p.jsonl", '{"caption": "a cat"}\n{"text": "a dog, big"}\n'),
         ("p.json", '["a cat", {"prompt": "a dog, big"}]'),
+        ("p.csv", 'prompt\na cat\n"a dog, big"\n'),
     ],
 )
 def test_prompts_of_every_kind_of_file(tmp_path, name, text):
@@ -206,14 +248,21 @@ def test_prompts_of_every_kind_of_file(tmp_path, name, text):
         ("p.jsonl", "{", "does not parse"),
         ("p.csv", "text\n \n", "row 1"),
         ("p.json", "[3]", "row 1: should be a string"),
+        ("p.csv", "prompt\na cat, sitting on a mat\n", "row 1 has more fields"),
+        ("p.txt", b"caf\xe9", "does not parse"),
         ("absent.txt", None, "no such file"),
     ],
 )
 def test_bad_prompts_are_named(tmp_path, name, text, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_a_prompt_with_a_line_separator_is_one_prompt(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == ["a\u2028b"]
 
 
 def test_captions_are_prompts_with_their_sample(pictures):

@@ -95,8 +95,10 @@ def test_kernel_distance_is_the_unbiased_mmd():
 
     within = sum((kernel(x, x).sum() - kernel(x, x).diagonal().sum()) / (40 * 39) for x in (first, second))
     wanted = within - 2 * kernel(first, second).mean()
-    mean, spread = kernel_distance(first, second)
+    mean, spread = kernel_distance(first, second, subset_size=40)
     assert mean == pytest.approx(wanted.item(), rel=1e-4) and spread < 1e-5
+    mean, spread = kernel_distance(first, second, subsets=1000)
+    assert mean == pytest.approx(wanted.item(), abs=4 * spread / 1000**0.5) and spread > 0.1 * wanted.item()
 
 
 def test_pooled_pixels_are_coarse_and_bounded():
@@ -175,6 +177,15 @@ def test_clip_score_equals_open_clip_by_hand(clip_weights):
         by_hand = 100 * torch.nn.functional.cosine_similarity(ours, theirs)
     torch.testing.assert_close(made, by_hand, rtol=1e-4, atol=1e-4)
     assert longer == 0
+
+
+@pytest.mark.parametrize(("model", "quick"), [("ViT-B-16", True), ("ViT-B-16-quickgelu", True)])
+def test_openai_s_weights_get_their_own_gelu(monkeypatch, model, quick):
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *_, **__: {})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: __file__)
+    scorer = ClipScorer(model, "openai")
+    kinds = {type(part).__name__ for part in scorer.model.modules() if "GELU" in type(part).__name__}
+    assert kinds == {"QuickGELU"} and scorer.record["quick_gelu"] is quick
 
 
 def test_the_dcr_convention_feeds_clip_with_what_sscd_saw(clip_weights):

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, environment
 
 from eval.memorized_quantity import l2_ratio, memorization_ratio, memorized_quantity
-from eval.neighbours import _chunk_sizes, most_similar, nearest_l2
+from eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
 
 KIB = 2**10
 
@@ -108,6 +108,26 @@ def test_faiss_finds_clear_neighbours_with_exact_distances():
     values, found = most_similar(unit[:40], unit, index="faiss")
     assert torch.equal(found[:, 0], torch.arange(40))
     torch.testing.assert_close(values[:, 0], torch.ones(40))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is optional")
+@pytest.mark.parametrize("number", [1, 5, 20, 60])
+def test_faiss_on_a_few_images_is_exact_and_counts_none_twice(number):
+    queries, references = points(0, 7), points(1, number)
+    distances, indices = nearest_l2(queries, references, 50, index="faiss")
+    exact, nearest = nearest_l2(queries, references, 50, index="exact")
+    assert torch.equal(distances, exact) and torch.equal(indices, nearest)
+
+
+def test_faiss_is_taken_of_itself_only_for_many_vectors_that_fit():
+    def many(n, d):
+        return torch.empty(n, d, device="meta")
+
+    assert not uses_faiss("auto", many(299_999, 8), 2**40)
+    assert not uses_faiss("auto", many(300_000, 512), 2**29)
+    assert not uses_faiss("exact", many(10**6, 8), 2**40)
+    if importlib.util.find_spec("faiss") is not None:
+        assert uses_faiss("auto", many(300_000, 512), 2**30) and uses_faiss("faiss", many(3, 8), 1)
 
 
 def brute_force(generated, training, protocol):

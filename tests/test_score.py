@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 
@@ -17,6 +18,7 @@ from eval.audit import Limits, judge, write_card
 from eval.images import load_images
 from eval.report import Scored, write_report
 from eval.score import Protocol, Tools, load_scores, score
+from eval.similarity import share_interval
 from ietagc_diffusers.config import UsageError
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
@@ -130,6 +132,47 @@ def test_what_cannot_be_read_is_left_out_and_named(fresh, training, tmp_path):
     (folder / "000_0.png").write_bytes((folder / "000_0.png").read_bytes()[:60])
     scores = scored(folder, training, tmp_path / "scores")
     assert scores["num_generated"] == 11 and scores["skipped"]["generated"][0][0] == "000_0.png"
+
+
+def test_copies_are_local_copies_however_many_duplicates_there_are(training, tmp_path):
+    """Duplicates bring the training set's own crops to similarity 1, which no copy could exceed."""
+    twice = tmp_path / "twice"
+    shutil.copytree(training, twice)
+    for path in sorted(training.glob("*_0.png"))[:20]:
+        shutil.copy(path, twice / f"again-{path.name}")
+    scores = scored(training, twice, tmp_path / "s", Protocol(descriptor="pixel", patches=True))
+    assert scores["patch_copy_rate"] == 1 and scores["patch_copy_similarity"] < 1
+
+
+def test_odd_metadata_costs_no_scores(fresh, training, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(fresh, folder)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[0] |= {"seed": "three", "mitigation": 4, "sample_id": [1]}
+    rows[1] |= {"seed": 3}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(folder / "000_0.png", os.fsencode(folder) + b"/caf\xe9.png")
+    scores = scored(folder, training, tmp_path / "s")
+    _, nearest, _ = load_scores(tmp_path / "s")
+    assert nearest["seed"][:3] == [None, 3, None] and scores["num_generated"] == 12
+    assert scores["skipped"]["generated"] == [["caf\\udce9.png", "has a name that is no text"]]
+
+
+def test_the_size_for_l2_does_not_depend_on_which_image_comes_first(training, tmp_path):
+    sizes = write_folder(tmp_path / "sizes", 3, size=40)
+    Image.new("RGB", (12, 30), "red").save(sizes / "zzz.png")
+    assert scored(sizes, training, tmp_path / "s")["protocol"]["l2_pixels"] == 12
+
+
+def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monkeypatch):
+    torch.jit.script(Blobs()).save(str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
+    monkeypatch.setenv("SSCD_HOME", str(tmp_path))
+    protocol = scored(fresh, training, tmp_path / "s", Protocol(descriptor="sscd_disc_mixup"))["protocol"]
+    assert (protocol["name"], protocol["preprocess"]) == ("sscd", "sscd-288")
+    protocol = scored(
+        fresh, training, tmp_path / "t", Protocol("dcr", descriptor=str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
+    )["protocol"]
+    assert (protocol["name"], protocol["preprocess"]) == ("dcr", "dcr")
 
 
 def test_local_copies_are_reported_apart(training, fresh, tmp_path):
@@ -252,21 +295,30 @@ def test_the_report_command_names_what_is_missing(tmp_path, capsys):
     assert "scores.json" in capsys.readouterr().err
 
 
-def scores_of(copies, n, sim=0.4):
-    from eval.similarity import share_interval
-
-    interval = share_interval(np.arange(n) < copies)
-    return {"copy_rate": copies / n, "copy_rate_ci95": interval, "num_generated": n, "sim_score": sim}
+def scores_of(copies, n, sim=0.4, flat=0, skipped=0, descriptor="sscd_disc_mixup"):
+    return {
+        "copy_rate": copies / n,
+        "copy_rate_ci95": share_interval(np.arange(n) < copies),
+        "num_generated": n,
+        "sim_score": sim,
+        "num_of_one_colour": flat,
+        "skipped": {"generated": [["x", "y"]] * skipped, "train": []},
+        "protocol": {"descriptor": descriptor, "copy_similarity": 0.5},
+    }
 
 
 @pytest.mark.parametrize(
     ("scores", "limits", "exit_code", "words"),
     [
-        (scores_of(0, 1000), Limits(0.01), 0, "Passed: 0 of 1000"),
+        (scores_of(0, 1000), Limits(0.01), 0, "Passed by descriptor sscd_disc_mixup, copies over 0.5: 0 of 1000"),
+        (scores_of(0, 1000, descriptor="pixel"), Limits(0.01), 0, "near-exact copies alone"),
         (scores_of(1, 100), Limits(0.01), 0, "The interval reaches over the limit"),
-        (scores_of(2, 100), Limits(0.01), 3, "Failed: 2 of 100"),
+        (scores_of(2, 100), Limits(0.01), 3, "2 of 100 images are copies"),
+        (scores_of(0, 100, flat=6), Limits(0.01), 3, "6 images are of one colour"),
+        (scores_of(0, 100, flat=2, skipped=2), Limits(0.01), 0, "Passed"),
+        (scores_of(0, 90, skipped=10), Limits(0.01), 3, "the model is broken"),
         (scores_of(0, 1000, 0.6), Limits(0.01, 0.5), 3, "Sim Score 0.600, limit 0.500"),
-        (scores_of(50, 100), Limits(None, 0.5), 0, "Passed: Sim Score"),
+        (scores_of(50, 100), Limits(None, 0.5), 0, "0.5: Sim Score"),
         (scores_of(0, 50), Limits(0.0), 0, "Passed"),
     ],
 )
@@ -318,6 +370,27 @@ def test_the_card_carries_the_last_audit(tmp_path):
     assert (tmp_path / "new" / "README.md").read_text().startswith("<!-- memorization audit -->\n## only\n")
     with pytest.raises(UsageError, match="is no folder"):
         write_card("owner/model", "")
+
+
+@pytest.mark.parametrize("flag", ["--max_copy_rate", "--max_sim_score", "--copy_similarity"])
+@pytest.mark.parametrize("value", ["nan", "5"])
+def test_a_limit_that_lets_everything_pass_is_refused(audited, capsys, flag, value):
+    flags, _, _ = audited
+    assert main([*flags, flag, value]) == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_a_model_that_draws_black_does_not_pass(base, training, tmp_path, capsys):
+    from diffusers import StableDiffusionPipeline
+
+    broken = StableDiffusionPipeline.from_pretrained(base)
+    for parameter in broken.unet.parameters():
+        parameter.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    flags = ["audit", "--model", str(tmp_path / "broken"), "--train", str(training), "--output", str(tmp_path / "out")]
+    flags += ["--num_images", "4", "--num_inference_steps", "1", "--descriptor", "pixel", "--feature_cache", "none"]
+    assert main(flags) == 3
+    assert "4 images are of one colour" in capsys.readouterr().out
 
 
 def test_audit_exits_with_2_before_it_draws(audited, tmp_path, capsys):
