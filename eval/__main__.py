@@ -27,7 +27,7 @@ def _device(args):
 def _positive(args, *flags):
     for flag in flags:
         value = getattr(args, flag, None)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise UsageError(f"--{flag} {value}: must be more than 0")
 
 
