@@ -104,14 +104,15 @@ def plot_front(axes, points, control=None, colours=None):
 
 def plot_sampled(axes, points, key, label, control=None, colours=None):
     """What was sampled along each run: the mean of ``key`` over its seeds, and their range as a band, against the
-    Frechet distance.
+    Frechet distance; as far as the shortest seed goes.
     """
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
         colour, seeds = colours[name], replicates(run)
-        x, y = (np.array([[p.sampled[k] for p in seed] for seed in seeds], dtype=float) for k in (key, "frechet"))
-        label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
-        axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=label)
+        length = min(map(len, seeds))
+        x, y = (np.array([[p.sampled[k] for p in seed[:length]] for seed in seeds], float) for k in (key, "frechet"))
+        run_label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=run_label)
         if len(seeds) > 1:
             axes.fill_betweenx(y.mean(axis=0), x.min(axis=0), x.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel(f"{label} (memorization →)")

@@ -9,7 +9,8 @@ import yaml
 from ietagc_diffusers.arguments import effective_flags, parse_args
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
-RECIPES = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmark_*.yaml")))  # those are matrices of runs
 
 # The flags of Diffusers' train_text_to_image.py and their defaults.
 OFFICIAL_DEFAULTS = {
