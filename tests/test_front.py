@@ -4,12 +4,14 @@ import csv
 import json
 import shutil
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import train_flags, train_here, write_folder
 from diffusers import UNet2DConditionModel
 
 from eval.__main__ import main
+from eval.figures import plot_sampled
 from eval.front import (
     FixedLosses,
     FrontPoint,
@@ -122,6 +124,19 @@ def test_seeds_are_averaged_at_equal_gap():
     seeds = [*curve("ours", ((1.0, 0.0), (0.5, 0.4))), *curve("ours", ((1.0, 0.0), (0.3, 0.4)), replicate=1)]
     (comparison,) = compare([*plain, *seeds], "none")
     assert comparison.at_gap[max(comparison.at_gap)] == pytest.approx(-0.2)
+
+
+def test_what_was_sampled_is_drawn_as_far_as_the_shortest_seed_goes():
+    def sampled(name, steps, replicate=0):
+        scores = [{"copy_rate": 0.1 * step, "frechet": 1.0 - 0.2 * step} for step in range(steps)]
+        return [FrontPoint(name, i, 0.0, 0.0, 0.0, replicate, scores[i]) for i in range(steps)]
+
+    axes = plt.figure().subplots()
+    plot_sampled(axes, [*sampled("none", 3), *sampled("ours", 4), *sampled("ours", 2, 1)], "copy_rate", "copies")
+    assert axes.get_xlabel() == "copies (memorization →)"
+    lengths = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
+    assert lengths == {"none": 3, "ours (2 seeds)": 2}
+    plt.close(axes.figure)
 
 
 def test_runs_that_share_nothing_say_so():

@@ -1,0 +1,80 @@
+"""Which altered copies a descriptor knows: every image of a set is altered in one way after another and compared with
+the whole set.
+
+Prints, of each alteration, the share of copies that are most similar to their original, and the share whose similarity
+is over the copy threshold; before that, the similarity of each image to its nearest other one, which a threshold has
+to exceed.
+
+    python -m benchmarks.copies --train my_pictures --descriptor sscd_disc_mixup
+"""
+
+import argparse
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from tqdm.auto import tqdm
+
+from eval.images import load_images, to_tensor
+from eval.neighbours import most_similar
+from sscd import load_descriptor
+
+
+def recompressed(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=20)
+    return Image.open(buffer).convert("RGB")
+
+
+def cropped(image, share):
+    width, height = (round(share * edge) for edge in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+ALTERATIONS = {
+    "JPEG, quality 20": recompressed,
+    "halved in size": lambda image: image.resize((max(1, image.width // 2), max(1, image.height // 2))),
+    "brightened by 1.4": lambda image: ImageEnhance.Brightness(image).enhance(1.4),
+    "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
+    "cropped to 90%": lambda image: cropped(image, 0.9),
+    "cropped to 80%": lambda image: cropped(image, 0.8),
+    "cropped to 60%": lambda image: cropped(image, 0.6),
+    "rotated by 5°": lambda image: image.rotate(5, Image.Resampling.BICUBIC),
+    "rotated by 20°": lambda image: image.rotate(20, Image.Resampling.BICUBIC),
+    "mirrored": ImageOps.mirror,
+}
+
+
+def describe(images, descriptor, alter, name):
+    """Vectors (N, D) of altered images, one after another: they differ in size."""
+    rows = tqdm(range(len(images)), desc=name, leave=False)
+    return torch.cat([descriptor(to_tensor(alter(images.image(row)))[None]) for row in rows])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", required=True, help="a folder of images, or a dataset")
+    parser.add_argument("--descriptor", default="auto")
+    parser.add_argument("--protocol")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    images = load_images(args.train, "--train")
+    descriptor = load_descriptor(args.descriptor, args.protocol, args.device)
+    originals = describe(images, descriptor, lambda image: image, "originals")
+    among = most_similar(originals, originals, exclude_self=True, device=args.device)[0][:, 0].numpy()
+    median, high, highest = np.percentile(among, [50, 95, 100])
+    print(f"{len(images)} images, descriptor {descriptor.name}")
+    print(f"similarity to the nearest other: median {median:.3f}, 95% {high:.3f}, at most {highest:.3f}")
+    print(f"over the copy threshold, {descriptor.copy_similarity}: {(among > descriptor.copy_similarity).mean():.1%}")
+    print(f"\n{'copies that were':24}{'original is nearest':>20}{'over the threshold':>20}")
+    for name, alter in ALTERATIONS.items():
+        similarity, found = most_similar(describe(images, descriptor, alter, name), originals, device=args.device)
+        right = (found[:, 0] == torch.arange(len(images))).float().mean().item()
+        over = (similarity[:, 0] > descriptor.copy_similarity).float().mean().item()
+        print(f"{name:24}{right:>20.1%}{over:>20.1%}")
+
+
+if __name__ == "__main__":
+    main()
