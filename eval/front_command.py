@@ -89,7 +89,16 @@ def run(args, device, make_tools, cache, named):
     )
     points = [point for point, _ in measured]
     if args.sample:
-        points = _sampled(measured, args, base, training, output, make_tools(), cache, device)
+        settings = Settings(
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            scheduler=args.scheduler,
+            batch_size=args.batch_size,
+            resolution=resolution,
+            dtype="float16" if str(device).startswith("cuda") else "float32",
+        )
+        points = _sampled(measured, settings, args.sample, base, training, output, make_tools(), cache, device)
     write_csv(points, output / "front.csv")
     _picture(points, control, output / "front.png")
     text = reading(points, control)
@@ -97,18 +106,10 @@ def run(args, device, make_tools, cache, named):
     print(f"{text}\n{output}/front.png, front.csv, front.md")
 
 
-def _sampled(measured, args, base, training, output, tools, cache, device):
-    """The points, each with scores of ``--sample`` images that its model drew; finished ones are kept."""
-    prompts = choose(caption_prompts(training, "--train"), args.sample, args.seed)
-    settings = Settings(
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        scheduler=args.scheduler,
-        batch_size=args.batch_size,
-        dtype="float16" if str(device).startswith("cuda") else "float32",
-    )
-    conditions = [asdict(settings), asdict(tools.protocol), args.sample, str(base)]
+def _sampled(measured, settings, num_images, base, training, output, tools, cache, device):
+    """The points, each with scores of images that its model drew; finished ones are kept."""
+    prompts = choose(caption_prompts(training, "--train"), num_images, settings.seed)
+    conditions = [asdict(settings), asdict(tools.protocol), num_images, str(base)]
     points = []
     for point, unet in measured:
         name = "base" if unet is None else f"{point.run}-{point.replicate}-{point.step}".replace("/", "_")

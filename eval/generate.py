@@ -3,11 +3,12 @@
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import diffusers
 import torch
+import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
@@ -22,6 +23,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "pndm": "PNDMScheduler",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 SETTINGS_FILE = ".generate.json"  # hidden: no image, and no row for `datasets`
 
 
@@ -29,7 +31,8 @@ SETTINGS_FILE = ".generate.json"  # hidden: no image, and no row for `datasets`
 class Settings:
     """How images are drawn: all that they depend on but the model, the prompts and the device's arithmetic.
 
-    resolution, scheduler: None is the model's own; mitigation: a chain such as ``rt:num_words=2+gni``, or None; the
+    resolution: None is what the model was trained at, see ``trained_resolution``, else its own; scheduler: a key of
+    ``SCHEDULERS``, None is the model's own; mitigation: a chain such as ``rt:num_words=2+gni``, or None; the
     image at place i has the seed ``seed + i``; batches are fixed slices, so that neither the number of processes nor an
     interruption shows.
     """
@@ -43,6 +46,12 @@ class Settings:
     negative_prompt: str | None = None
     mitigation: str | None = None
     dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, known in (("scheduler", (None, *SCHEDULERS)), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                listed = ", ".join(filter(None, known))
+                raise UsageError(f"--{name} {getattr(self, name)}: must be one of {listed}")
 
 
 def load_pipeline(model, settings, device="cpu", unet=None):
@@ -90,6 +99,21 @@ def _one_line(error):
     return " ".join(str(error).split())[:300]
 
 
+def trained_resolution(model):
+    """The resolution that a pipeline folder was trained at, as the training script recorded it there; else None.
+
+    A pipeline's own is its base model's, whatever it was fine-tuned at.
+    """
+    path = Path(model) / "ietagc" / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        resolution = yaml.safe_load(path.read_text(encoding="utf-8"))["resolution"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); give --resolution") from error
+    return resolution // 8 * 8  # pipelines draw multiples of 8
+
+
 def model_hash(model, unet=None):
     """A hash of the weights of a pipeline folder or a Hub id: of all its weight files, wherever they lie, and those of
     the UNet put into it.
@@ -134,6 +158,7 @@ def generate(model, prompts, output, settings, device="cpu", state=None, unet=No
         UsageError: the folder holds images of another model, other prompts or settings.
     """
     output = Path(output)
+    settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
         _check_settings(output, model, unet, prompts, settings)

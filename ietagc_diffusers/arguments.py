@@ -128,8 +128,15 @@ CHOICES = {
 LISTS = ("validation_prompts", "resume_allow")
 
 
+class FlagParser(argparse.ArgumentParser):
+    """Raises ``UsageError`` where argparse would exit."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Fine-tune Stable Diffusion without memorizing the training set (IET-AGC+).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -170,25 +177,35 @@ def recipe_to_argv(recipe):
     return words
 
 
-def parse_args(argv=None):
-    """Parse the command line. Returns the flags, with ``method`` a ``MitigationConfig``. Wrong use exits with 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+def parse_flags(argv):
+    """The flags of a list of words, with ``method`` a ``MitigationConfig``. Raises ``UsageError``."""
     parser = build_parser()
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only = FlagParser(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config")
     path = config_only.parse_known_args(argv)[0].config
-    try:
-        known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-        args = parser.parse_args(recipe_to_argv(read_recipe(path, known) if path else {}) + argv)
-        given = {option.name: getattr(args, option.name) for option in METHOD_FIELDS if option.name != "mitigation"}
-        args.method = MitigationConfig.preset(args.mitigation, **given)
-        _check(args)
-    except UsageError as error:
-        parser.error(str(error))
+    args = parser.parse_args(recipe_to_argv(read_recipe(path, recipe_keys()) if path else {}) + argv)
+    given = {option.name: getattr(args, option.name) for option in METHOD_FIELDS if option.name != "mitigation"}
+    args.method = MitigationConfig.preset(args.mitigation, **given)
+    _check(args)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.non_ema_revision is None:
         args.non_ema_revision = args.revision
     return args
+
+
+def recipe_keys():
+    """The keys that a recipe may have: all flags but ``--config`` itself."""
+    flags = [*(name for group in OFFICIAL.values() for name in group), *OURS]
+    return [option.name for option in METHOD_FIELDS] + [name for name in flags if name != "config"]
+
+
+def parse_args(argv=None):
+    """Parse the command line, see ``parse_flags``. Wrong use exits with 2 and a line that says what is wrong."""
+    try:
+        return parse_flags(sys.argv[1:] if argv is None else list(argv))
+    except UsageError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _check(args):

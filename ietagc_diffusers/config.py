@@ -118,8 +118,8 @@ class MitigationConfig:
     # The rivals; None is off, so that a run without them records nothing of them.
     wen_threshold: float | None = _option(
         None,
-        "Wen et al.: skip samples whose text-conditional noise magnitude reaches this; theirs is 2, at 512 px, and it "
-        "grows with the resolution. One more forward a step.",
+        "Wen et al.: skip samples whose text-conditional noise magnitude reaches this; theirs is 2 at 512 px, which is "
+        "1 at 256 px: the norm grows with the resolution. One more forward a step.",
         type=float,
     )
     embedding_noise: float | None = _option(
@@ -246,9 +246,14 @@ def read_recipe(path, known_keys):
         return {}
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path}: expected 'flag: value' lines, found a {type(recipe).__name__}")
-    for key in recipe:
-        if key not in known_keys:
-            near = difflib.get_close_matches(str(key), known_keys, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UsageError(f"--config {path}: unknown key '{key}'{hint}")
+    check_keys(recipe, known_keys, f"--config {path}")
     return recipe
+
+
+def check_keys(given, known, where):
+    """Raise ``UsageError`` for the first of ``given`` that is not among ``known``, naming the nearest known one."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), map(str, known), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"{where}: unknown key '{key}'{hint}")

@@ -162,9 +162,8 @@ class TextToImageObjective:
         """``losses``, and the magnitude of the text-conditional noise || eps(z_t, c) - eps(z_t, "") ||_2 of each
         sample (Wen et al. 2024), both (B,) float32, from two forwards. No gradient flows through the magnitudes.
 
-        The norm is over all C h w elements, so that it grows with the resolution. A prediction of v is turned into
-        one of the noise, eps = sqrt(a_t) v + sqrt(1 - a_t) z_t: both predictions share z_t, so the difference of the
-        noises is sqrt(a_t) times that of the v.
+        The norm is over all C h w elements, so that it grows with the resolution. Predictions are the model's output as
+        it is, noise or velocity, as in the authors' code.
         """
         noisy, target = self._noisy_and_target(model, drawn)
         prediction = model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0]
@@ -172,8 +171,6 @@ class TextToImageObjective:
             nothing = self.unconditional.expand(len(drawn), -1, -1)
             unconditional = model(noisy, drawn.timesteps, nothing, return_dict=False)[0]
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
-            if self.scheduler.config.prediction_type == "v_prediction":
-                magnitudes *= self.scheduler.alphas_cumprod.to(noisy.device)[drawn.timesteps].sqrt()
         return _mean_squared_errors(prediction, target), magnitudes
 
     def weights(self, timesteps):

@@ -34,6 +34,11 @@ class RescaledAttention(Mitigation):
         return self.mask or self.scale != 1
 
     def attach(self, unet):
+        if any(getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod") for part in unet.modules()):
+            raise UsageError(
+                "mitigation memattn: acts inside the UNet, whose compiled graph would not see it; give the pipeline a "
+                "UNet that is not compiled"
+            )
         attentions = [part for part in unet.modules() if isinstance(part, Attention) and part.is_cross_attention]
         if any(attention.fused_projections for attention in attentions):
             raise UsageError("mitigation memattn: the UNet's projections are fused; call unfuse_qkv_projections()")

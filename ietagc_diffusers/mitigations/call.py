@@ -3,6 +3,7 @@
 import hashlib
 import random
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
@@ -83,7 +84,6 @@ class Call:
     def __init__(self, pipeline, generator):
         self.pipeline = pipeline
         self.generators = generator if isinstance(generator, list) else [generator] if generator else []
-        self.shared = not isinstance(generator, list)
         self.mitigations = [copy(mitigation) for mitigation in pipeline.mitigations]
         for position, mitigation in enumerate(self.mitigations):
             mitigation.call, mitigation.salt = self, f"{position}/{mitigation.name}"
@@ -122,12 +122,15 @@ class Call:
         return torch.randint(2**63 - 1, ()).numpy().tobytes()
 
     def seeds(self, salt):
-        """A 64-bit seed for each of the call's images."""
+        """A 64-bit seed for each of the call's images: of those that share a generator, each has its own."""
         states = self.states or [self._drawn_state]
-        seeds = []
+        owners = [id(generator) for generator in self.generators] or [None]
+        uses, seeds = Counter(), []
         for image in range(self.num_images):
-            text = f"{salt}/{image if self.shared else 0}".encode()
-            seeds.append(int.from_bytes(hashlib.sha256(text + states[image % len(states)]).digest()[:8], "little"))
+            place = image % len(states)
+            text = f"{salt}/{uses[owners[place]]}".encode()
+            uses[owners[place]] += 1
+            seeds.append(int.from_bytes(hashlib.sha256(text + states[place]).digest()[:8], "little"))
         return seeds
 
     def encode(self, encode_prompt, arguments):
