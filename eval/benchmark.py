@@ -4,35 +4,31 @@ the paper's tables.
 Each cell is a process of its own, so that one that fails does not take the others with it; finished ones are kept.
 """
 
+import functools
 import hashlib
 import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 from tqdm.auto import tqdm
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.arguments import effective_flags, parse_flags, recipe_keys, recipe_to_argv
+from ietagc_diffusers.config import UsageError, check_keys
 from ietagc_diffusers.mitigations import parse_mitigations
 
 from .generate import Settings, generate, model_hash
 from .images import load_images
+from .processes import ROOT, Processes, Stopped
 from .prompts import caption_prompts, choose, read_prompts
 from .records import read_json, write_json
 from .score import SCORES, Protocol, Tools, score
 from .tables import COLUMNS, write_tables
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_text_to_image_ietagc.py"
 FAILED = "failed.txt"
 KEYS = {
@@ -40,6 +36,7 @@ KEYS = {
     "inference", "generate", "score", "columns", "tables",
 }  # fmt: skip
 NEEDED = {"train", "output", "training", "tables"}
+OF_A_RUN = ("seed", "output_dir", "resume_from_checkpoint", "config", "local_rank")  # training flags
 
 
 @dataclass(frozen=True)
@@ -74,38 +71,69 @@ class Benchmark:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self.content = Path(path), functools.cache(_content)
+        where = f"--config {path}"
         try:
             config = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UsageError(f"--config {path}: cannot be read: {error}") from error
-        if not isinstance(config, dict):
-            raise UsageError(f"--config {path}: should hold keys: {', '.join(sorted(KEYS))}")
-        _known(config, KEYS, f"--config {path}")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{where}: cannot be read: {error}") from error
+        config = _checked(config, dict, where)
+        check_keys(config, KEYS, where)
         for key in sorted(NEEDED - config.keys()):
-            raise UsageError(f"--config {path}: has no '{key}'")
-        self.base, self.common = config.get("base"), config.get("common") or {}
-        self.training = {name: flags or {} for name, flags in config["training"].items()}
-        self.inference = {"none": "none", **(config.get("inference") or {})}
-        self.train, self.reference = config["train"], config.get("reference")
-        self.prompts, self.num_images = config.get("prompts"), config.get("num_images")
-        self.output, self.seeds = Path(config["output"]), config.get("seeds") or [0]
-        self.launcher = shlex.split(config["launcher"]) if config.get("launcher") else [sys.executable]
-        self.generate = _fields(Settings, config.get("generate") or {}, f"--config {path}: generate")
-        self.score = _fields(Protocol, config.get("score") or {}, f"--config {path}: score")
-        self.columns = config.get("columns") or ["sim_score", "clip_score", "fid"]
-        _known(dict.fromkeys(self.columns), COLUMNS, f"--config {path}: columns")
-        self.tables = config["tables"]
-        for chain in self.inference.values():
-            parse_mitigations(chain)
+            raise UsageError(f"{where}: has no '{key}'")
+
+        def part(key, kind, default=None):
+            value = config.get(key)
+            return default if value is None else _checked(value, kind, f"{where}: {key}")
+
+        self.base, self.common = part("base", str), part("common", dict, {})
+        self.inference = {"none": "none", **part("inference", dict, {})}
+        self.train, self.reference = part("train", str), part("reference", str)
+        self.prompts, self.num_images = part("prompts", str), part("num_images", int)
+        self.output, self.seeds = Path(part("output", str)), part("seeds", list, [0])
+        self.launcher = shlex.split(part("launcher", str, "")) or [sys.executable]
+        self.generate, self.score = part("generate", dict, {}), part("score", dict, {})
+        self.columns = part("columns", list, ["sim_score", "clip_score", "fid"])
+        self.tables = part("tables", dict)
+        for seed in self.seeds:
+            _checked(seed, int, f"{where}: seeds")
+        if self.num_images is not None and self.num_images < 1:
+            raise UsageError(f"{where}: num_images {self.num_images}: must be at least 1")
+        settings = {field.name for field in fields(Settings)} - {"seed", "mitigation"}
+        check_keys(self.generate, settings, f"{where}: generate (seed and mitigation are the cells')")
+        check_keys(self.score, {field.name for field in fields(Protocol)}, f"{where}: score")
+        check_keys(self.columns, COLUMNS, f"{where}: columns")
+        _named(where + ": generate", lambda: Settings(**self.generate))
+        for name, chain in self.inference.items():
+            here = f"{where}: inference {name}"
+            _named(here, lambda chain=chain, here=here: parse_mitigations(_checked(chain, str, here)))
+        self.training = {
+            name: _checked(flags or {}, dict, f"{where}: training {name}")
+            for name, flags in part("training", dict).items()
+        }
+        # What a variant is trained with: every flag's effective value, a recipe's merged in.
+        self.effective = {
+            name: _named(f"{where}: training {name}", lambda name=name: self._effective(name))
+            for name, flags in self.training.items()
+            if "model" not in flags
+        }
         for name, table in self.tables.items():
-            for row in table.get("rows") or []:
-                _known(row, {"label", "training", "inference", "phase"}, f"--config {path}: table {name}")
-                _known({row.get("training"): 0}, self.training, f"--config {path}: table {name}: training")
-                _known({row.get("inference", "none"): 0}, self.inference, f"--config {path}: table {name}: inference")
-        for name, flags in self.training.items():
-            if "model" not in flags and self.base is None:
-                raise UsageError(f"--config {path}: training {name}: give 'base', or its 'model'")
+            here = f"{where}: table {name}"
+            check_keys(_checked(table, dict, here), {"title", "rows"}, here)
+            for row in _checked(table.get("rows"), list, f"{here}: rows"):
+                check_keys(_checked(row, dict, here), {"label", "training", "inference", "phase"}, here)
+                check_keys([row.get("training")], self.training, f"{here}: training")
+                check_keys([row.get("inference", "none")], self.inference, f"{here}: inference")
+
+    def _effective(self, name):
+        if self.base is None:
+            raise UsageError("give 'base', or its 'model'")
+        check_keys(self.common | self.training[name], [*recipe_keys(), "config"], "flags")
+        flags = effective_flags(parse_flags(recipe_to_argv(self.flags(name))))
+        # Of these, paths stand for themselves below, and the rest differs from cell to cell or from machine to machine.
+        for key in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", *OF_A_RUN):
+            del flags[key]
+        return flags
 
     @property
     def cells(self):
@@ -118,12 +146,14 @@ class Benchmark:
         )
 
     # Folders are named by what decides their content, so that nothing of another configuration is taken for this one's.
+    # Models and prompts count by content, training and reference images by their path.
 
     def drawn(self, cell):
         """The folder of a cell's images."""
+        model = self.model(cell.training, cell.seed)
         conditions = [
-            self.model(cell.training, cell.seed), self.inference[cell.inference], self.generate, self.num_images,
-            self.prompts, self.train,
+            model if cell.training in self.effective else self.content(model), self.inference[cell.inference],
+            self.generate, self.num_images, self.content(self.prompts), self.train,
         ]  # fmt: skip
         name = f"{_slug(cell.training)}-{_slug(cell.inference)}-{_hash(conditions)}"
         return self.output / "cells" / name / f"seed-{cell.seed}"
@@ -143,14 +173,14 @@ class Benchmark:
 
     def model(self, training, seed):
         """The variant's pipeline: the one given, or where it is trained."""
-        given = self.training[training].get("model")
-        if given is not None:
-            return str(given).format(seed=seed)
-        return str(self.output / "trained" / f"{_slug(training)}-{_hash(self.flags(training))}" / f"seed-{seed}")
+        if training not in self.effective:
+            return str(self.training[training]["model"]).replace("{seed}", str(seed))
+        name = f"{_slug(training)}-{_hash([self.content(self.base), self.train, self.effective[training]])}"
+        return str(self.output / "trained" / name / f"seed-{seed}")
 
     def training_command(self, training, seed):
         own = {"seed": seed, "output_dir": self.model(training, seed), "resume_from_checkpoint": "latest"}
-        return [*self.launcher, str(SCRIPT), *_as_flags(self.flags(training) | own)]
+        return [*self.launcher, str(SCRIPT), *recipe_to_argv(self.flags(training) | own)]
 
     def run_cell(self, cell, device="cpu", cache=None):
         """Draw and score a cell."""
@@ -169,37 +199,36 @@ class Benchmark:
         score(load_images(images, "output"), training, self.folder(cell), tools, cache, reference, about)
 
 
+KINDS = {dict: "keys and values", list: "a list", str: "a text", int: "a whole number"}
+
+
+def _checked(value, kind, where):
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UsageError(f"{where}: should hold {KINDS[kind]}, holds {json.dumps(value, default=str)[:80]}")
+    return value
+
+
+def _named(where, action):
+    """What ``action`` returns; its ``UsageError`` says where it belongs."""
+    try:
+        return action()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _content(path):
+    """A hash of a pipeline folder or a file; a Hub id, or None, as it is."""
+    if path is None or not Path(path).exists():
+        return path
+    return model_hash(path) if Path(path).is_dir() else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def _slug(name):
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name.replace("+", "plus"))
 
 
 def _hash(value):
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=3).hexdigest()
-
-
-def _known(given, known, where):
-    """Raise for a key that is not known."""
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key), [str(k) for k in known], 1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(map(str, known))}"
-            raise UsageError(f"{where}: unknown '{key}'{hint}")
-
-
-def _fields(kind, given, where):
-    _known(given, {field.name for field in fields(kind)}, where)
-    return given
-
-
-def _as_flags(flags):
-    """{flag: value} as a command line; True is the bare flag, False and None leave it out, lists are several values."""
-    line = []
-    for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [value]
-        line += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-    return line
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def run(path, jobs=1, device="cpu", cache=None, only_tables=False):
@@ -255,61 +284,13 @@ def _fill(benchmark, jobs, device, cache):
             job.result()
 
 
-class Stopped(Exception):
-    """The benchmark was interrupted."""
-
-
-class Processes:
-    """The running commands, so that an interruption ends them all and begins no more."""
-
-    def __init__(self):
-        self.running, self.stopped, self.lock = set(), False, threading.Lock()
-
-    @contextmanager
-    def ended_by_signals(self):
-        """Within it SIGTERM is an interruption as Ctrl-C is, and any exception ends what runs."""
-
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        on_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, interrupt) if on_main else None
-        try:
-            yield
-        except BaseException:
-            with self.lock:
-                self.stopped = True
-                for process in self.running:
-                    process.terminate()
-            raise
-        finally:
-            if on_main:
-                signal.signal(signal.SIGTERM, before)
-
-    def call(self, command, log):
-        """Run a command with its output in a file. Returns the last line of it if it fails; raises ``Stopped``."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        with Path(log).open("w") as output:
-            with self.lock:
-                if self.stopped:
-                    raise Stopped
-                process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
-                self.running.add(process)
-            code = process.wait()
-        self.running.discard(process)
-        if self.stopped or code in (-signal.SIGINT, -signal.SIGTERM, 130):
-            raise Stopped
-        if code == 0:
-            return None
-        lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
-        return f"exit {code}: {lines[-1][:300] if lines else 'no output'} (see {log})"
-
-
 def _run_model(benchmark, training, seed, cells, device, cache, bar, processes):
     try:
         _train_and_score(benchmark, training, seed, cells, device, cache, bar, processes)
     except Stopped:
         return
+    except Exception as error:  # of whatever kind: the other models go on
+        tqdm.write(f"{training} / seed {seed} failed: {type(error).__name__}: {error}")
 
 
 def _train_and_score(benchmark, training, seed, cells, device, cache, bar, processes):
@@ -335,7 +316,7 @@ def _train(benchmark, training, seed, processes):
     """Train a variant if it is not there. Returns why it failed, or None."""
     folder = Path(benchmark.model(training, seed))
     finished = folder / "model_index.json"
-    if "model" in benchmark.training[training] or finished.exists():
+    if training not in benchmark.effective or finished.exists():
         return None
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

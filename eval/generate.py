@@ -24,6 +24,8 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 DTYPES = ("float32", "float16", "bfloat16")
+HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
+OF_A_PLACE = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")  # in configurations
 SETTINGS_FILE = ".generate.json"  # hidden: no image, and no row for `datasets`
 
 
@@ -48,6 +50,10 @@ class Settings:
     dtype: str = "float32"
 
     def __post_init__(self):
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise UsageError(f"--resolution {self.resolution}: must be a multiple of 8")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed}: must be in 0 to 2^63 - 1")
         for name, known in (("scheduler", (None, *SCHEDULERS)), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 listed = ", ".join(filter(None, known))
@@ -111,12 +117,12 @@ def trained_resolution(model):
         resolution = yaml.safe_load(path.read_text(encoding="utf-8"))["resolution"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read ({_one_line(error)}); give --resolution") from error
-    return resolution // 8 * 8  # pipelines draw multiples of 8
+    return max(8, resolution // 8 * 8)  # pipelines draw multiples of 8
 
 
 def model_hash(model, unet=None):
-    """A hash of the weights of a pipeline folder or a Hub id: of all its weight files, wherever they lie, and those of
-    the UNet put into it.
+    """A hash of a pipeline folder or a Hub id: of the weights, configurations and vocabularies of all its components,
+    wherever they lie, and of the UNet put into it.
     """
     folder = pipeline_folder(model)
     index = folder / "model_index.json"
@@ -124,10 +130,17 @@ def model_hash(model, unet=None):
     digest = hashlib.sha256()
     for part in sorted(parts):
         where = Path(unet) if unet is not None and part == "unet" else folder / part
-        for path in sorted(where.glob("*.safetensors")) + sorted(where.glob("*.bin")):
-            with path.open("rb") as file:
-                digest.update(f"{part}/{path.name}".encode() + hashlib.file_digest(file, "sha256").digest())
+        for path in sorted(path for path in where.iterdir() if path.suffix in HASHED):
+            digest.update(f"{part}/{path.name}".encode() + _content_hash(path))
     return digest.hexdigest()[:16]
+
+
+def _content_hash(path):
+    if path.name.endswith("config.json"):
+        config = {key: value for key, value in read_json(path).items() if key not in OF_A_PLACE}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @torch.no_grad()
@@ -211,7 +224,9 @@ def _save(image, path):
 
 
 def _check_settings(output, model, unet, prompts, settings):
-    """Leave a record of what is drawn in ``output``, or compare it with the one that is there."""
+    """Leave a record of what is drawn in ``output``, or compare it with the one that belongs to what is there. The
+    batch size may differ: it does not show.
+    """
     output.mkdir(parents=True, exist_ok=True)
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     wanted = asdict(settings) | {
@@ -221,13 +236,13 @@ def _check_settings(output, model, unet, prompts, settings):
         "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
     }
     path = output / SETTINGS_FILE
-    if not path.exists():
-        if any(output.glob("*.png")):
-            raise UsageError(f"{output}: holds images that were not drawn here; give an empty --output")
+    if not any(output.glob("*.png")):
         write_json(path, wanted)
         return
+    if not path.exists():
+        raise UsageError(f"{output}: holds images that were not drawn here; give an empty --output")
     found = read_json(path)
-    differing = [key for key in wanted if key != "model" and found.get(key) != wanted[key]]
+    differing = [key for key in wanted if key not in ("model", "batch_size") and found.get(key) != wanted[key]]
     if differing:
         key = differing[0]
         raise UsageError(

@@ -4,6 +4,7 @@ LaTeX.
 
 import csv
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ class Entry:
 class Table:
     name: str
     title: str
-    rows: list  # (phase or None, label, [Entry], num_seeds, failures)
+    rows: list  # (phase or None, label, [Entry], failures)
     columns: list
 
     @property
@@ -72,7 +73,9 @@ class Table:
 
 
 def build_table(name, spec, columns, results):
-    """One table of the benchmark's results; columns that no row has a value in are left out."""
+    """One table of the benchmark's results; columns that no row has a value in are left out. A row some of whose seeds
+    failed says so in its label and is not ranked.
+    """
     by_cell = {}
     for result in results:
         by_cell.setdefault((result["training"], result["inference"]), []).append(result)
@@ -80,15 +83,21 @@ def build_table(name, spec, columns, results):
     for row in spec["rows"]:
         found = by_cell.get((row["training"], row.get("inference", "none")), [])
         done = [result["scores"] for result in found if "scores" in result]
-        values = [tuple(v for s in done if (v := lookup(s, COLUMNS[c].key)) is not None) for c in columns]
+        values = [tuple(filter(_finite, (lookup(s, COLUMNS[c].key) for s in done))) for c in columns]
         failures = [f"seed {result['seed']}: {result['failed']}" for result in found if "failed" in result]
-        rows.append([row.get("phase"), row.get("label", row["training"]), values, len(done), failures])
+        label = row.get("label", row["training"]) + (f" ({len(done)} of {len(found)} seeds)" if failures else "")
+        rows.append([row.get("phase"), label, values, failures])
     kept = [i for i, _ in enumerate(columns) if any(row[2][i] for row in rows)]
     shown = [COLUMNS[columns[i]] for i in kept]
-    ranks = [_ranks([row[2][i] for row in rows], COLUMNS[columns[i]]) for i in kept]
+    complete = [[() if row[3] else row[2][i] for row in rows] for i in kept]
+    ranks = [_ranks(values, COLUMNS[columns[i]]) for i, values in zip(kept, complete, strict=True)]
     for number, row in enumerate(rows):
         row[2] = [Entry(row[2][i], rank[number]) for i, rank in zip(kept, ranks, strict=True)]
     return Table(name, spec.get("title", ""), [tuple(row) for row in rows], shown)
+
+
+def _finite(value):
+    return value is not None and math.isfinite(value)
 
 
 def _ranks(values, column):
@@ -103,10 +112,10 @@ def markdown(table):
     marks = {PLAIN: "{}", BEST: "**{}**", SECOND: "<u>{}</u>"}
     lines = [f"### Table {table.name}: {table.title}", "", _markdown_row(table.header)]
     lines.append("|" + "---|" * len(table.header))
-    for phase, label, entries, *_ in table.rows:
+    for phase, label, entries, _ in table.rows:
         cells = [marks[e.rank].format(e.text(c)) for e, c in zip(entries, table.columns, strict=True)]
         lines.append(_markdown_row([*([phase or ""] if table.has_phase else []), label, *cells]))
-    lines += [f"\n{label} failed: {why}" for _, label, _, _, failures in table.rows for why in failures]
+    lines += [f"\n{label} failed: {why}" for _, label, _, failures in table.rows for why in failures]
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +123,11 @@ def _markdown_row(cells):
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-ESCAPES = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "–": "--", "±": r"$\pm$", "é": r"\'e"}
+ESCAPES = {
+    **{letter: f"\\{letter}" for letter in "&%_#${}"},
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$",
+}  # fmt: skip
 ARROWS = {"↓": r"$\downarrow$", "↑": r"$\uparrow$"}
 
 
@@ -128,7 +141,7 @@ def latex(table):
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(table.title)}}}"]
     lines += [rf"\begin{{tabular}}{{{alignment}}}", r"\hline"]
     lines += [" & ".join(map(_latex_text, table.header)) + r" \\", r"\hline"]
-    for phase, label, entries, *_ in table.rows:
+    for phase, label, entries, _ in table.rows:
         cells = [marks[e.rank].format(_latex_text(e.text(c))) for e, c in zip(entries, table.columns, strict=True)]
         first = [_latex_text(phase or "")] if table.has_phase else []
         lines.append(" & ".join([*first, _latex_text(label), *cells]) + r" \\")
@@ -139,15 +152,17 @@ def comma_separated(tables):
     """All tables, a line a row and column: mean, standard deviation and the seeds' values."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["table", "phase", "method", "column", "mean", "deviation", "rank", "values"])
+    writer.writerow(["table", "phase", "method", "column", "mean", "deviation", "rank", "seeds", "values"])
     for table in tables:
-        for phase, label, entries, *_ in table.rows:
+        for phase, label, entries, _ in table.rows:
             for entry, column in zip(entries, table.columns, strict=True):
                 values = [value * column.factor for value in entry.values]
                 mean = np.mean(values) if values else ""
                 deviation = np.std(values, ddof=1) if len(values) > 1 else ""
                 shown = " ".join(f"{value:.6g}" for value in values)
-                writer.writerow([table.name, phase or "", label, column.title, mean, deviation, entry.rank, shown])
+                writer.writerow(
+                    [table.name, phase or "", label, column.title, mean, deviation, entry.rank, len(values), shown]
+                )
     return buffer.getvalue()
 
 

@@ -1,8 +1,10 @@
 """An image depends on its prompt and seed alone: not on batches, processes or interruptions."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,8 +46,6 @@ def test_the_folder_is_one_that_datasets_loads(drawn):
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_batch_size_does_not_show(base, drawn, tmp_path, batch_size):
-    from dataclasses import replace
-
     generate(base, PROMPTS, tmp_path, replace(SETTINGS, batch_size=batch_size))
     ours, theirs = read(tmp_path), read(drawn)
     assert ours.keys() == theirs.keys()
@@ -54,8 +54,6 @@ def test_the_batch_size_does_not_show(base, drawn, tmp_path, batch_size):
 
 
 def test_a_stochastic_scheduler_draws_from_the_image_s_seed_too(base, tmp_path):
-    from dataclasses import replace
-
     for name, size in (("a", 2), ("b", 5)):
         generate(base, PROMPTS, tmp_path / name, replace(SETTINGS, scheduler="ddpm", batch_size=size))
     ours, theirs = read(tmp_path / "a"), read(tmp_path / "b")
@@ -103,8 +101,6 @@ def test_two_processes_equal_one(base, drawn, tmp_path):
 
 
 def test_another_model_or_other_settings_do_not_mix(base, drawn, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(UsageError, match="begun with guidance_scale 3"):
         generate(base, PROMPTS, drawn, replace(SETTINGS, guidance_scale=4.0))
     with pytest.raises(UsageError, match="begun with prompts"):
@@ -115,8 +111,6 @@ def test_another_model_or_other_settings_do_not_mix(base, drawn, tmp_path):
 
 
 def test_the_hash_knows_the_weights_and_not_the_place(base, tmp_path):
-    import shutil
-
     shutil.copytree(base, tmp_path / "copy")
     assert model_hash(tmp_path / "copy") == model_hash(base)
     weights = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -127,6 +121,35 @@ def test_the_hash_knows_the_weights_and_not_the_place(base, tmp_path):
     assert model_hash(base, unet=tmp_path / "copy" / "unet") == model_hash(tmp_path / "copy")
 
 
+def test_the_hash_knows_the_configuration_and_not_where_it_came_from(base, tmp_path):
+    shutil.copytree(base, tmp_path / "copy")
+    path = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"_diffusers_version": "0.1", "_name_or_path": "elsewhere"}))
+    assert model_hash(tmp_path / "copy") == model_hash(base)
+    path.write_text(json.dumps(values | {"prediction_type": "epsilon"}))
+    assert model_hash(tmp_path / "copy") != model_hash(base)
+
+
+def test_images_are_of_the_size_that_the_model_was_trained_at(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model" / "ietagc").mkdir()
+    (tmp_path / "model" / "ietagc" / "config.yaml").write_text("resolution: 36\n")
+    generate(tmp_path / "model", PROMPTS[:1], tmp_path / "images", SETTINGS)
+    assert Image.open(tmp_path / "images" / "000000.png").size == (32, 32)  # the next smaller multiple of 8
+    generate(tmp_path / "model", PROMPTS[:1], tmp_path / "small", replace(SETTINGS, resolution=24))
+    assert Image.open(tmp_path / "small" / "000000.png").size == (24, 24)
+
+
+def test_a_start_that_failed_does_not_bind_the_folder(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(module, "load_pipeline", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        generate(base, PROMPTS[:2], tmp_path, replace(SETTINGS, guidance_scale=9.0))
+    generate(base, PROMPTS[:2], tmp_path, SETTINGS)
+    generate(base, PROMPTS[:2], tmp_path, replace(SETTINGS, batch_size=1))  # what does not show may change
+    assert len(read(tmp_path)) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -135,6 +158,8 @@ def test_the_hash_knows_the_weights_and_not_the_place(base, tmp_path):
         (["--model", "{base}", "--prompts", "{prompts}", "--num_images", "0"], "--num_images 0"),
         (["--model", "{base}", "--prompts", "{prompts}", "--batch_size", "-1"], "--batch_size -1"),
         (["--model", "{base}", "--prompts", "{prompts}", "--device", "warp"], "--device warp"),
+        (["--model", "{base}", "--prompts", "{prompts}", "--resolution", "33"], "--resolution 33"),
+        (["--model", "{base}", "--prompts", "{prompts}", "--seed", "-1"], "--seed -1"),
     ],
 )
 def test_wrong_use_exits_with_2_and_names_the_flag(base, tmp_path, capsys, flags, message):
