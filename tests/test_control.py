@@ -283,7 +283,7 @@ def test_the_filter_of_wen_et_al_equals_a_loop_over_samples(pipeline, filtering,
         one, a = drawn[i : i + 1], pipeline.scheduler.alphas_cumprod[t]
         noisy = a.sqrt() * one.latents + (1 - a).sqrt() * one.noise
         predicted = model(noisy, t, one.condition).sample
-        difference = a.sqrt() * (predicted - model(noisy, t, filtering.unconditional).sample)
+        difference = predicted - model(noisy, t, filtering.unconditional).sample
         skipped.append(difference.detach().norm().item() >= threshold)
         if not skipped[-1]:
             target = a.sqrt() * one.noise - (1 - a).sqrt() * one.latents
