@@ -16,7 +16,7 @@ from eval.report import Scored, table_rows, write_report
 CONTROL, METHOD, FRESH = "none", "iet-agc+", "fresh pictures"
 GAPS = (0.01, 0.0125, 0.015, 0.0175, 0.02, 0.03, 0.04)
 RUN_COLOURS = dict(zip((CONTROL, METHOD), COLOURS, strict=False))  # as in the report's histogram
-STRIP = 10  # captions in the README's picture
+STRIP = 6  # captions in the README's picture
 
 
 def _front(arms):
@@ -122,7 +122,7 @@ def _readme_figure(folder, points, scored):
         drawn = load_images(model.scores["generated"], "demo")
         lines.append([drawn.image(drawn.names.index(model.nearest["file_name"][row])) for row in rows])
     strip = np.concatenate([np.concatenate([np.asarray(image) for image in line], axis=1) for line in lines])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), gridspec_kw={"width_ratios": [1, 1.25]})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), gridspec_kw={"width_ratios": [1, 1.1]})
     plot_front(left, [point for point in points if point.run in RUN_COLOURS], CONTROL, RUN_COLOURS)
     right.imshow(strip)
     side = strip.shape[0] // 3

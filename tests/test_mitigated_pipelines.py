@@ -161,6 +161,16 @@ def test_hooks_are_gone_where_the_model_or_the_options_do_not_fit(sd, text):
     assert is_clean(broken) and mitigated.current_call is None
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_attention_in_a_compiled_unet_is_refused_not_left_as_it_is(sd, in_place):
+    unet = copy.deepcopy(sd.unet)
+    if in_place:
+        unet.compile(backend="eager")
+    compiled = sibling(sd, unet=unet if in_place else torch.compile(unet, backend="eager"))
+    with pytest.raises(UsageError, match="not compiled"):
+        generate(apply_mitigations(compiled, "memattn"))
+
+
 def test_callbacks_see_and_steer_the_call(sd):
     """The step's own guidance scale; the mitigated embedding; and guidance that is turned off half way."""
     mitigated, seen = apply_mitigations(sd, "gni+cfg:transition=500+memattn"), []
@@ -276,8 +286,10 @@ def test_without_a_generator_the_global_stream_decides(sd, text):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-def test_images_of_one_generator_get_draws_of_their_own(sd):
-    prompts = rewritten(sd, "rt", ["a picture"] * 4, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("times", [1, 4])
+def test_images_of_one_generator_get_draws_of_their_own(sd, times):
+    generator = torch.Generator().manual_seed(0)
+    prompts = rewritten(sd, "rt", ["a picture"] * 4, generator=[generator] * 4 if times == 4 else generator)
     assert len(set(prompts)) == 4
 
 
