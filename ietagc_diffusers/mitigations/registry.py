@@ -6,8 +6,9 @@ from dataclasses import fields
 
 from ..config import UsageError
 from .attention import RescaledAttention
+from .embeddings import EmbeddingNoise
 from .guidance import DelayedGuidance
-from .inference import EmbeddingNoise, RandomNumbers, RandomWords, RepeatedWords
+from .inference import RandomNumbers, RandomWords, RepeatedWords
 from .pipeline import with_mitigation
 from .wen import OptimisedPrompt
 

@@ -1,0 +1,34 @@
+"""Noise on the prompt's embedding at inference: GNI. In training, GN, it is ``TextToImageObjective``'s."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Mitigation, non_negative, option
+
+
+@dataclass
+class EmbeddingNoise(Mitigation):
+    """GNI: add Gaussian noise to the prompt's embedding, embedding + scale * N(0, 1).
+
+    To the conditional branch alone (the authors' code disturbs the unconditional one, too); in SDXL to the token
+    embeddings and to the pooled one, which carries the prompt as well. The noise is drawn in float32 on the host, so
+    that device and dtype do not change it.
+    """
+
+    name: ClassVar[str] = "gni"
+    scale: float = option(0.1, "Standard deviation of the noise.", non_negative)
+
+    @property
+    def acts(self):
+        return self.scale > 0
+
+    def before_unet(self, step):
+        if step.index:
+            return
+        generators = [torch.Generator().manual_seed(seed) for seed in self.call.seeds(self.salt)]
+        for target in (step.embeddings, step.pooled):
+            if target is not None:
+                noise = torch.stack([torch.randn(target.shape[1:], generator=g) for g in generators])
+                target.copy_(target.float() + self.scale * noise.to(target.device))
