@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from eval.report import Scored, write_report
 from eval.score import Protocol, Tools, load_scores, score
 from eval.similarity import share_interval
 from ietagc_diffusers.config import UsageError
+from sscd import pixel_descriptor
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
 KEYS = {
@@ -148,8 +150,9 @@ def test_odd_metadata_costs_no_scores(fresh, training, tmp_path):
     folder = tmp_path / "odd"
     shutil.copytree(fresh, folder)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    rows[0] |= {"seed": "three", "mitigation": 4, "sample_id": [1]}
-    rows[1] |= {"seed": 3}
+    rows[0] |= {"seed": "three", "mitigation": 4, "sample_id": [1], "text": "half \ud83d"}
+    rows[1] |= {"seed": 3, "mitigation": "\ud83d"}
+    rows[2] |= {"seed": 2**63, "sample_id": -(2**70)}
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(folder / "000_0.png", os.fsencode(folder) + b"/caf\xe9.png")
     scores = scored(folder, training, tmp_path / "s")
@@ -158,10 +161,43 @@ def test_odd_metadata_costs_no_scores(fresh, training, tmp_path):
     assert scores["skipped"]["generated"] == [["caf\\udce9.png", "has a name that is no text"]]
 
 
-def test_the_size_for_l2_does_not_depend_on_which_image_comes_first(training, tmp_path):
+def test_the_size_for_l2_is_that_of_most_generated_images_whatever_else_lies_there(training, tmp_path):
     sizes = write_folder(tmp_path / "sizes", 3, size=40)
-    Image.new("RGB", (12, 30), "red").save(sizes / "zzz.png")
-    assert scored(sizes, training, tmp_path / "s")["protocol"]["l2_pixels"] == 12
+    Image.new("RGB", (12, 30), "red").save(sizes / "000-small.png")
+    for number in range(5):
+        Image.new("RGB", (4, 4)).save(sizes / f"broken-{number}.png")
+        (sizes / f"broken-{number}.png").write_bytes((sizes / f"broken-{number}.png").read_bytes()[:45])
+    scores = scored(sizes, training, tmp_path / "s")
+    assert scores["protocol"]["l2_pixels"] == 40 and len(scores["skipped"]["generated"]) == 5
+    assert any("1 generated and 63 training images are smaller than the 40 pixels" in x for x in scores["notes"])
+
+
+def test_large_images_of_any_sizes_are_compared_at_64_pixels(training, tmp_path):
+    (tmp_path / "large").mkdir()
+    for size in (12, 70, 80, 90):
+        Image.new("RGB", (size, size + 1)).save(tmp_path / "large" / f"{size}.png")
+    assert scored(tmp_path / "large", training, tmp_path / "s")["protocol"]["l2_pixels"] == 64
+
+
+def test_rows_that_name_one_file_are_one_training_image(training, fresh, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(fresh, again)
+    rows = [json.loads(line) for line in (again / "metadata.jsonl").read_text().splitlines()]
+    (again / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 5))
+    scores, once = scored(training, again, tmp_path / "a"), scored(training, fresh, tmp_path / "b")
+    assert scores["num_train"] == 12 and any("48 rows name" in note for note in scores["notes"])
+    assert scores["train_train_sim_score"] == once["train_train_sim_score"] < 0.9
+    assert scores["train_hash"] == once["train_hash"]
+
+
+def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatch):
+    def few(index, references, max_memory):
+        return len(references) > 500
+
+    monkeypatch.setattr("eval.score.uses_faiss", few)
+    protocol = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))["protocol"]
+    assert protocol["searches"] == {"descriptor": "exact", "l2": "exact", "patches": "faiss"}
+    assert protocol["neighbours"] == "exact"
 
 
 def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monkeypatch):
@@ -180,6 +216,40 @@ def test_local_copies_are_reported_apart(training, fresh, tmp_path):
     assert scores["patch_sim_score"] is not None and scores["copy_rate"] == 0
     assert scores["patch_copy_similarity"] >= scores["train_train_patch_sim_score"] - 1e-9
     assert {"patch_nearest", "patch"} <= load_scores(tmp_path)[1].keys()
+
+
+def smooth(folder, number, seed):
+    """Pictures whose crops resemble one another, as those of photographs do."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for index in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_innocent_images_hold_no_local_copies(tmp_path):
+    known, made = smooth(tmp_path / "training", 200, 0), smooth(tmp_path / "made", 200, 1)
+    scores = scored(made, known, tmp_path / "s", Protocol(descriptor="pixel", patches=True, copy_similarity=0.5))
+    assert scores["patch_copy_rate"] <= 0.01 and scores["train_train_patch_copy_rate"] <= 0.005
+    assert 0.5 < scores["patch_copy_similarity"] < 0.999
+
+
+def test_what_is_to_be_known_of_a_clip_is_noted(training, fresh, tmp_path):
+    assert "ViT-B-16-quickgelu:FILE" in scored(fresh, training, tmp_path)["reasons"]["clip_score"]
+    tools = Tools(PIXEL)
+    tools.clip = SimpleNamespace(
+        images=pixel_descriptor(), texts=lambda texts: (torch.rand(len(texts), 768), 0), note="a note", record={}
+    )
+    scores = score(load_images(fresh, "--x"), load_images(training, "--x"), tmp_path, tools)
+    assert "a note" in scores["notes"] and scores["clip_score"] is not None
+
+
+def test_intervals_hold_their_numbers(training, fresh, tmp_path):
+    scores = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))
+    for key in ("sim_mean", "memorization_ratio", "patch_sim_score"):
+        low, high = scores[f"{key}_ci95"]
+        assert low <= scores[key] <= high and low < high
 
 
 def test_the_score_command_keeps_features_and_reads_another_reference(training, fresh, tmp_path, capsys):
