@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_folder
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from eval.__main__ import main
 from eval.audit import Limits, judge, write_card
-from eval.images import load_images
+from eval.images import NO_IMAGE, load_images
 from eval.report import Scored, write_report
 from eval.score import Protocol, Tools, load_scores, score
 from eval.similarity import share_interval
@@ -272,6 +274,10 @@ def test_the_score_command_keeps_features_and_reads_another_reference(training, 
         (["--protocol", "drc"], "protocol drc"),
         (["--clip", "ViT-Q:openai"], "--clip ViT-Q:openai"),
         (["--max_memory", "0"], "--max_memory 0"),
+        (["--max_memory", "inf"], "--max_memory inf"),
+        (["--pixels", "1"], "--pixels 1: must be at least 2"),
+        (["--output", __file__], "is a file; give a folder"),
+        (["--output", f"{__file__}/scores"], "is a file; give a folder"),
         (["--reference", "nowhere"], "--reference nowhere"),
     ],
 )
@@ -360,19 +366,73 @@ def test_pictures_that_are_gone_leave_a_gap_and_no_error(training, fresh, tmp_pa
     check_page(write_report([Scored.load(tmp_path / "s")], tmp_path / "report.html"))
 
 
-def test_the_report_command_names_what_is_missing(tmp_path, capsys):
+def test_the_report_command_names_what_is_missing(training, fresh, tmp_path, capsys):
     assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "r.html")]) == 2
     assert "scores.json" in capsys.readouterr().err
+    scored(fresh, training, tmp_path / "s")
+    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path}: is a folder; give a file" in capsys.readouterr().err
 
 
-def scores_of(copies, n, sim=0.4, flat=0, skipped=0, descriptor="sscd_disc_mixup"):
+def test_pairs_that_share_crops_alone_are_shown_with_their_crops(training, tmp_path):
+    """One generated image resembles a training image, the other holds a quarter of another one."""
+    made = tmp_path / "made"
+    made.mkdir()
+    near, copied = (Image.open(training / name) for name in ("010_0.png", "011_0.png"))
+    image = Image.fromarray(np.random.default_rng(100).integers(0, 256, (20, 23, 3), dtype=np.uint8))
+    Image.blend(near, image, 0.3).save(made / "near.png")
+    image.paste(copied.crop((0, 0, 10, 10)), (13, 10))
+    image.save(made / "part.png")
+    scored(made, training, tmp_path / "s", Protocol(descriptor="pixel", patches=True))
+    data = check_page(write_report([Scored.load(tmp_path / "s", "mine")], tmp_path / "report.html", max_pairs=1))
+    near, part = data["pairs"]
+    assert (near["file_name"], near["nearest"]) == ("near.png", "010_0.png")
+    assert not part["copy"] and part["patch"]["copy"] and part["patch"]["nearest"] == "011_0.png" != part["nearest"]
+    crops = [data["images"][part["patch"][key]] for key in ("image", "training")]
+    assert crops[0] == crops[1] and crops[0]["side"] == 10 and "the 1 with the most similar crops" in data["count"]
+
+
+def test_a_report_finds_images_in_columns_of_other_names_and_counts_those_that_are_gone(fresh, tmp_path):
+    rows = [{"picture": {"bytes": path.read_bytes(), "path": None}} for path in sorted(fresh.glob("*.png"))]
+    saved = tmp_path / "saved"
+    Dataset.from_list(rows, features=Features({"picture": ImageFeature()})).save_to_disk(str(saved))
+    gone = tmp_path / "gone"
+    shutil.copytree(fresh, gone)
+    known = load_images(saved, "--train", image_column="picture")
+    score(load_images(gone, "--generated"), known, tmp_path / "s", Tools(PIXEL))
+    model = Scored.load(tmp_path / "s", "mine")
+    assert "grey squares" not in write_report([model], tmp_path / "a.html").read_text()
+    (gone / "000_0.png").unlink()
+    assert "1 pictures are no longer where they were" in write_report([model], tmp_path / "b.html").read_text()
+
+
+def test_models_of_different_training_sets_are_told_apart(training, fresh, tmp_path):
+    shutil.copytree(training, tmp_path / "same")
+    for name, known in (("a", training), ("b", tmp_path / "same"), ("c", fresh)):
+        scored(fresh, known, tmp_path / name)
+    a, b, c = (Scored.load(tmp_path / name) for name in "abc")
+    same = write_report([a, b], tmp_path / "same.html").read_text()
+    assert "12 of a, 12 of b; compared with 63 training images." in same and "different training sets" not in same
+    other = write_report([a, c], tmp_path / "other.html").read_text()
+    assert "12 of a, compared with 63 training images; 12 of c, compared with 12 training images." in other
+    assert "scored against different training sets" in other
+
+
+def scores_of(copies, n, sim=0.4, flat=0, skipped=0, unread=0, notes=0, local=0, descriptor="sscd_disc_mixup"):
+    """Scores of ``n`` images and 100 training files, of which ``unread`` cannot be read."""
     return {
+        "patch_copy_rate": local / n,
+        "patch_copy_rate_ci95": share_interval(np.arange(n) < local),
+        "num_files": {"generated": n + skipped, "train": 100},
         "copy_rate": copies / n,
         "copy_rate_ci95": share_interval(np.arange(n) < copies),
         "num_generated": n,
         "sim_score": sim,
         "num_of_one_colour": flat,
-        "skipped": {"generated": [["x", "y"]] * skipped, "train": []},
+        "skipped": {
+            "generated": [["x", "y"]] * skipped,
+            "train": [["x", "y"]] * unread + [["x", NO_IMAGE]] * notes,
+        },
         "protocol": {"descriptor": descriptor, "copy_similarity": 0.5},
     }
 
@@ -387,6 +447,12 @@ def scores_of(copies, n, sim=0.4, flat=0, skipped=0, descriptor="sscd_disc_mixup
         (scores_of(0, 100, flat=6), Limits(0.01), 3, "6 images are of one colour"),
         (scores_of(0, 100, flat=2, skipped=2), Limits(0.01), 0, "Passed"),
         (scores_of(0, 90, skipped=10), Limits(0.01), 3, "the model is broken"),
+        (scores_of(0, 100, unread=60), Limits(0.01), 3, "so many training images cannot be read"),
+        (scores_of(0, 100, unread=60), Limits(0.01), 3, "Left out, since they cannot be read: 60 of 100 training"),
+        (scores_of(0, 99, skipped=1, unread=5), Limits(0.01), 0, "read: 1 of 100 generated images, 5 of 100 training"),
+        (scores_of(0, 500, notes=60), Limits(0.01), 0, "limit 1.0%."),
+        (scores_of(0, 100, local=3), Limits(0.01, patch_copy_rate=0.02), 3, "3 of 100 images hold local copies: 3.0%"),
+        (scores_of(0, 100, local=3), Limits(0.01), 0, "Passed"),
         (scores_of(0, 1000, 0.6), Limits(0.01, 0.5), 3, "Sim Score 0.600, limit 0.500"),
         (scores_of(50, 100), Limits(None, 0.5), 0, "0.5: Sim Score"),
         (scores_of(0, 50), Limits(0.0), 0, "Passed"),
@@ -440,6 +506,44 @@ def test_the_card_carries_the_last_audit(tmp_path):
     assert (tmp_path / "new" / "README.md").read_text().startswith("<!-- memorization audit -->\n## only\n")
     with pytest.raises(UsageError, match="is no folder"):
         write_card("owner/model", "")
+
+
+def test_audit_measures_the_distance_to_the_reference_and_limits_local_copies(audited, fresh, tmp_path):
+    flags, output, _ = audited
+    flags = [*flags, "--output", str(tmp_path), "--reference", str(fresh), "--patches", "--max_patch_copy_rate", "0.5"]
+    shutil.copytree(output / "images", tmp_path / "images")
+    assert main(flags) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["protocol"]["frechet_reference"] == str(fresh)
+    assert "hold local copies" in (tmp_path / "summary.md").read_text()
+
+
+def test_audit_says_what_it_left_out_and_fails_if_that_is_much(audited, training, tmp_path, capsys):
+    flags, output, _ = audited
+    shutil.copytree(training, tmp_path / "training")
+    for path in sorted((tmp_path / "training").glob("*.png"))[20:]:
+        path.write_bytes(path.read_bytes()[:60])
+    (tmp_path / "training" / "notes.txt").write_text("no image")
+    shutil.copytree(output / "images", tmp_path / "out" / "images")
+    assert main([*flags, "--train", str(tmp_path / "training"), "--output", str(tmp_path / "out")]) == 3
+    assert "43 of 63 training images" in capsys.readouterr().out
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "44 training files were left out, 1 of them no images." in summary
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--card", "--model", "owner/model"], "--card: owner/model is no folder"),
+        (["--output", __file__], "is a file; give a folder"),
+        (["--max_patch_copy_rate", "0.1"], "add --patches"),
+        (["--reference", "nowhere"], "--reference nowhere"),
+    ],
+)
+def test_wrong_use_of_audit_is_told_before_it_draws(audited, tmp_path, capsys, more, message):
+    flags, _, _ = audited
+    assert main([*flags, "--output", str(tmp_path / "out"), *more]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["--max_copy_rate", "--max_sim_score", "--copy_similarity"])
