@@ -1,6 +1,7 @@
 """``python -m eval``: what each command does."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def _device(args):
 def _positive(args, *flags):
     for flag in flags:
         value = getattr(args, flag, None)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{flag} {value}: must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{flag} {value}: must be more than 0, and finite")
 
 
 def _within(args, low, high, *flags):
@@ -107,6 +108,12 @@ def _training_images(args):
     return load_images(args.train, "--train", args.image_column, args.caption_column)
 
 
+def _reference(args):
+    from .images import load_images
+
+    return load_images(args.reference, "--reference") if args.reference else None
+
+
 def _prompts(args, training):
     from .prompts import caption_prompts, choose, read_prompts
 
@@ -143,12 +150,13 @@ def _tools(protocol):
 
 def _score(args):
     from .images import load_images
+    from .records import check_output
     from .score import score
 
+    check_output(args.output, "--output")
     tools = _tools(_protocol(args, _device(args)))
     generated = load_images(args.generated, "--generated")
-    reference = load_images(args.reference, "--reference") if args.reference else None
-    score(generated, _training_images(args), args.output, tools, _cache(args), reference)
+    score(generated, _training_images(args), args.output, tools, _cache(args), _reference(args))
     print(f"{args.output}/scores.json; `python -m eval report {args.output}` shows it")
 
 
@@ -168,28 +176,40 @@ def _named(values, flag):
 
 
 def _report(args):
+    from .records import check_output
     from .report import Scored, write_report
 
     _positive(args, "max_pairs")
+    check_output(args.output, "--output", file=True)
     scored = [Scored.load(folder, name) for name, folder in _named(args.scores, "report")]
     print(write_report(scored, args.output, args.max_pairs, args.title))
 
 
 def _audit(args):
-    from .audit import Limits, audit, report_to_github, write_card
+    from .audit import Limits, audit, card_path, report_to_github, write_card
+    from .records import check_output
 
-    _within(args, 0, 1, "max_copy_rate")
+    _within(args, 0, 1, "max_copy_rate", "max_patch_copy_rate")
     _within(args, -1, 1, "max_sim_score")
+    if args.max_patch_copy_rate is not None and not args.patches:
+        raise UsageError(
+            f"--max_patch_copy_rate {args.max_patch_copy_rate}: local copies are not looked for; add --patches"
+        )
+    check_output(args.output, "--output")
+    if args.card:
+        card_path(args.model)
     state, device = _processes(_device(args))
-    training = _training_images(args)
+    training, reference = _training_images(args), _reference(args)
     prompts, settings, protocol = _prompts(args, training), _settings(args, device), _protocol(args, device)
     tools = _tools(protocol) if state.is_main_process else None
     max_sim_score = args.max_sim_score
     if max_sim_score is None and tools is not None and tools.descriptor.name != "pixel":
         max_sim_score = 0.5
-    limits = Limits(args.max_copy_rate, max_sim_score)
+    limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output = Path(args.output)
-    verdict = audit(args.model, training, prompts, output, settings, tools, limits, _cache(args), device, state)
+    verdict = audit(
+        args.model, training, prompts, output, settings, tools, limits, _cache(args), device, state, reference
+    )
     if verdict is None:
         return 0
     summary = (output / "summary.md").read_text(encoding="utf-8")

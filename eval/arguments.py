@@ -65,7 +65,7 @@ def _add_scoring(parser):
     )
     group.add_argument("--l2", default="iet-agc", choices=["iet-agc", "paper"], help="MQ's l2 ratio")
     group.add_argument(
-        "--pixels", type=int, help="side of the images for l2; default: the generated images', at most 64"
+        "--pixels", type=int, help="side of the images for l2; default: that of most generated images, at most 64"
     )
     group.add_argument("--clip", metavar="MODEL:TAG|FILE", help="CLIP score by open_clip, such as ViT-B-16:openai")
     group.add_argument("--clip_preprocess", choices=["own", "dcr"], help="default: dcr under protocol dcr")
@@ -92,6 +92,7 @@ def _add_audit(commands):
     parser.add_argument("--output", default="audit", metavar="DIR", help="default: audit")
     parser.add_argument("--max_copy_rate", type=float, default=0.01, help="default: 0.01")
     parser.add_argument("--max_sim_score", type=float, help="default: 0.5 with SSCD; none with pixel")
+    parser.add_argument("--max_patch_copy_rate", type=float, help="of local copies, with --patches; default: none")
     parser.add_argument("--card", action="store_true", help="put the summary into the model folder's README.md")
     parser.add_argument("--github", action="store_true", help="summary and annotation for GitHub Actions")
     _add_generation(parser)

@@ -7,13 +7,14 @@ from pathlib import Path
 from ietagc_diffusers.config import UsageError
 
 from .generate import generate, model_hash
-from .images import load_images
+from .images import load_images, unusable
 from .records import write_text
 from .report import Scored, table_rows, write_report
 from .score import score
 
 PASSED, OVER = 0, 3
-BROKEN = 0.05  # share of unusable images beyond which a low copy rate says nothing
+BROKEN = 0.05  # share of unusable images, of either side, beyond which a low copy rate says nothing
+SIDES = {"generated": "generated", "train": "training"}
 CARD_START, CARD_END = "<!-- memorization audit -->", "<!-- end of memorization audit -->"
 
 
@@ -23,6 +24,7 @@ class Limits:
 
     copy_rate: float | None = 0.01
     sim_score: float | None = None
+    patch_copy_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,27 @@ class Verdict:
 
 def judge(scores, limits):
     """Compare scores with limits."""
-    protocol, (low, high) = scores["protocol"], scores["copy_rate_ci95"]
-    broken = scores["num_of_one_colour"] + len(scores["skipped"]["generated"])
-    copies = round(scores["copy_rate"] * scores["num_generated"])
+    protocol, num_files = scores["protocol"], scores["num_files"]
+    unread = {side: len(unusable(scores["skipped"][side])) for side in SIDES}
+    broken = scores["num_of_one_colour"] + unread["generated"]
     parts, over = [], []
-    if limits.copy_rate is not None:
-        over.append(scores["copy_rate"] > limits.copy_rate)
-        parts.append(
-            f"{copies} of {scores['num_generated']} images are copies: {scores['copy_rate']:.1%} "
-            f"(95% interval {low:.1%} to {high:.1%}), limit {limits.copy_rate:.1%}"
-        )
-    if broken > BROKEN * (scores["num_generated"] + len(scores["skipped"]["generated"])):
+    for key, limit, what in (
+        ("copy_rate", limits.copy_rate, "are copies"),
+        ("patch_copy_rate", limits.patch_copy_rate, "hold local copies"),
+    ):
+        if limit is not None:
+            (low, high), copies = scores[f"{key}_ci95"], round(scores[key] * scores["num_generated"])
+            over.append(scores[key] > limit)
+            parts.append(
+                f"{copies} of {scores['num_generated']} images {what}: {scores[key]:.1%} "
+                f"(95% interval {low:.1%} to {high:.1%}), limit {limit:.1%}"
+            )
+    if broken > BROKEN * num_files["generated"]:
         over.append(True)
         parts.append(f"{broken} images are of one colour or cannot be read: the model is broken, which proves nothing")
+    if unread["train"] > BROKEN * num_files["train"]:
+        over.append(True)
+        parts.append("so many training images cannot be read that their copies would not be known")
     if limits.sim_score is not None:
         over.append(scores["sim_score"] > limits.sim_score)
         parts.append(f"Sim Score {scores['sim_score']:.3f}, limit {limits.sim_score:.3f}")
@@ -58,7 +68,10 @@ def judge(scores, limits):
     sentence = f"{'Passed' if passed else 'Failed'} {by}: {'; '.join(parts)}."
     if protocol["descriptor"] == "pixel":
         sentence += " It knows near-exact copies alone: for anything that ships give --descriptor sscd_disc_mixup."
-    if passed and limits.copy_rate is not None and high > limits.copy_rate:
+    left_out = [f"{unread[side]} of {num_files[side]} {name} images" for side, name in SIDES.items() if unread[side]]
+    if left_out:
+        sentence += f" Left out, since they cannot be read: {', '.join(left_out)}."
+    if passed and limits.copy_rate is not None and scores["copy_rate_ci95"][1] > limits.copy_rate:
         sentence += f" The interval reaches over the limit: {_enough(limits.copy_rate)} images would tell more."
     return Verdict(passed, sentence)
 
@@ -68,13 +81,14 @@ def _enough(rate):
     return "more" if rate <= 0 else f"about {round(3.84 * (1 - rate) / rate)} or more"
 
 
-def audit(model, train, prompts, output, settings, tools, limits, cache=None, device="cpu", state=None):
+def audit(model, train, prompts, output, settings, tools, limits, cache=None, device="cpu", state=None, reference=None):
     """Draw ``prompts`` with the model, compare with the training set, write ``images/``, ``scores.json``,
     ``report.html`` and ``summary.md`` into ``output``.
 
     Args:
         train: ``ImageSet``; tools: ``score.Tools`` or a function that makes them, called after the drawing.
         state: accelerate's ``PartialState`` if several processes draw; the first one scores.
+        reference: of ``score``.
 
     Returns:
         A ``Verdict``, or None on the processes that only drew.
@@ -86,7 +100,7 @@ def audit(model, train, prompts, output, settings, tools, limits, cache=None, de
     drawn = load_images(output / "images", "--output")
     tools = tools() if callable(tools) else tools
     about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
-    scores = score(drawn, train, output, tools, cache, about=about)
+    scores = score(drawn, train, output, tools, cache, reference, about)
     verdict = judge(scores, limits)
     scored = [Scored.load(output, Path(str(model)).name)]
     write_report(scored, output / "report.html", verdict=(verdict.passed, verdict.sentence))
@@ -105,15 +119,24 @@ def summary(scored, verdict):
     protocol = scored[0].scores["protocol"]
     name = f", protocol `{protocol['name']}`" if protocol["name"] else ""
     lines += ["", f"Descriptor `{protocol['descriptor']}`{name}, {protocol['neighbours']} neighbours."]
+    for side, title in SIDES.items():
+        if skipped := scored[0].scores["skipped"][side]:
+            no_images = len(skipped) - len(unusable(skipped))
+            lines.append(f"{len(skipped)} {title} files were left out, {no_images} of them no images.")
     return "\n".join(lines) + "\n"
 
 
-def write_card(model, text):
-    """Put the summary into the model's card, in place of an earlier one. Raises ``UsageError`` without a folder."""
+def card_path(model):
+    """Where the model's card is. Raises ``UsageError`` without a folder."""
     folder = Path(model)
     if not folder.is_dir():
         raise UsageError(f"--card: {model} is no folder; download the model and audit that")
-    path = folder / "README.md"
+    return folder / "README.md"
+
+
+def write_card(model, text):
+    """Put the summary into the model's card, in place of an earlier one."""
+    path = card_path(model)
     card = path.read_text(encoding="utf-8") if path.exists() else ""
     before, start, rest = card.partition(CARD_START)
     after = rest.partition(CARD_END)[2] if start else ""

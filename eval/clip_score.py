@@ -43,6 +43,8 @@ class ClipScorer:
         preprocess: ``own``, the model's; or ``dcr``, which feeds the CLIP of the paper's tables with the images that
             SSCD saw (256, crop 224, 0.5/0.5).
 
+    ``note``: what to know of the score, or None.
+
     Raises:
         UsageError: unknown model or tag, no weights, or ``dcr`` with a model of other images than 224 x 224.
     """
@@ -64,9 +66,10 @@ class ClipScorer:
                 model_name, pretrained, device=device, force_quick_gelu=quick
             )
         except Exception as error:
+            named = f"{model_name}-quickgelu" if quick and "quickgelu" not in model_name else model_name
             raise UsageError(
                 f"{where}: the weights cannot be loaded ({' '.join(str(error).split())[:200]}); "
-                f"get the file elsewhere and give --clip {model_name}:FILE"
+                f"get the file elsewhere and give --clip {named}:FILE"
             ) from error
         size = model.visual.image_size
         size = size if isinstance(size, int) else size[0]
@@ -75,6 +78,12 @@ class ClipScorer:
         self.model, self.device = model.eval(), device
         self.tokenizer = open_clip.get_tokenizer(model_name)
         weights = {"sha256": file_hash(path)} if path.is_file() else {"tag": pretrained}
+        self.note = None
+        if path.is_file() and f"{model_name}-quickgelu" in open_clip.list_models():
+            self.note = (
+                f"CLIP's weights come from a file and are taken for OpenCLIP's own; if they are OpenAI's, the score is "
+                f"wrong: give --clip {model_name}-quickgelu:FILE"
+            )
         quick |= "quickgelu" in model_name
         self.record = {"model": model_name, **weights, "preprocess": preprocess, "quick_gelu": quick}
         transform = PREPROCESS["dcr"] if preprocess == "dcr" else partial(_one_by_one, own)

@@ -101,13 +101,27 @@ class FeatureCache:
 class Embedded:
     """Features of the images that could be used.
 
-    features: {extractor name: (M, D)}; kept: the indices of those M images in the set; skipped: [name, reason] of the
-    others.
+    features: {extractor name: (M, D)}; kept: the indices of those M images in the set; keys: the hashes of their files;
+    skipped: [name, reason] of the others.
     """
 
     features: dict
     kept: list
+    keys: list
     skipped: list
+
+    def select(self, rows):
+        """The same of some rows of the M."""
+        return Embedded(
+            {name: vectors[rows] for name, vectors in self.features.items()},
+            [self.kept[row] for row in rows],
+            [self.keys[row] for row in rows],
+            self.skipped,
+        )
+
+    def content(self):
+        """A hash of the images' files, whatever their names and their order."""
+        return hashlib.blake2b(b"".join(sorted(self.keys)), digest_size=8).hexdigest()
 
 
 def embed(images, extractors, cache=None, batch_size=32, desc="Describing images"):
@@ -124,16 +138,17 @@ def embed(images, extractors, cache=None, batch_size=32, desc="Describing images
         UsageError: no image could be used.
     """
     caches = {name: FeatureCache(cache, extractor.identity) for name, extractor in extractors.items()}
-    vectors, kept, skipped = {name: [] for name in extractors}, [], list(images.skipped)
+    vectors, kept, keys, skipped = {name: [] for name in extractors}, [], [], list(images.skipped)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, tqdm(total=len(images), desc=desc) as bar:
         for start in range(0, len(images), batch_size):
             batch = range(start, min(start + batch_size, len(images)))
-            found, bad = _embed_batch(images, batch, extractors, caches, pool)
+            hashes, found, bad = _embed_batch(images, batch, extractors, caches, pool)
             for index in batch:
                 if index in bad:
                     skipped.append([images.names[index], bad[index]])
                 else:
                     kept.append(index)
+                    keys.append(hashes[index])
                     for name in extractors:
                         vectors[name].append(found[index][name])
             bar.update(len(batch))
@@ -141,11 +156,11 @@ def embed(images, extractors, cache=None, batch_size=32, desc="Describing images
         why = f": {skipped[0][0]} {skipped[0][1]}" if skipped else ""
         raise UsageError(f"{images.source}: none of its {len(images)} images can be used{why}")
     features = {name: torch.from_numpy(np.stack(vectors[name])) for name in extractors}
-    return Embedded(features, kept, skipped)
+    return Embedded(features, kept, keys, skipped)
 
 
 def _embed_batch(images, batch, extractors, caches, pool):
-    """Returns {index: {name: vector}} and {index: reason}."""
+    """Returns {index: hash of its file}, {index: {name: vector}} and {index: reason}."""
     bad = {}
 
     def guarded(function, index, *args):
@@ -170,7 +185,7 @@ def _embed_batch(images, batch, extractors, caches, pool):
                 if keys[index] not in known[name]:
                     bad[index] = f"its {name} features are not finite"
     good = [index for index in keys if index not in bad]
-    return {index: {name: known[name][keys[index]] for name in extractors} for index in good}, bad
+    return keys, {index: {name: known[name][keys[index]] for name in extractors} for index in good}, bad
 
 
 def _groups(images, indices, encoded, guarded, pool):
@@ -200,6 +215,27 @@ def _in_stacks(extractor, images):
         vectors = extractor(torch.stack([images[key] for key in keys])).cpu().numpy()
         made |= dict(zip(keys, vectors, strict=True))
     return made
+
+
+def first_of_each(features):
+    """Rows of the first of each set of images whose features are all the same."""
+    seen = {}
+    for index, vectors in enumerate(zip(*features.values(), strict=True)):
+        key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
+        seen.setdefault(key, index)
+    return list(seen.values())
+
+
+@dataclass(frozen=True)
+class SmallEdge:
+    """The length of the small edge; float32 (N, 1)."""
+
+    @property
+    def identity(self):
+        return {"small_edge": 1}
+
+    def __call__(self, images):
+        return torch.full((len(images), 1), float(min(images.shape[2:])))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from .features import Pixels, embed
 from .figures import COLOURS, GREY, plot_similarities, png
 from .front import FixedLosses
 from .front_command import captioned, run_config
-from .images import BadImage, load_images
+from .images import BadImage
 from .neighbours import nearest_l2
 from .report import Scored, same_prompt_and_seed
+from .score import images_of
 
 GROUP = 256  # images in a group of Figs. 3 and 8
 TIMESTEPS = 20
@@ -104,18 +105,19 @@ def fig7(scored):
         raise UsageError("--scores: the models share no prompt and seed")
     sets = {}
 
-    def image(source, name):
+    def image(scores, side, name):
+        source = scores[side]
         if source not in sets:
-            sets[source] = load_images(source, "--scores")
+            sets[source] = images_of(scores, side)
         if name not in sets[source].names:
             raise UsageError(f"--scores: {source} has no {name} any more")
         return sets[source].image(sets[source].names.index(name))
 
     models = [model for model, _ in chosen[0]]
-    lines = [[image(drawn[0][0].scores["train"], drawn[0][0].nearest["nearest"][drawn[0][1]]) for drawn in chosen]]
+    lines = [[image(drawn[0][0].scores, "train", drawn[0][0].nearest["nearest"][drawn[0][1]]) for drawn in chosen]]
     for number, model in enumerate(models):
         names = [model.nearest["file_name"][drawn[number][1]] for drawn in chosen]
-        lines.append([image(model.scores["generated"], name) for name in names])
+        lines.append([image(model.scores, "generated", name) for name in names])
     size = (1.4 * len(chosen), 1.45 * len(lines))
     figure, axes = plt.subplots(len(lines), len(chosen), figsize=size, squeeze=False)
     for label, line, cells in zip(["training", *(m.name for m in models)], lines, axes, strict=True):

@@ -4,13 +4,17 @@ the whole.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sscd import Descriptor
 
 from .neighbours import most_similar
+from .similarity import bootstrap_interval, copy_rate, share_interval, sim_score
 
 FLAT = 8 / 255  # a crop whose pixels deviate less shows a wall or the sky: similar to every other
+INNOCENT_PERCENTILE = 99.9
+ALWAYS_A_COPY = 0.999
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,11 @@ class PatchDescriptor:
         return {"patches": [self.grid, self.share], "flat": FLAT, "of": self.descriptor.identity}
 
     def boxes(self, height, width):
-        """(top, left, side) of each crop, row by row."""
-        side = max(1, round(self.share * min(height, width)))
-        places = [torch.linspace(0, edge - side, self.grid).round().int().tolist() for edge in (height, width)]
-        return [(top, left, side) for top in places[0] for left in places[1]]
+        return crop_boxes(height, width, self.grid, self.share)
+
+    def crops(self, vectors):
+        """The vectors of images (N, P * P * D) as those of their crops (N * P * P, D)."""
+        return vectors.view(len(vectors) * self.grid**2, -1)
 
     def __call__(self, images):
         vectors = []
@@ -46,6 +51,13 @@ class PatchDescriptor:
             flat = (crops.float() / 255).std(dim=(2, 3)).amax(dim=1) < FLAT
             vectors.append(torch.where(flat[:, None], 0.0, self.descriptor(crops)))
         return torch.stack(vectors, dim=1).flatten(1)
+
+
+def crop_boxes(height, width, grid, share):
+    """(top, left, side) of each crop of an image, row by row."""
+    side = max(1, round(share * min(height, width)))
+    places = [torch.linspace(0, edge - side, grid).round().int().tolist() for edge in (height, width)]
+    return [(top, left, side) for top in places[0] for left in places[1]]
 
 
 def most_similar_crops(generated, training, patches, same=False, **options):
@@ -60,7 +72,7 @@ def most_similar_crops(generated, training, patches, same=False, **options):
         Similarity (N,), the training image (N,), the crop of the generation (N,) and that of the training image (N,).
     """
     crops = patches.grid**2
-    queries, references = (x.view(len(x) * crops, -1) for x in (generated, training))
+    queries, references = patches.crops(generated), patches.crops(training)
     groups = None
     if same:
         groups = tuple(torch.arange(len(x)).repeat_interleave(crops) for x in (generated, training))
@@ -68,3 +80,43 @@ def most_similar_crops(generated, training, patches, same=False, **options):
     best = similarity.view(-1, crops).max(dim=1)
     chosen = nearest.view(-1, crops).gather(1, best.indices[:, None])[:, 0]
     return best.values, chosen // crops, best.indices, chosen % crops
+
+
+def patch_scores(made, known, distinct, trained, tools, table, reasons, notes):
+    """The scores of local copies, and what ``nearest.parquet`` says of them, into ``table``.
+
+    Args:
+        made, known, distinct: ``Embedded`` generated, training and different training images; trained: the ``ImageSet``
+            of ``known``; tools: ``score.Tools``.
+    """
+    names = ("patch_sim_score", "patch_copy_rate")
+    own = ("train_train_patch_sim_score", "train_train_patch_copy_rate")
+    scores = dict.fromkeys((*names, *(f"{name}_ci95" for name in names), *own))
+    if tools.patches is None:
+        reasons |= dict.fromkeys(scores, "not asked for: give --patches")
+        return scores
+    ours, theirs, different = (x.features["patches"] for x in (made, known, distinct))
+    similarity, nearest, box, their_box = most_similar_crops(ours, theirs, tools.patches, **tools.search())
+    table["patch_similarity"] = similarity.tolist()
+    table["patch_nearest"] = [trained.names[i] for i in nearest]
+    table["patch"], table["patch_of_nearest"] = box.tolist(), their_box.tolist()
+    threshold = tools.copy_similarity
+    if len(different) < 2:
+        reasons |= dict.fromkeys(own, "needs two different training images")
+    else:
+        among = most_similar_crops(different, different, tools.patches, same=True, **tools.search())[0]
+        # Crops of unrelated images are more alike than the images: a copy must also exceed nearly all of the training
+        # set's own. An exact copy is always one, whatever rounding makes of its similarity.
+        usual = np.percentile(among.double().numpy(), INNOCENT_PERCENTILE)
+        threshold = min(max(threshold, float(usual)), ALWAYS_A_COPY)
+        if threshold == ALWAYS_A_COPY:
+            notes.append("crops of training images repeat one another: only exact local copies count as copies")
+        scores["train_train_patch_sim_score"] = sim_score(among)
+        scores["train_train_patch_copy_rate"] = copy_rate(among, threshold)
+    return scores | {
+        "patch_sim_score": sim_score(similarity),
+        "patch_sim_score_ci95": bootstrap_interval(similarity, sim_score),
+        "patch_copy_similarity": threshold,
+        "patch_copy_rate": copy_rate(similarity, threshold),
+        "patch_copy_rate_ci95": share_interval(similarity > threshold),
+    }

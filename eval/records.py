@@ -1,9 +1,20 @@
-"""JSON files, written whole or not at all."""
+"""JSON files, written whole or not at all, and where they may go."""
 
 import json
 from pathlib import Path
 
 from ietagc_diffusers.config import UsageError
+
+
+def check_output(path, flag, file=False):
+    """Raise ``UsageError`` unless a folder, or a file, can be written there."""
+    path = Path(path)
+    if file and path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder; give a file, such as {path / 'report.html'}")
+    folders = [path.parent, *path.parent.parents] if file else [path, *path.parents]
+    there = next(folder for folder in folders if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {path}: {there} is a file; give a {'file in a ' if file else ''}folder")
 
 
 def write_text(path, text):

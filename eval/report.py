@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from ietagc_diffusers.config import UsageError
 
 from .figures import inline_svg, plot_similarities
-from .images import BadImage, load_images
+from .images import BadImage
+from .patches import crop_boxes
 from .records import write_text
-from .score import load_scores
+from .score import images_of, load_scores
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 THUMBNAIL = 160  # pixels
@@ -43,7 +44,8 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
     """Write the report of one or more ``Scored`` models.
 
     Args:
-        max_pairs: how many of each model's pairs, most similar first, are shown; all are counted.
+        max_pairs: how many of each model's pairs, most similar first, are shown, and with patches as many again, most
+            similar crops first; all are counted.
         verdict: (passed, sentence) of an audit.
         intro: HTML that goes before the numbers.
 
@@ -54,7 +56,9 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
     pairs = [pair for index, model in enumerate(scored) for pair in _pairs(index, model, max_pairs, pictures)]
     compare = _compare(scored, pictures)
     total = sum(len(model.nearest["file_name"]) for model in scored)
-    count = f"{{}} of {total:,} generated images, the {max_pairs} most similar of each model at most."
+    patches = any("patch_similarity" in model.nearest for model in scored)
+    crops = f", and the {max_pairs} with the most similar crops" if patches else ""
+    count = f"{{}} of {total:,} generated images, the {max_pairs} most similar of each model at most{crops}."
     data = {
         "models": [model.name for model in scored],
         "images": pictures.images,
@@ -63,17 +67,18 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
         "count": count,
     }
     first = scored[0].scores
+    of_first = f" of {scored[0].name}" if _training_sets(scored) > 1 else ""
     values = {
         "title": html.escape(title or "What the model gives back"),
         "lead": html.escape(_lead(scored)),
         "verdict": _verdict(verdict),
         "intro": intro,
         "table": _table(scored),
-        "notes": _notes(scored),
+        "notes": _notes(scored, pictures.num_missing),
         "histogram": inline_svg(lambda axes: plot_similarities(axes, scored), (8, 3.2)),
         "histogram_caption": html.escape(
             f"Similarity to the nearest training image (descriptor: {first['protocol']['descriptor']}); dotted: of "
-            "each training image to its nearest other one; the line: over it an image counts as a copy."
+            f"each training image{of_first} to its nearest other one; the line: over it an image counts as a copy."
         ),
         "compare": _compare_section(compare),
         "count": html.escape(count.replace("{}", str(len(pairs)))),
@@ -88,27 +93,35 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
 
 
 class Pictures:
-    """Thumbnails as data addresses, each image once."""
+    """Thumbnails as data addresses, each image or crop once."""
 
     def __init__(self):
-        self.images, self.known, self.sets = [], {}, {}
+        self.images, self.known, self.sets, self.num_missing = [], {}, {}, 0
 
-    def add(self, source, name):
-        """The thumbnail's number; that of an empty picture if the image is no longer there."""
-        if (source, name) not in self.known:
-            self.known[source, name] = len(self.images)
-            self.images.append(self._thumbnail(source, name))
-        return self.known[source, name]
+    def add(self, scores, side, name, crop=None):
+        """The number of the thumbnail of an image of ``scores``, ``generated`` or ``train``, or of one of its crops;
+        that of an empty picture if the image is no longer there.
+        """
+        key = scores[side], name, crop
+        if key not in self.known:
+            self.known[key] = len(self.images)
+            self.images.append(self._thumbnail(scores, side, name, crop))
+        return self.known[key]
 
-    def _thumbnail(self, source, name):
+    def _thumbnail(self, scores, side, name, crop):
         try:
+            source = scores[side]
             if source not in self.sets:
-                images = load_images(source, "--scores")
+                images = images_of(scores, side)
                 self.sets[source] = images, {name: index for index, name in enumerate(images.names)}
             images, index = self.sets[source]
             image = images.image(index[name])
         except (KeyError, BadImage, UsageError):
-            image = Image.new("RGB", (8, 8), "grey")
+            image, crop = Image.new("RGB", (8, 8), "grey"), None
+            self.num_missing += 1
+        if crop is not None:
+            top, left, size = crop_boxes(image.height, image.width, *scores["protocol"]["patches"])[crop]
+            image = image.crop((left, top, left + size, top + size))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         kind = "png" if max(image.size) < 100 else "jpeg"  # small pictures are cheap and suffer from JPEG
@@ -122,17 +135,30 @@ def _number(value, digits=4):
 
 
 def _pairs(index, model, max_pairs, pictures):
-    """The model's most similar pairs as JSON values."""
+    """The model's most similar pairs as JSON values, those with the most similar crops included."""
     nearest, scores = model.nearest, model.scores
-    order = sorted(range(len(nearest["file_name"])), key=lambda row: -nearest["similarity"][row])[:max_pairs]
+    chosen = {}
+    for key in ("similarity", "patch_similarity"):
+        if key in nearest:
+            order = sorted(range(len(nearest[key])), key=lambda row: -nearest[key][row])
+            chosen |= dict.fromkeys(order[:max_pairs])
+    order = sorted(chosen, key=lambda row: -nearest["similarity"][row])
     pairs = []
     for row in tqdm(order, desc=f"Pictures of {model.name}", leave=False):
         pair = {key: nearest[key][row] for key in ("file_name", "text", "seed", "nearest", "copy")}
         for key in ("similarity", "l2_ratio", "patch_similarity", "clip_score"):
             if key in nearest:
                 pair[key] = _number(nearest[key][row])
-        pair["image"] = pictures.add(scores["generated"], pair["file_name"])
-        pair["training"] = pictures.add(scores["train"], pair["nearest"])
+        pair["image"] = pictures.add(scores, "generated", pair["file_name"])
+        pair["training"] = pictures.add(scores, "train", pair["nearest"])
+        if "patch_nearest" in nearest:
+            near = nearest["patch_nearest"][row]
+            pair["patch"] = {
+                "image": pictures.add(scores, "generated", pair["file_name"], nearest["patch"][row]),
+                "training": pictures.add(scores, "train", near, nearest["patch_of_nearest"][row]),
+                "nearest": near,
+                "copy": nearest["patch_similarity"][row] > scores["patch_copy_similarity"],
+            }
         pairs.append(pair | {"model": index})
     return pairs
 
@@ -163,11 +189,11 @@ def _compare(scored, pictures):
             return []
         cells = []
         for model, row in drawn:
-            image = pictures.add(model.scores["generated"], model.nearest["file_name"][row])
+            image = pictures.add(model.scores, "generated", model.nearest["file_name"][row])
             similarity = _number(model.nearest["similarity"][row])
             cells.append({"model": model.name, "image": image, "similarity": similarity})
         first, row = drawn[0]
-        training = pictures.add(first.scores["train"], first.nearest["nearest"][row])
+        training = pictures.add(first.scores, "train", first.nearest["nearest"][row])
         compared.append({"text": key[0], "seed": key[1], "training": training, "cells": cells})
     return compared
 
@@ -179,10 +205,17 @@ def _compare_section(compare):
     return f'<h2>The models side by side</h2><p class="muted">{text}</p><div id="compare"></div>'
 
 
+def _training_sets(scored):
+    """How many different ones there are."""
+    return len({model.scores.get("train_hash", model.scores["train"]) for model in scored})
+
+
 def _lead(scored):
-    first = scored[0].scores
-    numbers = ", ".join(f"{model.scores['num_generated']:,} of {model.name}" for model in scored)
-    return f"Generated images: {numbers}; compared with {first['num_train']:,} training images."
+    numbers = [f"{model.scores['num_generated']:,} of {model.name}" for model in scored]
+    against = [f"compared with {model.scores['num_train']:,} training images" for model in scored]
+    if _training_sets(scored) == 1 and len(set(against)) == 1:
+        return f"Generated images: {', '.join(numbers)}; {against[0]}."
+    return f"Generated images: {'; '.join(', '.join(pair) for pair in zip(numbers, against, strict=True))}."
 
 
 def _verdict(verdict):
@@ -210,6 +243,7 @@ ROWS = (
     ("local copies: patch Sim Score ↓", "patch_sim_score", "{:.3f}".format),
     ("local copies: patch copy rate ↓", "patch_copy_rate", _share),
     ("patch Sim Score of training images among themselves", "train_train_patch_sim_score", "{:.3f}".format),
+    ("patch copy rate of training images among themselves", "train_train_patch_copy_rate", _share),
     ("CLIP score ↑", "clip_score", "{:.2f}".format),
     ("FID ↓", "fid", "{:.2f}".format),
     ("KID ↓", "kid", lambda value: f"{value[0]:.4f} ± {value[1]:.4f}"),
@@ -247,7 +281,7 @@ def _table(scored):
     return "".join(lines)
 
 
-def _notes(scored):
+def _notes(scored, num_missing):
     """What to know of the numbers, what could not be computed, and what was left out."""
     lines = []
     if any(model.scores["protocol"]["descriptor"] == "pixel" for model in scored):
@@ -257,6 +291,10 @@ def _notes(scored):
         )
     if len({json.dumps(model.scores["protocol"], sort_keys=True) for model in scored}) > 1:
         lines.append("These models were scored under different protocols: their numbers do not compare.")
+    if _training_sets(scored) > 1:
+        lines.append("These models were scored against different training sets: their numbers do not compare.")
+    if num_missing:
+        lines.append(f"{num_missing} pictures are no longer where they were when they were scored: grey squares.")
     notes = {}
     for model in scored:
         for note in model.scores["notes"]:

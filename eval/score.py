@@ -2,33 +2,31 @@
 computed is null, with the reason.
 """
 
-import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from ietagc_diffusers.config import UsageError
 from sscd import load_descriptor
 from sscd.descriptor import protocol_of
 
 from .clip_score import ClipScorer, clip_scores
-from .features import Embedded, Pixels, embed
+from .features import Pixels, SmallEdge, embed, first_of_each
 from .fid import SMALL, Inception, PooledPixels, frechet_distance, kernel_distance, load_inception
-from .memorized_quantity import NUM_NEIGHBOURS, memorization_ratio, memorized_quantity, ratio_of
+from .images import MIN_EDGE, load_images, unusable
+from .memorized_quantity import GU_RATIO, NUM_NEIGHBOURS, memorization_ratio, memorized_quantity, ratio_of
 from .neighbours import GIB, most_similar, nearest_l2, uses_faiss
-from .patches import PatchDescriptor, most_similar_crops
+from .patches import PatchDescriptor, patch_scores
 from .records import read_json, write_json
 from .similarity import bootstrap_interval, copy_rate, share_interval, sim_score
 
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"
 BACKGROUND_SAMPLES = 10_000
 MQ_PIXELS = 64
-ALWAYS_A_COPY = 0.999
+INT64 = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,8 @@ class Protocol:
         descriptor: see ``sscd.load_descriptor``.
         copy_similarity: over it an image is a copy; None is the descriptor's own.
         l2: ``iet-agc`` or ``paper``, for MQ. The Gu ratio comes with it.
-        pixels: side of the images whose l2 distances are measured; None is the generated images', at most 64.
+        pixels: side of the images whose l2 distances are measured; None is the small edge of most generated images, at
+            most 64.
         clip: open_clip's ``MODEL:TAG`` or ``MODEL:FILE``; None leaves the CLIP score out.
         clip_preprocess: ``own`` or ``dcr``; None follows ``name``.
         fid: ``inception``, ``inception:FILE``, ``pixel-8``, or ``none``.
@@ -79,6 +78,8 @@ class Tools:
 
     def __post_init__(self):
         p = self.protocol
+        if p.pixels is not None and p.pixels < MIN_EDGE:
+            raise UsageError(f"--pixels {p.pixels}: must be at least {MIN_EDGE}: a single pixel shows nothing")
         self.descriptor = load_descriptor(p.descriptor, p.name, p.device)
         kind, _, path = p.fid.partition(":")
         if kind == "inception":
@@ -106,7 +107,8 @@ class Tools:
 
     def extractors(self, pixels):
         """What is computed of every image of both sets."""
-        chosen = {"descriptor": self.descriptor, "pixels": pixels, "features": self.features, "patches": self.patches}
+        chosen = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
+        chosen |= {"features": self.features, "patches": self.patches}
         return {name: extractor for name, extractor in chosen.items() if extractor is not None}
 
     def search(self):
@@ -127,22 +129,35 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     Returns:
         The scores.
     """
-    pixels = Pixels(tools.protocol.pixels or min(MQ_PIXELS, _smallest_edge(generated)))
     options = {"cache": cache, "batch_size": tools.protocol.batch_size}
+    reasons, notes = {}, []
+    num_rows = len(generated) + len(training)
+    generated, training = generated.files(), training.files()
+    if num_again := num_rows - len(generated) - len(training):
+        notes.append(f"{num_again} rows name an image file that another row names: it counts once")
+    pixels = Pixels(tools.protocol.pixels or _common_edge(generated, options))
     extractors = tools.extractors(pixels)
     known = embed(training, extractors, desc="Describing training images", **options)
     first = first_of_each(known.features)
     clip = {"clip": tools.clip.images} if tools.clip is not None else {}
     made = embed(generated, extractors | clip, desc="Describing generated images", **options)
-    reasons, notes = {}, []
+    num_files = {side: len(x.kept) + len(unusable(x.skipped)) for side, x in (("generated", made), ("train", known))}
+    train_hash = known.content()
+    small, of_training = (int((x.features["edge"] < pixels.size).sum()) for x in (made, known))
+    if small or of_training:
+        notes.append(
+            f"{small} generated and {of_training} training images are smaller than the {pixels.size} pixels at which "
+            "l2 is measured: they are enlarged"
+        )
     num_duplicates = len(known.kept) - len(first)
-    distinct = {name: vectors[first] for name, vectors in known.features.items()}
+    distinct = known.select(first)
     if tools.protocol.distinct:
-        known = Embedded(distinct, [known.kept[i] for i in first], known.skipped)
+        known = distinct
     elif num_duplicates:
         notes.append(
             f"{num_duplicates} training images duplicate another exactly: their copies have two neighbours alike, "
-            "which Gu's ratio cannot see; --distinct counts each image once"
+            "which Gu's ratio cannot see, and among themselves they are as similar as can be, which the training "
+            "images' own Sim Score shows; --distinct counts each image once"
         )
     drawn, trained = generated.select(made.kept), training.select(known.kept)
     table, background = {}, {}
@@ -153,20 +168,23 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
         notes.append(f"{num_flat} generated images are of one colour: similar to nothing, as a broken model draws them")
     scores = _similarity(made, known, drawn, trained, tools, table, background, reasons, notes)
     scores |= _l2(made, known, tools, table, reasons, notes)
-    scores |= _patches(made, known, distinct.get("patches"), trained, tools, table, reasons)
+    scores |= patch_scores(made, known, distinct, trained, tools, table, reasons, notes)
     scores |= _clip(made, drawn, tools, table, reasons, notes)
     wanted = known
     if reference is not None and tools.features is not None:
-        wanted = embed(reference, {"features": tools.features}, desc="Describing reference images", **options)
+        wanted = embed(reference.files(), {"features": tools.features}, desc="Describing reference images", **options)
     scores |= _frechet(made, wanted, tools, reasons, notes)
     scores |= {
         "num_generated": len(drawn),
         "num_of_one_colour": num_flat,
         "num_train": len(trained),
         "num_train_duplicates": num_duplicates,
-        "protocol": _record(tools, pixels, known.features["descriptor"], reference),
+        "num_files": num_files,
+        "train_hash": train_hash,
+        "protocol": _record(tools, pixels, known.features, reference),
         "generated": str(Path(generated.source).resolve()) if Path(generated.source).exists() else generated.source,
         "train": str(Path(training.source).resolve()) if Path(training.source).exists() else training.source,
+        "columns": {"generated": generated.columns, "train": training.columns},
         "skipped": {"generated": made.skipped, "train": known.skipped},
         "reasons": reasons,
         "notes": notes,
@@ -177,15 +195,6 @@ def score(generated, training, output, tools, cache=None, reference=None, about=
     pq.write_table(pa.table(background), output / BACKGROUND)
     write_json(output / SCORES, scores)
     return scores
-
-
-def first_of_each(features):
-    """Rows of the first of each set of training images whose features are all the same."""
-    seen = {}
-    for index, vectors in enumerate(zip(*features.values(), strict=True)):
-        key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
-        seen.setdefault(key, index)
-    return list(seen.values())
 
 
 def load_scores(folder):
@@ -199,15 +208,16 @@ def load_scores(folder):
     return scores, *tables
 
 
-def _smallest_edge(images):
-    """The smallest side of any image, as the files' headers say."""
-    edges = []
-    for index in range(len(images)):
-        try:
-            edges.append(min(Image.open(io.BytesIO(images.encoded(index))).size))
-        except (ValueError, OSError):  # those are named when they are read
-            continue
-    return min(edges, default=MQ_PIXELS)
+def images_of(scores, side):
+    """The images of a side, ``generated`` or ``train``, loaded again."""
+    return load_images(scores[side], "--scores", **scores.get("columns", {}).get(side, {}))
+
+
+def _common_edge(images, options):
+    """The small edge that most images have, at most 64; of two equally frequent ones the smaller."""
+    edges = embed(images, {"edge": SmallEdge()}, desc="Measuring generated images", **options).features["edge"]
+    sizes, counts = edges.clamp(max=MQ_PIXELS).int().unique(return_counts=True)
+    return int(sizes[counts.argmax()])
 
 
 def _metadata_columns(images):
@@ -215,7 +225,7 @@ def _metadata_columns(images):
 
     def column(key, kind):
         values = [row.get(key) for row in images.rows]
-        return [value if isinstance(value, kind) and not isinstance(value, bool) else None for value in values]
+        return [value if type(value) is kind and (kind is str or value in INT64) else None for value in values]
 
     return {
         "file_name": images.names,
@@ -237,6 +247,7 @@ def _similarity(made, known, drawn, trained, tools, table, background, reasons, 
         "sim_score": sim_score(similarity),
         "sim_score_ci95": bootstrap_interval(similarity, sim_score),
         "sim_mean": similarity.mean().item(),
+        "sim_mean_ci95": bootstrap_interval(similarity, lambda x: x.mean()),
         "copy_rate": copy_rate(similarity, threshold),
         "copy_rate_ci95": share_interval(similarity > threshold),
         "num_copied_train": len(set(nearest[similarity > threshold].tolist())),
@@ -261,7 +272,8 @@ def _similarity(made, known, drawn, trained, tools, table, background, reasons, 
 
 def _l2(made, known, tools, table, reasons, notes):
     ours, theirs = made.features["pixels"], known.features["pixels"]
-    scores = dict.fromkeys(("memorized_quantity", "memorized_quantity_ci95", "memorization_ratio"))
+    names = ("memorized_quantity", "memorization_ratio")
+    scores = dict.fromkeys((*names, *(f"{name}_ci95" for name in names)))
     if len(theirs) < 2:
         return scores | _because(reasons, scores, "needs two training images")
     if len(theirs) < NUM_NEIGHBOURS:
@@ -277,6 +289,7 @@ def _l2(made, known, tools, table, reasons, notes):
         "memorized_quantity": quantity,
         "memorized_quantity_ci95": intervals,
         "memorization_ratio": memorization_ratio(gu),
+        "memorization_ratio_ci95": share_interval(gu < GU_RATIO),
     }
 
 
@@ -285,40 +298,20 @@ def _because(reasons, scores, why):
     return {}
 
 
-def _patches(made, known, distinct, trained, tools, table, reasons):
-    scores = dict.fromkeys(("patch_sim_score", "patch_copy_rate", "train_train_patch_sim_score"))
-    if tools.patches is None:
-        return scores | _because(reasons, scores, "not asked for: give --patches")
-    ours, theirs = made.features["patches"], known.features["patches"]
-    similarity, nearest, box, their_box = most_similar_crops(ours, theirs, tools.patches, **tools.search())
-    table["patch_similarity"] = similarity.tolist()
-    table["patch_nearest"] = [trained.names[i] for i in nearest]
-    table["patch"], table["patch_of_nearest"] = box.tolist(), their_box.tolist()
-    scores["patch_sim_score"] = sim_score(similarity)
-    threshold = tools.copy_similarity
-    if len(distinct) < 2:
-        reasons["train_train_patch_sim_score"] = "needs two different training images"
-    else:
-        among = most_similar_crops(distinct, distinct, tools.patches, same=True, **tools.search())[0]
-        scores["train_train_patch_sim_score"] = sim_score(among)
-        # Crops of unrelated images are more alike than the images: a copy must also exceed the training set's own 95%,
-        # exact duplicates aside. An exact copy is always one, whatever rounding makes of its similarity.
-        threshold = min(max(threshold, sim_score(among)), ALWAYS_A_COPY)
-    scores["patch_copy_similarity"] = threshold
-    scores["patch_copy_rate"] = copy_rate(similarity, threshold)
-    scores["patch_copy_rate_ci95"] = share_interval(similarity > threshold)
-    return scores
-
-
 def _clip(made, drawn, tools, table, reasons, notes):
     if tools.clip is None:
-        reasons["clip_score"] = "not asked for: give --clip ViT-B-16:openai, which downloads 600 MB, or ViT-B-16:FILE"
+        reasons["clip_score"] = (
+            "not asked for: give --clip ViT-B-16:openai, which downloads 600 MB, or ViT-B-16-quickgelu:FILE with "
+            "OpenAI's weights"
+        )
         return {"clip_score": None, "clip_score_ci95": None}
     if not all(drawn.texts):
         missing = next(name for name, text in zip(drawn.names, drawn.texts, strict=True) if not text)
         number = sum(not text for text in drawn.texts)
         reasons["clip_score"] = f"{number} images have no prompt in a metadata.jsonl: {missing} first"
         return {"clip_score": None, "clip_score_ci95": None}
+    if tools.clip.note:
+        notes.append(tools.clip.note)
     vectors, num_longer = tools.clip.texts(drawn.texts)
     if num_longer:
         notes.append(f"{num_longer} prompts have more tokens than CLIP reads: the rest of them does not count")
@@ -353,15 +346,23 @@ def _frechet(made, wanted, tools, reasons, notes):
     return scores | {"frechet_distance": distance, "kernel_distance": kernel}
 
 
-def _record(tools, pixels, vectors, reference):
+def _record(tools, pixels, features, reference):
     protocol = tools.protocol
+    searched = {"descriptor": features["descriptor"], "l2": features["pixels"]}
+    if tools.patches is not None:
+        searched["patches"] = tools.patches.crops(features["patches"])
+    searches = {
+        name: "faiss" if uses_faiss(protocol.index, vectors, protocol.max_memory) else "exact"
+        for name, vectors in searched.items()
+    }
     return {
         "name": tools.protocol_name,
         **tools.descriptor.identity,
         "copy_similarity": tools.copy_similarity,
-        "neighbours": "faiss" if uses_faiss(protocol.index, vectors, protocol.max_memory) else "exact",
+        "neighbours": searches["descriptor"],
+        "searches": searches,
         "l2": protocol.l2,
-        "l2_neighbours": min(NUM_NEIGHBOURS, len(vectors)),
+        "l2_neighbours": min(NUM_NEIGHBOURS, len(features["pixels"])),
         "l2_pixels": pixels.size,
         "clip": None if tools.clip is None else tools.clip.record,
         "frechet": None if tools.features is None else {"features": tools.features.name, **tools.features.identity},

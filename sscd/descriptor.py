@@ -100,8 +100,15 @@ def load_descriptor(path_or_name="auto", protocol=None, device="cpu"):
     if path_or_name == "pixel":
         return pixel_descriptor()
     if path_or_name in CHECKPOINTS:
-        path = _local_file(path_or_name) or _download(path_or_name)
-        return _from_file(path, path_or_name, preprocess, device, known=True)
+        found = _local_file(path_or_name)
+        path = found or _download(path_or_name)
+        try:
+            return _from_file(path, path_or_name, preprocess, device, known=True)
+        except DescriptorError as error:
+            if found is not None:
+                raise
+            path.unlink()
+            raise DescriptorError(f"{error}; the download was removed") from error
     path = Path(path_or_name)
     if not path.is_file():
         near = get_close_matches(path_or_name, ["pixel", "auto", *CHECKPOINTS], 1)
@@ -145,11 +152,13 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hash_file(path):
+    return path.with_name(path.name + ".sha256")
+
+
 def _checked_hash(path):
-    """The file's SHA-256, which must be the one in ``<file>.sha256`` beside it. That is written at the file's first
-    use, since its publisher names none.
-    """
-    found, beside = file_hash(path), path.with_name(path.name + ".sha256")
+    """The file's SHA-256, which must be the one in ``<file>.sha256`` beside it if that is there."""
+    found, beside = file_hash(path), _hash_file(path)
     if beside.is_file():
         recorded = beside.read_text().split()[0] if beside.read_text().strip() else ""
         if recorded != found:
@@ -157,11 +166,16 @@ def _checked_hash(path):
                 f"{path}: its SHA-256 is {found}, but {beside.name} says {recorded}: the file changed or is damaged; "
                 f"get it anew, or remove {beside.name} if the change was meant"
             )
-    elif os.access(path.parent, os.W_OK):
-        part = beside.with_suffix(f".{os.getpid()}.part")
-        part.write_text(f"{found}  {path.name}\n")
-        part.replace(beside)
     return found
+
+
+def _record_hash(path, sha256):
+    """Write ``<file>.sha256`` at the first use of a file that works, since its publisher names no hash."""
+    beside = _hash_file(path)
+    if not beside.is_file() and os.access(path.parent, os.W_OK):
+        part = beside.with_suffix(f".{os.getpid()}.part")
+        part.write_text(f"{sha256}  {path.name}\n")
+        part.replace(beside)
 
 
 def _from_file(path, name, preprocess, device, known=False):
@@ -175,6 +189,8 @@ def _from_file(path, name, preprocess, device, known=False):
         name, transform, network, SSCD_COPY, {"preprocess": preprocess, "sha256": sha256}, str(device)
     )
     _try_out(descriptor, path, CHECKPOINTS.get(name))
+    if known:
+        _record_hash(path, sha256)
     return descriptor
 
 

@@ -1,5 +1,6 @@
 """The report's script in a real browser, where there is one."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -25,7 +26,8 @@ def report(tmp_path_factory):
     for number, name in enumerate(("copying", "fresh")):
         images = load_images(training if number == 0 else write_folder(folder / name, 60, seed=5), "--x")
         images.rows = [row | {"seed": seed} for seed, row in enumerate(images.rows)]
-        score(images, load_images(training, "--x"), folder / f"scores-{name}", Tools(Protocol(descriptor="pixel")))
+        tools = Tools(Protocol(descriptor="pixel", patches=name == "fresh"))
+        score(images, load_images(training, "--x"), folder / f"scores-{name}", tools)
         scored.append(Scored.load(folder / f"scores-{name}", name))
     return write_report(scored, folder / "report.html")
 
@@ -60,6 +62,22 @@ def test_the_most_similar_pairs_are_shown_first_and_more_on_demand(report, tmp_p
     more = "document.getElementById('more').click(); document.getElementById('more').click();"
     assert len(cards(dom(report, tmp_path, more))) == 120
     assert len(re.findall(r'class="strip"', text)) == 24
+
+
+def test_crops_are_shown_where_they_were_compared(report, tmp_path):
+    text = dom(report, tmp_path, choose("model", 1) + choose("sort", "patch_similarity down") + CHANGED)
+    assert text.count('class="two crops') == 48 and "most similar crop, of 0" in text
+
+
+def test_many_models_side_by_side_do_not_widen_a_phone_s_page(report, tmp_path):
+    wide = tmp_path / "wide.html"
+    start, data, end = re.split(r'(?s)(?<=id="data">)(.*?)(?=</script>)', report.read_text(), maxsplit=1)
+    values = json.loads(data)
+    for row in values["compare"]:
+        row["cells"] *= 4
+    wide.write_text(start + json.dumps(values).replace("<", "\\u003c") + end)
+    script = "document.body.style.width = '360px'; document.title = 'width ' + document.body.scrollWidth;"
+    assert "<title>width 360</title>" in dom(wide, tmp_path, script)
 
 
 def test_pairs_are_filtered_and_sorted(report, tmp_path):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_folder
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from eval.features import FeatureCache, Pixels, embed
-from eval.images import load_images, to_rgb, to_tensor
+from eval.images import load_images, to_rgb, to_tensor, unusable
 from eval.prompts import caption_prompts, choose, read_prompts
 from ietagc_diffusers.config import UsageError
 from sscd import Descriptor, pixel_descriptor
@@ -73,6 +73,78 @@ def test_a_mixed_folder_is_read_and_what_is_bad_is_named(mixed):
     assert images.texts[0] == "an a" and images.captions() == [(0, "an a")]
 
 
+def write_rows(folder, rows):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_should_have_been_an_image_is_told_from_notes(mixed):
+    (mixed / "photo.heic").write_text("hello")
+    (mixed / "metadata.csv").write_text("file_name,text\nc.webp,other\n")
+    images = load_images(mixed, "--train")
+    assert {"notes.txt", "metadata.csv", "photo.heic"} <= dict(images.skipped).keys()
+    assert [name for name, _ in unusable(images.skipped)] == [
+        "metadata.jsonl row 2",
+        "metadata.jsonl row 3",
+        "photo.heic",
+    ]
+    assert images.texts == ["an a", *[None] * (len(images) - 1)]  # one metadata file a folder
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".avif", ".jp2", ".ppm"])
+def test_whatever_pil_opens_is_an_image_and_no_video_or_document_is(tmp_path, suffix):
+    noise().save(tmp_path / f"a{suffix}")
+    for other in (".pdf", ".eps", ".mpg", ".h5", ".wmf"):
+        (tmp_path / f"b{other}").write_text("no image")
+    images = load_images(tmp_path, "--train")
+    assert images.names == [f"a{suffix}"] and images.image(0).size == (30, 20) and not unusable(images.skipped)
+
+
+@pytest.mark.parametrize("name", ["a\u00a0b", "at 9.41\u202fAM", "\u3000", "👩\u200d🎨"])
+def test_every_name_that_is_text_is_read(tmp_path, name):
+    noise().save(tmp_path / f"{name}.png")
+    assert load_images(tmp_path, "--train").names == [f"{name}.png"]
+
+
+def test_an_image_is_one_file_however_many_rows_name_it(tmp_path):
+    folder = write_folder(tmp_path / "images", 3)
+    names = ["001_0.png", "000_0.png", "./001_0.png"]
+    write_rows(folder, [{"file_name": name, "text": f"caption {n}"} for n, name in enumerate(names)])
+    images = load_images(folder, "--train")
+    files = images.files()
+    assert files.names == ["001_0.png", "000_0.png", "002_0.png"] and files.texts[0] == "caption 0"
+    assert [row.get("sample_id") for row in files.rows] == [0, 1, None]
+    assert [(p.text, p.sample_id) for p in caption_prompts(images, "--train")] == [
+        (f"caption {n}", n) for n in range(3)
+    ]
+
+
+def test_odd_rows_are_named_and_odd_captions_can_be_written(tmp_path):
+    folder = write_folder(tmp_path / "images", 2)
+    noise().save(tmp_path / "outside.png")
+    odd = ["x" * 5000 + ".png", "../outside.png", str(tmp_path / "outside.png"), "\ud800.png", "a\0.png"]
+    write_rows(folder, [{"file_name": "000_0.png", "text": "half \ud83d"}, *({"file_name": name} for name in odd)])
+    images = load_images(folder, "--train")
+    assert images.names == ["000_0.png", "001_0.png"] and images.texts[0] == "half ?"
+    assert len(images.skipped) == len(odd)
+    assert all(len(why) < 300 and why.encode() for _, why in images.skipped)
+
+
+def test_a_row_may_name_a_file_of_any_suffix_once(tmp_path):
+    folder = write_folder(tmp_path / "images", 1)
+    noise().save(folder / "good.data", format="png")
+    (folder / "notes.txt").write_text("no image")
+    write_rows(folder, [{"file_name": name} for name in ("good.data", "notes.txt")])
+    made = embed(load_images(folder, "--train"), {"pixel": pixel_descriptor()})
+    assert len(made.kept) == 2 and [name for name, _ in made.skipped] == ["notes.txt"]
+
+
+def test_images_of_one_pixel_are_skipped_and_named(tmp_path):
+    folder = write_folder(tmp_path / "images", 1)
+    Image.new("RGB", (1, 5)).save(folder / "dot.png")
+    made = embed(load_images(folder, "--train"), {"pixel": pixel_descriptor()})
+    assert len(made.kept) == 1 and made.skipped == [["dot.png", "is 1 x 5: too small to compare"]]
+
+
 def test_rows_are_numbered_as_in_the_training_set(tmp_path):
     folder = write_folder(tmp_path / "images", 5)
     names = ["003_0.png", "001_0.png", "003_0.png", "000_0.png"]
@@ -115,6 +187,18 @@ def test_datasets_and_folders_give_the_same_images(pictures, tmp_path):
         assert all(images.image(i).tobytes() == folder.image(i).tobytes() for i in range(len(folder)))
     with pytest.raises(UsageError, match="no column 'picture'"):
         load_images(tmp_path / "disk", "--train", image_column="picture")
+
+
+def test_of_several_splits_that_were_saved_the_training_one_is_read(pictures, tmp_path):
+    rows = [{"image": {"bytes": path.read_bytes(), "path": None}} for path in sorted(pictures.glob("*.png"))[:5]]
+    saved = Dataset.from_list(rows, features=Features({"image": ImageFeature()}))
+    part = saved.select(range(2))
+    for name, splits, length in (("a", {"train": saved, "test": part}, 5), ("b", {"test": part}, 2)):
+        DatasetDict(splits).save_to_disk(str(tmp_path / name))
+        assert len(load_images(tmp_path / name, "--train")) == length
+    DatasetDict({"x": saved, "y": part}).save_to_disk(str(tmp_path / "c"))
+    with pytest.raises(UsageError, match=r"--train .*no split train.*x, y"):
+        load_images(tmp_path / "c", "--train")
 
 
 class Counting:

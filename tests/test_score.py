@@ -6,20 +6,24 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_folder
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from eval.__main__ import main
 from eval.audit import Limits, judge, write_card
-from eval.images import load_images
+from eval.images import NO_IMAGE, load_images
 from eval.report import Scored, write_report
 from eval.score import Protocol, Tools, load_scores, score
 from eval.similarity import share_interval
 from ietagc_diffusers.config import UsageError
+from sscd import pixel_descriptor
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
 KEYS = {
@@ -148,8 +152,9 @@ def test_odd_metadata_costs_no_scores(fresh, training, tmp_path):
     folder = tmp_path / "odd"
     shutil.copytree(fresh, folder)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    rows[0] |= {"seed": "three", "mitigation": 4, "sample_id": [1]}
-    rows[1] |= {"seed": 3}
+    rows[0] |= {"seed": "three", "mitigation": 4, "sample_id": [1], "text": "half \ud83d"}
+    rows[1] |= {"seed": 3, "mitigation": "\ud83d"}
+    rows[2] |= {"seed": 2**63, "sample_id": -(2**70)}
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(folder / "000_0.png", os.fsencode(folder) + b"/caf\xe9.png")
     scores = scored(folder, training, tmp_path / "s")
@@ -158,10 +163,43 @@ def test_odd_metadata_costs_no_scores(fresh, training, tmp_path):
     assert scores["skipped"]["generated"] == [["caf\\udce9.png", "has a name that is no text"]]
 
 
-def test_the_size_for_l2_does_not_depend_on_which_image_comes_first(training, tmp_path):
+def test_the_size_for_l2_is_that_of_most_generated_images_whatever_else_lies_there(training, tmp_path):
     sizes = write_folder(tmp_path / "sizes", 3, size=40)
-    Image.new("RGB", (12, 30), "red").save(sizes / "zzz.png")
-    assert scored(sizes, training, tmp_path / "s")["protocol"]["l2_pixels"] == 12
+    Image.new("RGB", (12, 30), "red").save(sizes / "000-small.png")
+    for number in range(5):
+        Image.new("RGB", (4, 4)).save(sizes / f"broken-{number}.png")
+        (sizes / f"broken-{number}.png").write_bytes((sizes / f"broken-{number}.png").read_bytes()[:45])
+    scores = scored(sizes, training, tmp_path / "s")
+    assert scores["protocol"]["l2_pixels"] == 40 and len(scores["skipped"]["generated"]) == 5
+    assert any("1 generated and 63 training images are smaller than the 40 pixels" in x for x in scores["notes"])
+
+
+def test_large_images_of_any_sizes_are_compared_at_64_pixels(training, tmp_path):
+    (tmp_path / "large").mkdir()
+    for size in (12, 70, 80, 90):
+        Image.new("RGB", (size, size + 1)).save(tmp_path / "large" / f"{size}.png")
+    assert scored(tmp_path / "large", training, tmp_path / "s")["protocol"]["l2_pixels"] == 64
+
+
+def test_rows_that_name_one_file_are_one_training_image(training, fresh, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(fresh, again)
+    rows = [json.loads(line) for line in (again / "metadata.jsonl").read_text().splitlines()]
+    (again / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 5))
+    scores, once = scored(training, again, tmp_path / "a"), scored(training, fresh, tmp_path / "b")
+    assert scores["num_train"] == 12 and any("48 rows name" in note for note in scores["notes"])
+    assert scores["train_train_sim_score"] == once["train_train_sim_score"] < 0.9
+    assert scores["train_hash"] == once["train_hash"]
+
+
+def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatch):
+    def few(index, references, max_memory):
+        return len(references) > 500
+
+    monkeypatch.setattr("eval.score.uses_faiss", few)
+    protocol = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))["protocol"]
+    assert protocol["searches"] == {"descriptor": "exact", "l2": "exact", "patches": "faiss"}
+    assert protocol["neighbours"] == "exact"
 
 
 def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monkeypatch):
@@ -180,6 +218,40 @@ def test_local_copies_are_reported_apart(training, fresh, tmp_path):
     assert scores["patch_sim_score"] is not None and scores["copy_rate"] == 0
     assert scores["patch_copy_similarity"] >= scores["train_train_patch_sim_score"] - 1e-9
     assert {"patch_nearest", "patch"} <= load_scores(tmp_path)[1].keys()
+
+
+def smooth(folder, number, seed):
+    """Pictures whose crops resemble one another, as those of photographs do."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for index in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_innocent_images_hold_no_local_copies(tmp_path):
+    known, made = smooth(tmp_path / "training", 200, 0), smooth(tmp_path / "made", 200, 1)
+    scores = scored(made, known, tmp_path / "s", Protocol(descriptor="pixel", patches=True, copy_similarity=0.5))
+    assert scores["patch_copy_rate"] <= 0.01 and scores["train_train_patch_copy_rate"] <= 0.005
+    assert 0.5 < scores["patch_copy_similarity"] < 0.999
+
+
+def test_what_is_to_be_known_of_a_clip_is_noted(training, fresh, tmp_path):
+    assert "ViT-B-16-quickgelu:FILE" in scored(fresh, training, tmp_path)["reasons"]["clip_score"]
+    tools = Tools(PIXEL)
+    tools.clip = SimpleNamespace(
+        images=pixel_descriptor(), texts=lambda texts: (torch.rand(len(texts), 768), 0), note="a note", record={}
+    )
+    scores = score(load_images(fresh, "--x"), load_images(training, "--x"), tmp_path, tools)
+    assert "a note" in scores["notes"] and scores["clip_score"] is not None
+
+
+def test_intervals_hold_their_numbers(training, fresh, tmp_path):
+    scores = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))
+    for key in ("sim_mean", "memorization_ratio", "patch_sim_score"):
+        low, high = scores[f"{key}_ci95"]
+        assert low <= scores[key] <= high and low < high
 
 
 def test_the_score_command_keeps_features_and_reads_another_reference(training, fresh, tmp_path, capsys):
@@ -202,6 +274,10 @@ def test_the_score_command_keeps_features_and_reads_another_reference(training, 
         (["--protocol", "drc"], "protocol drc"),
         (["--clip", "ViT-Q:openai"], "--clip ViT-Q:openai"),
         (["--max_memory", "0"], "--max_memory 0"),
+        (["--max_memory", "inf"], "--max_memory inf"),
+        (["--pixels", "1"], "--pixels 1: must be at least 2"),
+        (["--output", __file__], "is a file; give a folder"),
+        (["--output", f"{__file__}/scores"], "is a file; give a folder"),
         (["--reference", "nowhere"], "--reference nowhere"),
     ],
 )
@@ -290,19 +366,73 @@ def test_pictures_that_are_gone_leave_a_gap_and_no_error(training, fresh, tmp_pa
     check_page(write_report([Scored.load(tmp_path / "s")], tmp_path / "report.html"))
 
 
-def test_the_report_command_names_what_is_missing(tmp_path, capsys):
+def test_the_report_command_names_what_is_missing(training, fresh, tmp_path, capsys):
     assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "r.html")]) == 2
     assert "scores.json" in capsys.readouterr().err
+    scored(fresh, training, tmp_path / "s")
+    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path}: is a folder; give a file" in capsys.readouterr().err
 
 
-def scores_of(copies, n, sim=0.4, flat=0, skipped=0, descriptor="sscd_disc_mixup"):
+def test_pairs_that_share_crops_alone_are_shown_with_their_crops(training, tmp_path):
+    """One generated image resembles a training image, the other holds a quarter of another one."""
+    made = tmp_path / "made"
+    made.mkdir()
+    near, copied = (Image.open(training / name) for name in ("010_0.png", "011_0.png"))
+    image = Image.fromarray(np.random.default_rng(100).integers(0, 256, (20, 23, 3), dtype=np.uint8))
+    Image.blend(near, image, 0.3).save(made / "near.png")
+    image.paste(copied.crop((0, 0, 10, 10)), (13, 10))
+    image.save(made / "part.png")
+    scored(made, training, tmp_path / "s", Protocol(descriptor="pixel", patches=True))
+    data = check_page(write_report([Scored.load(tmp_path / "s", "mine")], tmp_path / "report.html", max_pairs=1))
+    near, part = data["pairs"]
+    assert (near["file_name"], near["nearest"]) == ("near.png", "010_0.png")
+    assert not part["copy"] and part["patch"]["copy"] and part["patch"]["nearest"] == "011_0.png" != part["nearest"]
+    crops = [data["images"][part["patch"][key]] for key in ("image", "training")]
+    assert crops[0] == crops[1] and crops[0]["side"] == 10 and "the 1 with the most similar crops" in data["count"]
+
+
+def test_a_report_finds_images_in_columns_of_other_names_and_counts_those_that_are_gone(fresh, tmp_path):
+    rows = [{"picture": {"bytes": path.read_bytes(), "path": None}} for path in sorted(fresh.glob("*.png"))]
+    saved = tmp_path / "saved"
+    Dataset.from_list(rows, features=Features({"picture": ImageFeature()})).save_to_disk(str(saved))
+    gone = tmp_path / "gone"
+    shutil.copytree(fresh, gone)
+    known = load_images(saved, "--train", image_column="picture")
+    score(load_images(gone, "--generated"), known, tmp_path / "s", Tools(PIXEL))
+    model = Scored.load(tmp_path / "s", "mine")
+    assert "grey squares" not in write_report([model], tmp_path / "a.html").read_text()
+    (gone / "000_0.png").unlink()
+    assert "1 pictures are no longer where they were" in write_report([model], tmp_path / "b.html").read_text()
+
+
+def test_models_of_different_training_sets_are_told_apart(training, fresh, tmp_path):
+    shutil.copytree(training, tmp_path / "same")
+    for name, known in (("a", training), ("b", tmp_path / "same"), ("c", fresh)):
+        scored(fresh, known, tmp_path / name)
+    a, b, c = (Scored.load(tmp_path / name) for name in "abc")
+    same = write_report([a, b], tmp_path / "same.html").read_text()
+    assert "12 of a, 12 of b; compared with 63 training images." in same and "different training sets" not in same
+    other = write_report([a, c], tmp_path / "other.html").read_text()
+    assert "12 of a, compared with 63 training images; 12 of c, compared with 12 training images." in other
+    assert "scored against different training sets" in other
+
+
+def scores_of(copies, n, sim=0.4, flat=0, skipped=0, unread=0, notes=0, local=0, descriptor="sscd_disc_mixup"):
+    """Scores of ``n`` images and 100 training files, of which ``unread`` cannot be read."""
     return {
+        "patch_copy_rate": local / n,
+        "patch_copy_rate_ci95": share_interval(np.arange(n) < local),
+        "num_files": {"generated": n + skipped, "train": 100},
         "copy_rate": copies / n,
         "copy_rate_ci95": share_interval(np.arange(n) < copies),
         "num_generated": n,
         "sim_score": sim,
         "num_of_one_colour": flat,
-        "skipped": {"generated": [["x", "y"]] * skipped, "train": []},
+        "skipped": {
+            "generated": [["x", "y"]] * skipped,
+            "train": [["x", "y"]] * unread + [["x", NO_IMAGE]] * notes,
+        },
         "protocol": {"descriptor": descriptor, "copy_similarity": 0.5},
     }
 
@@ -317,6 +447,12 @@ def scores_of(copies, n, sim=0.4, flat=0, skipped=0, descriptor="sscd_disc_mixup
         (scores_of(0, 100, flat=6), Limits(0.01), 3, "6 images are of one colour"),
         (scores_of(0, 100, flat=2, skipped=2), Limits(0.01), 0, "Passed"),
         (scores_of(0, 90, skipped=10), Limits(0.01), 3, "the model is broken"),
+        (scores_of(0, 100, unread=60), Limits(0.01), 3, "so many training images cannot be read"),
+        (scores_of(0, 100, unread=60), Limits(0.01), 3, "Left out, since they cannot be read: 60 of 100 training"),
+        (scores_of(0, 99, skipped=1, unread=5), Limits(0.01), 0, "read: 1 of 100 generated images, 5 of 100 training"),
+        (scores_of(0, 500, notes=60), Limits(0.01), 0, "limit 1.0%."),
+        (scores_of(0, 100, local=3), Limits(0.01, patch_copy_rate=0.02), 3, "3 of 100 images hold local copies: 3.0%"),
+        (scores_of(0, 100, local=3), Limits(0.01), 0, "Passed"),
         (scores_of(0, 1000, 0.6), Limits(0.01, 0.5), 3, "Sim Score 0.600, limit 0.500"),
         (scores_of(50, 100), Limits(None, 0.5), 0, "0.5: Sim Score"),
         (scores_of(0, 50), Limits(0.0), 0, "Passed"),
@@ -370,6 +506,44 @@ def test_the_card_carries_the_last_audit(tmp_path):
     assert (tmp_path / "new" / "README.md").read_text().startswith("<!-- memorization audit -->\n## only\n")
     with pytest.raises(UsageError, match="is no folder"):
         write_card("owner/model", "")
+
+
+def test_audit_measures_the_distance_to_the_reference_and_limits_local_copies(audited, fresh, tmp_path):
+    flags, output, _ = audited
+    flags = [*flags, "--output", str(tmp_path), "--reference", str(fresh), "--patches", "--max_patch_copy_rate", "0.5"]
+    shutil.copytree(output / "images", tmp_path / "images")
+    assert main(flags) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["protocol"]["frechet_reference"] == str(fresh)
+    assert "hold local copies" in (tmp_path / "summary.md").read_text()
+
+
+def test_audit_says_what_it_left_out_and_fails_if_that_is_much(audited, training, tmp_path, capsys):
+    flags, output, _ = audited
+    shutil.copytree(training, tmp_path / "training")
+    for path in sorted((tmp_path / "training").glob("*.png"))[20:]:
+        path.write_bytes(path.read_bytes()[:60])
+    (tmp_path / "training" / "notes.txt").write_text("no image")
+    shutil.copytree(output / "images", tmp_path / "out" / "images")
+    assert main([*flags, "--train", str(tmp_path / "training"), "--output", str(tmp_path / "out")]) == 3
+    assert "43 of 63 training images" in capsys.readouterr().out
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "44 training files were left out, 1 of them no images." in summary
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--card", "--model", "owner/model"], "--card: owner/model is no folder"),
+        (["--output", __file__], "is a file; give a folder"),
+        (["--max_patch_copy_rate", "0.1"], "add --patches"),
+        (["--reference", "nowhere"], "--reference nowhere"),
+    ],
+)
+def test_wrong_use_of_audit_is_told_before_it_draws(audited, tmp_path, capsys, more, message):
+    flags, _, _ = audited
+    assert main([*flags, "--output", str(tmp_path / "out"), *more]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["--max_copy_rate", "--max_sim_score", "--copy_similarity"])

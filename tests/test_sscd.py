@@ -1,5 +1,7 @@
 """Descriptors are unit vectors of named networks and preprocessings, and a wrong file is told from a right one."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,18 @@ def test_a_file_that_changed_is_refused(checkpoint, monkeypatch, tmp_path):
     checkpoint(scale=2.0)
     with pytest.raises(DescriptorError, match="the file changed"):
         load_descriptor("sscd_disc_mixup")
+
+
+def test_a_download_that_does_not_load_is_removed_and_never_recorded(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.delenv("SSCD_HOME", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    good = checkpoint().read_bytes()
+    downloads = [b"<html>Forbidden</html>", good]
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, to, **__: Path(to).write_bytes(downloads.pop(0)))
+    with pytest.raises(DescriptorError, match=r"not a TorchScript file.*the download was removed"):
+        load_descriptor("sscd_disc_mixup")
+    assert not list((tmp_path / "hub").rglob("sscd*"))
+    assert load_descriptor("sscd_disc_mixup").name == "sscd_disc_mixup"
 
 
 @pytest.mark.parametrize(
