@@ -10,6 +10,7 @@ from pathlib import Path
 from ietagc_diffusers.config import UsageError
 
 COLUMNS = ("text", "prompt", "caption")
+LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True)
@@ -23,34 +24,64 @@ class Prompt:
 
 def read_prompts(path, flag="--prompts"):
     """The prompts of a file: ``.txt`` (one a line), ``.csv``/``.tsv`` (any delimiter) or ``.jsonl``/``.json``
-    (a list of objects or strings) with a column ``text``, ``prompt`` or ``caption``, in any case.
+    (a list of objects or strings) with a column ``text``, ``prompt`` or ``caption``, in any case. A ``.json`` may also
+    be captions by name, ``{name: caption or [captions]}``, of which each name's first is taken.
 
     Raises:
         UsageError: naming the row that has no prompt.
     """
+    rows = _rows(path, flag)
+    return [Prompt(_prompt_of(row, f"{flag} {path}: row {number}")) for number, row in enumerate(rows, 1)]
+
+
+def read_labels(path, flag="--prompts"):
+    """Whether each prompt of a file is memorized, as its column ``memorized`` says: N bool, or None if it says nothing.
+
+    Raises:
+        UsageError: naming the first row without a label, if others have one.
+    """
+    found = [_label_of(row, f"{flag} {path}: row {number}") for number, row in enumerate(_rows(path, flag), 1)]
+    if set(found) == {None}:
+        return None
+    if None in found:
+        raise UsageError(f"{flag} {path}: row {found.index(None) + 1}: memorized is empty, but other rows have a label")
+    return found
+
+
+def _rows(path, flag):
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{flag} {path}: no such file")
+    suffix = path.suffix.lower()
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".jsonl", ".json"):
-            rows = _json_rows(text, path.suffix)
-        elif path.suffix in (".csv", ".tsv"):
+        if suffix == ".json":
+            rows = _json_rows(json.loads(text))
+        elif suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        elif suffix in (".csv", ".tsv"):
             rows = _csv_rows(text)
         else:
             rows = [line for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{flag} {path}: does not parse: {error}") from error
-    prompts = [Prompt(_prompt_of(row, f"{flag} {path}: row {number}")) for number, row in enumerate(rows, 1)]
-    if not prompts:
+    if not rows:
         raise UsageError(f"{flag} {path}: holds no prompts")
-    return prompts
+    return rows
 
 
-def _json_rows(text, suffix):
-    if suffix == ".json":
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+def _json_rows(value):
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"should be a list or an object of captions by name, is {json.dumps(value)[:80]}")
+    rows = []
+    for name, captions in value.items():
+        first = captions[0] if isinstance(captions, list) and captions else captions
+        if not isinstance(first, str):
+            raise ValueError(f"{name}: should be a caption or a list of captions, is {json.dumps(captions)[:80]}")
+        rows.append(first)
+    return rows
 
 
 def _csv_rows(text):
@@ -68,12 +99,24 @@ def _prompt_of(row, where):
         return row
     if not isinstance(row, dict):
         raise UsageError(f"{where}: should be a string or an object, is {json.dumps(row)[:80]}")
-    lower = {str(key).lower(): value for key, value in row.items()}
+    lower = _by_lower_case(row)
     for column in COLUMNS:
         value = lower.get(column)
         if isinstance(value, str) and value.strip():
             return value
     raise UsageError(f"{where}: has no text in a column {' or '.join(COLUMNS)}, only {', '.join(lower) or 'nothing'}")
+
+
+def _label_of(row, where):
+    value = _by_lower_case(row).get("memorized") if isinstance(row, dict) else None
+    text = "" if value is None else str(value).strip().lower()
+    if text and text not in LABELS:
+        raise UsageError(f"{where}: memorized {value!r}: must be true or false, 1 or 0, yes or no")
+    return LABELS.get(text)
+
+
+def _by_lower_case(row):
+    return {str(key).lower(): value for key, value in row.items()}
 
 
 def caption_prompts(images, flag):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from eval.features import FeatureCache, Pixels, embed
 from eval.images import load_images, to_rgb, to_tensor, unusable
-from eval.prompts import caption_prompts, choose, read_prompts
+from eval.prompts import caption_prompts, choose, read_labels, read_prompts
 from ietagc_diffusers.config import UsageError
 from sscd import Descriptor, pixel_descriptor
 
@@ -317,6 +317,9 @@ def test_pixels_are_the_centre_of_the_image_at_one_size():
         ("p.jsonl", '{"caption": "a cat"}\n{"text": "a dog, big"}\n'),
         ("p.json", '["a cat", {"prompt": "a dog, big"}]'),
         ("p.csv", 'prompt\na cat\n"a dog, big"\n'),
+        ("p.json", '{"1.png": "a cat", "2.png": ["a dog, big", "a dog"]}'),
+        ("P.JSONL", '{"caption": "a cat"}\n{"text": "a dog, big"}\n'),
+        ("P.CSV", 'prompt\na cat\n"a dog, big"\n'),
     ],
 )
 def test_prompts_of_every_kind_of_file(tmp_path, name, text):
@@ -332,6 +335,11 @@ def test_prompts_of_every_kind_of_file(tmp_path, name, text):
         ("p.jsonl", "{", "does not parse"),
         ("p.csv", "text\n \n", "row 1"),
         ("p.json", "[3]", "row 1: should be a string"),
+        ("p.json", "3", "should be a list or an object of captions by name, is 3"),
+        ("p.json", '"a cat"', "should be a list"),
+        ("p.json", '{"1.png": "a cat", "2.png": [["a dog"]]}', "2.png: should be a caption or a list"),
+        ("p.json", '{"1.png": []}', "1.png: should be a caption"),
+        ("p.json", "{}", "holds no prompts"),
         ("p.csv", "prompt\na cat, sitting on a mat\n", "row 1 has more fields"),
         ("p.txt", b"caf\xe9", "does not parse"),
         ("absent.txt", None, "no such file"),
@@ -342,6 +350,30 @@ def test_bad_prompts_are_named(tmp_path, name, text, message):
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels"),
+    [
+        ("p.csv", "prompt,Memorized\na,True\nb,no\nc,1\nd,0\n", [True, False, True, False]),
+        ("p.jsonl", '{"text": "a", "memorized": true}\n{"text": "b", "memorized": 0}\n', [True, False]),
+        ("p.csv", "prompt,magnitude,memorized\na,0.5,\nb,0.5,\n", None),
+        ("p.txt", "a\nb\n", None),
+    ],
+)
+def test_a_column_memorized_labels_the_prompts(tmp_path, name, text, labels):
+    (tmp_path / name).write_text(text)
+    assert read_labels(tmp_path / name) == labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(("1", "", ""), "row 2: memorized is empty"), (("1", "0", "maybe"), "row 3: memorized 'maybe': must be true")],
+)
+def test_a_row_without_a_label_among_others_is_named(tmp_path, labels, message):
+    (tmp_path / "p.csv").write_text("prompt,memorized\n" + "".join(f"a,{label}\n" for label in labels))
+    with pytest.raises(UsageError, match=message):
+        read_labels(tmp_path / "p.csv")
 
 
 def test_a_prompt_with_a_line_separator_is_one_prompt(tmp_path):
