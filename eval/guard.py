@@ -21,6 +21,7 @@ PER_PROMPT = {
     "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
 }  # fmt: skip
+OF_A_BATCH = ("ip_adapter_image", "ip_adapter_image_embeds")  # a part of the batch cannot be drawn anew with these
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class SimilarityGuard:
             raise UsageError(
                 "output_type, return_dict: a guard compares pictures and returns what it found: leave them out"
             )
+        for name in OF_A_BATCH:
+            if options.get(name) is not None:
+                raise UsageError(f"{name}: a guard cannot draw single images of a batch anew with it: leave it out")
         options |= {} if prompt is None else {"prompt": prompt}
         states = _states(generator)
         first = self.pipeline(**options, generator=generator, num_images_per_prompt=num_images_per_prompt).images
