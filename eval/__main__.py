@@ -231,19 +231,21 @@ def _front(args):
 
 def _detect(args):
     from .detect import Detection, detect
-    from .prompts import read_prompts
+    from .prompts import read_labels, read_prompts
 
-    _positive(args, "steps", "generations", "num_inference_steps", "batch_size")
+    _positive(args, "steps", "generations", "num_inference_steps", "batch_size", "resolution")
     if bool(args.memorized) != bool(args.others) or bool(args.prompts) == bool(args.memorized):
         raise UsageError("--prompts, or --memorized and --others: give the prompts, or both kinds of known ones")
     if args.prompts:
-        prompts, labels = [p.text for p in read_prompts(args.prompts)], None
+        prompts, labels = [p.text for p in read_prompts(args.prompts)], read_labels(args.prompts)
     else:
         kinds = [[p.text for p in read_prompts(getattr(args, f), f"--{f}")] for f in ("memorized", "others")]
         prompts, labels = kinds[0] + kinds[1], [True] * len(kinds[0]) + [False] * len(kinds[1])
     device = _device(args)
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
-    settings = Detection(args.steps, args.generations, args.num_inference_steps, args.guidance_scale, args.seed)
+    settings = Detection(
+        args.steps, args.generations, args.num_inference_steps, args.guidance_scale, args.seed, args.resolution
+    )
     result = detect(args.model, prompts, args.output, settings, labels, device, dtype, args.batch_size)
     if labels is not None:
         rate, threshold = result["tpr_at_1_percent_fpr"], result["threshold"]

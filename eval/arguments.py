@@ -152,7 +152,7 @@ def _add_front(commands):
 def _add_detect(commands):
     parser = _command(commands, "detect", "which prompts are memorized: Wen et al.'s magnitude of each")
     parser.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
-    parser.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl of prompts without labels")
+    parser.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; a column memorized is its labels")
     parser.add_argument("--memorized", metavar="FILE", help="prompts known to be memorized: with --others, AUC and TPR")
     parser.add_argument("--others", metavar="FILE", help="prompts known not to be")
     parser.add_argument("--output", default="detect", metavar="DIR")

@@ -5,7 +5,7 @@ a prompt that needs neither the training set nor a finished image.
 import csv
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,11 +16,11 @@ from ietagc_diffusers.config import UsageError
 from ietagc_diffusers.mitigations import text_conditional_noise
 
 from .figures import COLOURS, png
-from .generate import load_pipeline, model_hash
+from .generate import Settings, load_pipeline, model_hash, trained_resolution
 from .records import read_json, read_json_lines, write_json, write_text
 
 FALSE_POSITIVES = 0.01
-RESULT, SCORES, SETTINGS = "detect.json", "detect.csv", ".settings.json"
+RESULT, SCORES, SETTINGS, KEPT = "detect.json", "detect.csv", ".settings.json", ".magnitudes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Detection:
     Args:
         steps: of denoising whose magnitudes are averaged; 1 costs one UNet call a generation.
         generations: of each prompt, with other noise, that are averaged; the authors take 4.
+        resolution: of the images; None is what the model was trained at, as it records, else its own.
     """
 
     steps: int = 1
@@ -37,6 +38,7 @@ class Detection:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     seed: int = 0
+    resolution: int | None = None
 
 
 def roc_auc(scores, labels):
@@ -61,7 +63,7 @@ def threshold_at(scores, labels, false_positives=FALSE_POSITIVES):
 
 def detect(model, prompts, output, settings, labels=None, device="cpu", dtype="float32", batch_size=16):
     """Score prompts. Writes detect.csv (a row a prompt), detect.json and detect.png into ``output``; finished batches
-    are kept.
+    are kept, except those of a pipeline, which says nothing that would tell it from another.
 
     Args:
         model: folder or Hub id, or a pipeline; prompts: N str; labels: N bool, whether each is memorized, or None.
@@ -70,9 +72,15 @@ def detect(model, prompts, output, settings, labels=None, device="cpu", dtype="f
         What detect.json holds: with labels ``auc``, ``tpr_at_1_percent_fpr``, ``threshold``.
     """
     if labels is not None and len(set(labels)) < 2:
-        raise UsageError("labels: detection is judged on memorized prompts and on others: give both")
+        raise UsageError("labels: detection is judged on memorized prompts and on others: give both, or no labels")
+    by_name = isinstance(model, (str, Path))
+    if by_name:
+        settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    if not by_name:
+        for name in (SETTINGS, KEPT):
+            (output / name).unlink(missing_ok=True)
     magnitudes = _magnitudes(model, prompts, output, settings, device, dtype, batch_size)
     scores = magnitudes.mean(axis=1)
     result = {
@@ -98,15 +106,14 @@ def detect(model, prompts, output, settings, labels=None, device="cpu", dtype="f
 
 def _magnitudes(model, prompts, output, settings, device, dtype, batch_size):
     """(N, generations), from what is kept of an earlier run as far as it goes."""
+    drawing = Settings(dtype=dtype, resolution=settings.resolution)
     _check_settings(model, prompts, output, settings, dtype, batch_size)
-    kept = output / ".magnitudes.jsonl"
+    kept = output / KEPT
     rows = read_json_lines(kept)
     rows = rows[: len(rows) // batch_size * batch_size] if len(rows) < len(prompts) else rows  # whole batches
     write_text(kept, "".join(json.dumps(row) + "\n" for row in rows))
     if len(rows) < len(prompts):
-        from .generate import Settings
-
-        pipeline = load_pipeline(model, Settings(dtype=dtype), device) if isinstance(model, (str, Path)) else model
+        pipeline = load_pipeline(model, drawing, device) if isinstance(model, (str, Path)) else model
         with tqdm(total=len(prompts), initial=len(rows), desc="Scoring prompts") as bar:
             for start in range(len(rows), len(prompts), batch_size):
                 made = _of_batch(pipeline, prompts[start : start + batch_size], start, settings, batch_size)
@@ -131,6 +138,7 @@ def _of_batch(pipeline, prompts, start, settings, batch_size):
         settings.steps,
         settings.guidance_scale,
         batch_size,
+        settings.resolution,
     )
     return made.magnitude.view(len(prompts), settings.generations).tolist()
 

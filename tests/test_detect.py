@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_folder
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from eval import detect as module
@@ -58,8 +60,8 @@ def test_scores_are_the_mean_magnitude_of_the_generations(pipeline, tmp_path):
     assert result["auc"] is None and (tmp_path / "detect.png").exists()
 
 
-def test_interrupted_detection_goes_on(base, pipeline, tmp_path, monkeypatch):
-    whole = detect(pipeline, PROMPTS, tmp_path / "whole", SETTINGS, batch_size=2)
+def test_interrupted_detection_goes_on(base, tmp_path, monkeypatch):
+    whole = detect(base, PROMPTS, tmp_path / "whole", SETTINGS, batch_size=2)
     score, calls = module.text_conditional_noise, []
 
     def interrupted(*args):
@@ -70,16 +72,37 @@ def test_interrupted_detection_goes_on(base, pipeline, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "text_conditional_noise", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2)
-    assert detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
+        detect(base, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2)
+    assert detect(base, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
     assert len(calls) == 4  # 1, the cut one, and the two that were missing
     assert (tmp_path / "cut" / "detect.csv").read_text() == (tmp_path / "whole" / "detect.csv").read_text()
     (tmp_path / "cut" / ".magnitudes.jsonl").open("a").write("[3.1")  # as a kill leaves it
-    assert detect(pipeline, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
+    assert detect(base, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
     with pytest.raises(UsageError, match="begun with prompts"):
-        detect(pipeline, [PROMPTS[0], "a", "b", "c", "d"], tmp_path / "cut", SETTINGS, batch_size=2)
+        detect(base, [PROMPTS[0], "a", "b", "c", "d"], tmp_path / "cut", SETTINGS, batch_size=2)
     with pytest.raises(UsageError, match="begun with steps 2"):
-        detect(pipeline, PROMPTS, tmp_path / "cut", Detection(1, 2, 4, seed=3), batch_size=2)
+        detect(base, PROMPTS, tmp_path / "cut", Detection(1, 2, 4, seed=3), batch_size=2)
+
+
+def test_numbers_of_one_pipeline_are_not_taken_for_another_s(pipeline, tmp_path):
+    first = detect(pipeline, PROMPTS, tmp_path, SETTINGS)
+    torch.manual_seed(5)
+    other = StableDiffusionPipeline(**pipeline.components | {"unet": UNet2DConditionModel(**pipeline.unet.config)})
+    assert detect(other, PROMPTS, tmp_path, SETTINGS)["mean"] != first["mean"]
+
+
+def test_prompts_are_measured_at_the_resolution_that_the_model_was_trained_at(base, pipeline, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model" / "ietagc").mkdir()
+    (tmp_path / "model" / "ietagc" / "config.yaml").write_text("resolution: 32\n")
+    result = detect(tmp_path / "model", PROMPTS[:1], tmp_path / "out", SETTINGS)
+    by_hand = text_conditional_noise(pipeline, PROMPTS[:1] * 2, [3, 4], 4, 2, 7.5, resolution=32).magnitude.mean()
+    native = text_conditional_noise(pipeline, PROMPTS[:1] * 2, [3, 4], 4, 2, 7.5).magnitude.mean()
+    assert result["resolution"] == 32 and result["mean"] == pytest.approx(by_hand.item(), rel=1e-4) != native.item()
+    with pytest.raises(UsageError, match="begun with resolution 32, not 16"):
+        detect(tmp_path / "model", PROMPTS[:1], tmp_path / "out", replace(SETTINGS, resolution=16))
+    with pytest.raises(UsageError, match="resolution 20: must be a multiple of 8"):
+        text_conditional_noise(pipeline, PROMPTS[:1], [3], resolution=20)
 
 
 def test_the_command_judges_known_prompts(base, tmp_path, capsys):
@@ -94,6 +117,11 @@ def test_the_command_judges_known_prompts(base, tmp_path, capsys):
     assert 0 <= result["auc"] <= 1 and result["num_prompts"] == 5
     assert main([*flags, *known[:2]]) == 2
     assert "--memorized and --others" in capsys.readouterr().err
+    shutil.copy(tmp_path / "out" / "detect.csv", tmp_path / "known.csv")
+    again = ["--prompts", str(tmp_path / "known.csv"), "--output", str(tmp_path / "again"), "--resolution", "16"]
+    assert main([*flags, *again]) == 0
+    labelled = json.loads((tmp_path / "again" / "detect.json").read_text())
+    assert labelled == result | {"resolution": 16}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +191,8 @@ def test_the_index_is_saved_and_knows_its_descriptor(pipeline, drawn, tmp_path):
         TrainingIndex.load(tmp_path / "nothing")
     with pytest.raises(UsageError, match="output_type"):
         SimilarityGuard(pipeline, pixel_descriptor(), loaded)("a", output_type="pt")
+    with pytest.raises(UsageError, match="ip_adapter_image_embeds: a guard cannot"):
+        SimilarityGuard(pipeline, pixel_descriptor(), loaded)("a", ip_adapter_image_embeds=[torch.zeros(2, 1, 4)])
 
 
 def test_an_unreadable_training_image_does_not_stop_the_index(tmp_path):

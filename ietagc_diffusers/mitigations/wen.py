@@ -131,7 +131,7 @@ class NoiseMeter(Mitigation):
 
 
 def text_conditional_noise(
-    pipeline, prompts, seeds, num_inference_steps=50, steps=1, guidance_scale=7.5, batch_size=16
+    pipeline, prompts, seeds, num_inference_steps=50, steps=1, guidance_scale=7.5, batch_size=16, resolution=None
 ):
     """The magnitude of Wen et al.'s detector for each prompt: ||eps_c - eps_u|| over the first steps of generation.
 
@@ -145,6 +145,7 @@ def text_conditional_noise(
         steps: how many of them to measure, 1 to ``num_inference_steps``.
         guidance_scale: over 1; steps after the first depend on it.
         batch_size: prompts at once.
+        resolution: height and width of the images; None is the pipeline's own.
 
     Returns:
         ``TextConditionalNoise``. Raises ``UsageError`` for numbers out of range.
@@ -155,6 +156,8 @@ def text_conditional_noise(
         raise UsageError(f"steps {steps}: must be in 1 to num_inference_steps, {num_inference_steps}")
     if not guidance_scale > 1:
         raise UsageError(f"guidance_scale {guidance_scale}: must be over 1, or there is no unconditional branch")
+    if resolution is not None and (resolution < 8 or resolution % 8):
+        raise UsageError(f"resolution {resolution}: must be a multiple of 8")
 
     def stop(pipeline, index, timestep, tensors):
         pipeline._interrupt = index + 1 >= steps
@@ -170,6 +173,8 @@ def text_conditional_noise(
             list(prompts[rows]),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            height=resolution,
+            width=resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
             output_type="latent",
             callback_on_step_end=stop,
