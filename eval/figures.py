@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import math
+import statistics
 
 import matplotlib
 
@@ -12,7 +14,7 @@ import numpy as np
 from .front import at_gap, by_run, over_seeds, replicates
 
 GREY = "#888888"  # readable on white and on black
-VIEW = 0.024  # of held-out loss above the lowest: what lies higher is still the base model, or ruined
+VIEW = 6  # times what models lie above their run's best in the median: what is higher is still the base, or ruined
 COLOURS = ("#c1272d", "#1f6fb2", "#2a9d4f", "#b07aa1", "#e08214", "#17a2a2", "#8c6d31", "#d45087")
 
 
@@ -75,7 +77,6 @@ def _colours(points, control, given):
 def plot_front(axes, points, control=None, colours=None):
     """Held-out loss against the gap along each run: the mean of its seeds, and their range at equal gap as a band."""
     colours = _colours(points, control, colours)
-    lowest = min(p.heldout_loss for p in points)
     for name, run in by_run(points).items():
         colour = colours[name]
         seeds = replicates(run)
@@ -93,29 +94,56 @@ def plot_front(axes, points, control=None, colours=None):
             x, low, mean, high = zip(*((gap, min(v), sum(v) / len(v), max(v)) for gap, v in found), strict=True)
             axes.plot(x, mean, color=colour, linewidth=2, label=f"{name} ({len(seeds)} seeds)")
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    near = [p for p in points if p.heldout_loss < lowest + VIEW]
-    axes.set_ylim(lowest - VIEW / 12, lowest + VIEW)
-    axes.set_xlim(0, max(p.gap for p in near) * 1.08 + 1e-4)
-    axes.set_xlabel("gap between held-out and training loss, from the base on (memorization →)")
+    _show_the_best(axes, points)
+    axes.set_xlabel("held-out minus training loss, from the base on (memorization →)")
     axes.set_ylabel("held-out loss (← quality)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, **({} if len(by_run(points)) < 4 else {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}))
 
 
+def _show_the_best(axes, points):
+    """Limits by which every seed's best model is in view; steep beginnings and ruined ends are cut off."""
+    finite = [p for p in points if math.isfinite(p.heldout_loss + p.gap)]
+    seeds = [seed for run in by_run(finite).values() for seed in replicates(run)]
+    best = [min(p.heldout_loss for p in seed) for seed in seeds]
+    trained = [p.heldout_loss - least for seed, least in zip(seeds, best, strict=True) for p in seed if p.step > 0]
+    above = [value for value in trained if value > 0]
+    room = VIEW * statistics.median(above) if above else max(best) - min(best) or math.inf
+    low, high = min(best), min(max(best) + room, max(p.heldout_loss for p in finite))
+    gaps = [0.0, *(p.gap for p in finite if p.heldout_loss <= high)]
+    edge = (high - low) / 12 or 1e-4
+    axes.set_ylim(low - edge, high + edge)
+    left, right = min(gaps), max(gaps)
+    edge = (right - left) / 12 or 1e-4
+    axes.set_xlim(left - edge * (left < 0), right + edge)
+    axes.locator_params(axis="x", nbins=7)  # small gaps have long numbers
+
+
 def plot_sampled(axes, points, key, label, control=None, colours=None):
     """What was sampled along each run: the mean of ``key`` over its seeds, and their range as a band, against the
-    Frechet distance; as far as the shortest seed goes.
+    Frechet distance, at the steps that its seeds share; seeds that share none are drawn one by one.
     """
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
         colour, seeds = colours[name], replicates(run)
-        length = min(map(len, seeds))
-        x, y = (np.array([[p.sampled[k] for p in seed[:length]] for seed in seeds], float) for k in (key, "frechet"))
         run_label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
-        axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=run_label)
-        if len(seeds) > 1:
-            axes.fill_betweenx(y.mean(axis=0), x.min(axis=0), x.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        for group in _at_equal_steps(seeds):
+            x, y = (np.array([[p.sampled[k] for p in seed] for seed in group], float) for k in (key, "frechet"))
+            axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=run_label)
+            if len(group) > 1:
+                axes.fill_betweenx(y.mean(axis=0), x.min(axis=0), x.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+            run_label = None
     axes.set_xlabel(f"{label} (memorization →)")
     axes.set_ylabel("Fréchet distance (← quality)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+
+
+def _at_equal_steps(seeds):
+    """Groups of seeds that can be averaged point by point: all, at the steps that they share, or each by itself if that
+    is the base alone.
+    """
+    shared = set.intersection(*({p.step for p in seed} for seed in seeds))
+    if shared <= {0}:
+        return [[seed] for seed in seeds]
+    return [[[p for p in seed if p.step in shared] for seed in seeds]]

@@ -11,7 +11,7 @@ from conftest import train_flags, train_here, write_folder
 from diffusers import UNet2DConditionModel
 
 from eval.__main__ import main
-from eval.figures import plot_sampled
+from eval.figures import plot_front, plot_sampled
 from eval.front import (
     FixedLosses,
     FrontPoint,
@@ -126,17 +126,54 @@ def test_seeds_are_averaged_at_equal_gap():
     assert comparison.at_gap[max(comparison.at_gap)] == pytest.approx(-0.2)
 
 
-def test_what_was_sampled_is_drawn_as_far_as_the_shortest_seed_goes():
-    def sampled(name, steps, replicate=0):
-        scores = [{"copy_rate": 0.1 * step, "frechet": 1.0 - 0.2 * step} for step in range(steps)]
-        return [FrontPoint(name, i, 0.0, 0.0, 0.0, replicate, scores[i]) for i in range(steps)]
-
+def in_view(points):
     axes = plt.figure().subplots()
-    plot_sampled(axes, [*sampled("none", 3), *sampled("ours", 4), *sampled("ours", 2, 1)], "copy_rate", "copies")
-    assert axes.get_xlabel() == "copies (memorization →)"
-    lengths = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
-    assert lengths == {"none": 3, "ours (2 seeds)": 2}
+    plot_front(axes, points, "none")
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     plt.close(axes.figure)
+    assert left < right and low < high
+    return [(p.run, p.step) for p in points if left <= p.gap <= right and low <= p.heldout_loss <= high]
+
+
+COURSE = ((2.0, 0.0), (0.5, 0.01), (0.44, 0.02), (0.42, 0.03), (0.41, 0.04), (0.42, 0.05), (9.0, 0.9))
+
+
+@pytest.mark.parametrize("size", [1, 0.01])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_the_front_shows_every_run_s_best_and_cuts_off_beginnings_and_ruin(size, direction):
+    plain = curve("none", [(loss * size, gap * direction) for loss, gap in COURSE])
+    worse = curve("worse", [(2.0 * size, 0), *(((loss + 0.3) * size, gap * direction) for loss, gap in COURSE[1:])])
+    assert in_view([*plain, *worse]) == [(run, step) for run in ("none", "worse") for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("course", [((1.0, 0.0),), ((1.0, 0.0), (0.5, 0.1)), ((1.0, 0.0), (float("nan"), 0.1))])
+def test_a_front_of_few_points_has_limits_too(course):
+    assert ("none", 0) in in_view(curve("none", course))
+
+
+def drawn(*runs):
+    """What ``plot_sampled`` draws of runs (name, steps, replicate) whose copy rate is step + 100 * replicate."""
+    points = [
+        FrontPoint(name, step, 0.0, 0.0, 0.0, replicate, {"copy_rate": step + 100 * replicate, "frechet": -step})
+        for name, steps, replicate in runs
+        for step in steps
+    ]
+    axes = plt.figure().subplots()
+    plot_sampled(axes, points, "copy_rate", "copies")
+    plt.close(axes.figure)
+    assert axes.get_xlabel() == "copies (memorization →)"
+    named = {text.get_text() for text in axes.get_legend().get_texts()}
+    return named, [line.get_xdata().tolist() for line in axes.lines]
+
+
+def test_what_was_sampled_is_averaged_at_the_steps_that_seeds_share():
+    named, lines = drawn(("none", (0, 5), 0), ("ours", (0, 10, 20, 30), 0), ("ours", (0, 20, 30, 40), 1))
+    assert named == {"none", "ours (2 seeds)"} and lines == [[0, 5], [50, 70, 80]]
+
+
+def test_seeds_that_share_no_step_but_the_base_are_drawn_one_by_one():
+    named, lines = drawn(("ours", (0, 10, 20), 0), ("ours", (0, 15), 1))
+    assert named == {"ours (2 seeds)"} and lines == [[0, 10, 20], [100, 115]]
 
 
 def test_runs_that_share_nothing_say_so():
