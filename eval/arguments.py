@@ -133,6 +133,7 @@ def _add_front(commands):
     parser.add_argument("--control", help="the plain run's name; default: the first")
     parser.add_argument("--heldout", required=True, metavar="DIR|ID", help="captioned images that were not trained on")
     _add_training_images(parser, required=False)
+    parser.set_defaults(image_column=None, caption_column=None)  # the run's, where it names the training set
     parser.add_argument("--base", metavar="DIR|ID", help="default: what the first run started from")
     parser.add_argument("--resolution", type=int, help="default: the first run's")
     parser.add_argument("--max_images", type=int, default=1000, help="of each set")

@@ -19,8 +19,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ietagc_diffusers.config import UsageError
 from ietagc_diffusers.objectives import TextToImageObjective
 
+from .generate import model_hash
 from .records import read_json_lines
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -65,14 +67,19 @@ class FixedLosses:
     def __init__(
         self, base, images, captions, draws=3, seed=0, prediction_type=None, device="cpu", batch_size=100, sweep=False
     ):
-        scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+        try:
+            scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+            tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+            text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32)
+            vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--base {base}: no Stable Diffusion that loads: {' '.join(str(error).split())}"
+            ) from error
         if prediction_type is not None:
             scheduler.register_to_config(prediction_type=prediction_type)
-        tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device)
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32).to(device)
         vae.enable_slicing()  # one image at a time: the widest activations are its encoder's
-        self.objective = TextToImageObjective(vae, text_encoder, scheduler)
+        self.objective = TextToImageObjective(vae.to(device), text_encoder.to(device), scheduler)
         self.device, self.batch_size = device, batch_size
         tokens = tokenizer(
             captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
@@ -142,7 +149,8 @@ class Losses:
         self.sets = [FixedLosses(base, *images, **options) for images in (train, heldout)]
         self.device = options.get("device", "cpu")
         shown = {k: str(v) for k, v in options.items() if k != "batch_size"}
-        digest = hashlib.blake2b(json.dumps([str(base), shown]).encode())
+        origin = model_hash(base) if Path(base).is_dir() else str(base)
+        digest = hashlib.blake2b(json.dumps([origin, shown]).encode())
         for images, captions in (train, heldout):
             for image in images:
                 digest.update(image.numpy().tobytes())

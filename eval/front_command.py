@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from ietagc_diffusers.data import image_transform
 
 from .figures import plot_front, plot_sampled, png
 from .front import compare, crossing, measure, replicates, saved_models, weights_hash, write_csv
-from .generate import Settings, generate
-from .images import BadImage, load_images, to_tensor
+from .generate import Settings, generate, model_hash, trained_resolution
+from .images import BadImage, content_hash, load_images, to_tensor
 from .prompts import caption_prompts, choose
 from .records import read_json, write_text
 from .score import SCORES, score
@@ -23,13 +24,14 @@ from .score import SCORES, score
 SAMPLED = {"sim_score": "Sim Score", "copy_rate": "copy rate", "memorized_quantity_0.4": "MQ 0.4"}
 
 
-def captioned(images, resolution, max_images, seed=0):
+def captioned(images, resolution, max_images, seed=0, flag="--train"):
     """Images that have a caption, as the training transform with a centre crop shows them: uint8 (N, 3, R, R), and
     their captions. What does not decode is left out.
     """
     transform = image_transform(resolution, True, False, "bilinear").transforms[:2]  # resize, crop
+    captions = images.captions()
     pixels, texts = [], []
-    for index, text in choose(images.captions(), min(max_images, len(images.captions())), seed):
+    for index, text in choose(captions, min(max_images, len(captions)), seed) if captions else []:
         try:
             image = images.image(index)
             for step in transform:
@@ -40,7 +42,7 @@ def captioned(images, resolution, max_images, seed=0):
             continue
     if len(pixels) < 2:
         raise UsageError(
-            f"{images.source}: the front needs at least two images with captions (a metadata.jsonl with text)"
+            f"{flag} {images.source}: the front needs at least two images with captions (a metadata.jsonl with text)"
         )
     return torch.stack(pixels), texts
 
@@ -64,21 +66,24 @@ def run(args, device, make_tools, cache, named):
     control = args.control or next(iter(runs))
     if control not in runs:
         raise UsageError(f"--control {control}: is none of the runs {', '.join(runs)}")
-    config = run_config(next(iter(runs.values()))[0])
+    first = next(iter(runs.values()))[0]
+    config = run_config(first)
     base = args.base or config["pretrained_model_name_or_path"]
     source = args.train or config.get("train_data_dir") or config.get("dataset_name")
     if source is None:
         raise UsageError("--train: the run does not say what it was trained on; give the training images")
-    training = load_images(source, "--train", args.image_column, args.caption_column)
-    heldout = load_images(args.heldout, "--heldout", args.image_column, args.caption_column)
+    training = load_images(source, "--train", *_columns(args, {} if args.train else config))
+    heldout = load_images(args.heldout, "--heldout", *_columns(args, {}))
+    reference = load_images(args.reference, "--reference") if args.reference else None
     resolution = args.resolution or config.get("resolution", 512)
+    settings = _settings(args, first, device) if args.sample else None
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     measured = measure(
         base,
         runs,
         captioned(training, resolution, args.max_images),
-        captioned(heldout, resolution, args.max_images),
+        captioned(heldout, resolution, args.max_images, flag="--heldout"),
         memory=output / "losses.jsonl",
         points=args.points,
         draws=args.draws,
@@ -89,16 +94,8 @@ def run(args, device, make_tools, cache, named):
     )
     points = [point for point, _ in measured]
     if args.sample:
-        settings = Settings(
-            seed=args.seed,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            scheduler=args.scheduler,
-            batch_size=args.batch_size,
-            resolution=resolution,
-            dtype="float16" if str(device).startswith("cuda") else "float32",
-        )
-        points = _sampled(measured, settings, args.sample, base, training, output, make_tools(), cache, device)
+        prompts = choose(caption_prompts(training, "--train"), args.sample, args.seed)
+        points = _sampled(measured, settings, prompts, base, training, reference, output, make_tools(), cache, device)
     write_csv(points, output / "front.csv")
     _picture(points, control, output / "front.png")
     text = reading(points, control)
@@ -106,19 +103,52 @@ def run(args, device, make_tools, cache, named):
     print(f"{text}\n{output}/front.png, front.csv, front.md")
 
 
-def _sampled(measured, settings, num_images, base, training, output, tools, cache, device):
+def _settings(args, run_dir, device):
+    return Settings(
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        scheduler=args.scheduler,
+        batch_size=args.batch_size,
+        resolution=args.resolution or trained_resolution(run_dir),
+        dtype="float16" if str(device).startswith("cuda") else "float32",
+    )
+
+
+def _columns(args, config):
+    """Columns of the images and of their captions: those that were asked for, else those that a run recorded."""
+    return (
+        args.image_column or config.get("image_column", "image"),
+        args.caption_column or config.get("caption_column", "text"),
+    )
+
+
+def _hash(value):
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=4).hexdigest()
+
+
+def _contents(images):
+    """A name and a hash of the file of each image that can be read."""
+    contents = []
+    for index, name in enumerate(images.names):
+        with suppress(BadImage):
+            contents.append([name, content_hash(images.encoded(index)).hex()])
+    return contents
+
+
+def _sampled(measured, settings, prompts, base, training, reference, output, tools, cache, device):
     """The points, each with scores of images that its model drew; finished ones are kept."""
-    prompts = choose(caption_prompts(training, "--train"), num_images, settings.seed)
-    conditions = [asdict(settings), asdict(tools.protocol), num_images, str(base)]
+    conditions = [asdict(settings), asdict(tools.protocol), tools.descriptor.identity, model_hash(base)]
+    conditions += [[asdict(prompt) for prompt in prompts], _contents(training), reference and _contents(reference)]
     points = []
     for point, unet in measured:
         name = "base" if unet is None else f"{point.run}-{point.replicate}-{point.step}".replace("/", "_")
         # What was drawn or scored under other conditions, or by a run since trained anew, lies elsewhere.
-        key = json.dumps([*conditions, "" if unet is None else weights_hash(unet)])
-        folder = output / "samples" / f"{name}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
+        key = _hash([*conditions, "" if unet is None else weights_hash(unet)])
+        folder = output / "samples" / f"{name}-{key}"
         if not (folder / SCORES).exists():
             generate(base, prompts, folder / "images", settings, device, unet=unet, desc=f"Drawing with {name}")
-            score(load_images(folder / "images", "--output"), training, folder, tools, cache)
+            score(load_images(folder / "images", "--output"), training, folder, tools, cache, reference)
         scores = read_json(folder / SCORES)
         inception = scores["fid"] is not None
         sampled = {

@@ -7,9 +7,12 @@ import shutil
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import yaml
 from conftest import train_flags, train_here, write_folder
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 
+from eval import front_command
 from eval.__main__ import main
 from eval.figures import plot_front, plot_sampled
 from eval.front import (
@@ -205,23 +208,56 @@ def test_the_front_command_measures_samples_and_goes_on(
     assert main(flags) == 0
 
 
-def test_other_samples_are_not_taken_for_these(base, run_dir, heldout, tmp_path):
-    flags = [
-        "front",
-        "--run",
-        f"plain={run_dir}",
-        "--heldout",
-        str(heldout),
-        "--output",
-        str(tmp_path),
-        "--points",
-        "1",
-    ]
-    flags += ["--num_inference_steps", "1", "--feature_cache", "none", "--descriptor", "pixel", "--device", "cpu"]
-    assert main([*flags, "--sample", "3"]) == 0
-    first = (tmp_path / "front.csv").read_text()
-    assert main([*flags, "--sample", "6", "--copy_similarity", "-1"]) == 0
-    assert (tmp_path / "front.csv").read_text() != first and ",1.0," in (tmp_path / "front.csv").read_text()
+@pytest.fixture
+def last_row(run_dir, heldout, tmp_path, monkeypatch):
+    """The last row of front.csv, given further flags."""
+    monkeypatch.setattr(front_command, "_picture", lambda *_: None)
+
+    def measured(*more, run=run_dir, output="out"):
+        flags = ["front", f"--run={run}", f"--heldout={heldout}", f"--output={tmp_path / output}", "--points=1"]
+        flags += ["--max_images=6", "--draws=1", "--num_inference_steps=1"]
+        assert main([*flags, "--feature_cache=none", "--descriptor=pixel", "--device=cpu", *more]) == 0
+        return list(csv.DictReader((tmp_path / output / "front.csv").open()))[-1]
+
+    return measured
+
+
+def test_other_samples_are_not_taken_for_these(last_row, pictures, heldout, tmp_path):
+    train = shutil.copytree(pictures, tmp_path / "train")
+    first = last_row("--sample=3", f"--train={train}")
+    other = last_row("--sample=6", f"--train={train}", "--copy_similarity=-1")
+    assert other["frechet"] != first["frechet"] and other["copy_rate"] == "1.0"
+    apart = last_row("--sample=3", f"--train={train}", f"--reference={heldout}")
+    assert apart["frechet"] != first["frechet"] and apart["sim_score"] == first["sim_score"]
+    for number, path in enumerate(sorted(train.glob("*.png"))):
+        Image.new("RGB", (20, 20), (9 * number, 90, 0)).save(path)
+    assert last_row("--sample=3", f"--train={train}")["sim_score"] != first["sim_score"]
+
+
+def test_the_base_is_known_by_its_content(base, last_row, tmp_path):
+    changed = shutil.copytree(base, tmp_path / "base")
+    first = last_row("--sample=3", f"--base={changed}")
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(1.1)
+    vae.save_pretrained(changed / "vae")
+    second = last_row("--sample=3", f"--base={changed}")
+    assert second["train_loss"] != first["train_loss"] and second["frechet"] != first["frechet"]
+
+
+def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_named(
+    run_dir, last_row, pictures, heldout, tmp_path, capsys
+):
+    train, run = shutil.copytree(pictures, tmp_path / "train"), shutil.copytree(run_dir, tmp_path / "run")
+    metadata, config = train / "metadata.jsonl", run / "ietagc" / "config.yaml"
+    metadata.write_text(metadata.read_text().replace('"text"', '"words"'))
+    recorded = yaml.safe_load(config.read_text()) | {"train_data_dir": str(train), "caption_column": "words"}
+    config.write_text(yaml.safe_dump(recorded))
+    assert last_row(run=run) == last_row(output="other")
+    flags = ["front", "--run", str(run), "--heldout", str(heldout), "--output", str(tmp_path), "--device", "cpu"]
+    assert main([*flags, "--caption_column", "text"]) == 2
+    assert f"--train {train}: the front needs at least two images with captions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -233,13 +269,18 @@ def test_other_samples_are_not_taken_for_these(base, run_dir, heldout, tmp_path)
         (["--run", "a="], "--run a="),
         (["--run", "a={run}", "--points", "0"], "--points 0"),
         (["--run", "a={run}", "--train", "{empty}"], "no images in this folder"),
+        (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
+        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no Stable Diffusion that loads"),
+        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no Stable Diffusion that loads"),
     ],
 )
 def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()
-    flags = [flag.format(run=run_dir, empty=tmp_path / "empty") for flag in flags]
+    (write_folder(tmp_path / "bare", 3) / "metadata.jsonl").unlink()
+    places = {"run": run_dir, "empty": tmp_path / "empty", "bare": tmp_path / "bare"}
+    flags = [flag.format(**places) for flag in flags]
     assert main(["front", "--heldout", str(heldout), "--output", str(tmp_path / "o"), *flags]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(**places) in capsys.readouterr().err
 
 
 def test_figures_say_what_they_lack_and_draw_the_rest(run_dir, pictures, heldout, tmp_path, capsys):
