@@ -180,10 +180,11 @@ def _notes(benchmark, done):
     if not done:
         return "No cell is finished.\n"
     protocol = done[0]["protocol"]
+    name = f", protocol {protocol['name']}" if protocol["name"] else ""
     frechet = (protocol["frechet"] or {}).get("features", "none")
     return (
         f"{done[0]['num_generated']} images a cell, {len(benchmark.seeds)} seeds (± is their standard deviation), "
-        f"against {done[0]['num_train']} training images. Descriptor: {protocol['descriptor']}, protocol "
-        f"{protocol['name']}, copy over {protocol['copy_similarity']:.3g}; Fréchet features: {frechet}. "
+        f"against {done[0]['num_train']} training images. Descriptor: {protocol['descriptor']}{name}, "
+        f"copy over {protocol['copy_similarity']:.3g}; Fréchet features: {frechet}. "
         "Bold is best, underlined second, by the mean.\n"
     )
