@@ -92,7 +92,7 @@ def test_config_repeats_the_run_and_a_resumed_one_of_other_rivals_is_refused(bas
     path = first / "ietagc" / "config.yaml"
     config = yaml.safe_load(path.read_text())
     names = ("wen_threshold", "embedding_noise", "caption_mitigation", "caption_mitigation_probability")
-    assert [config[name] for name in names] == [0.02, 0.1, "cwr", 0.5]
+    assert [config[name] for name in names] == [0.08, 0.1, "cwr", 0.5]
     with pytest.raises(UsageError) as error:
         train_here([*flags, "--caption_mitigation=rt", "--resume_from_checkpoint=latest"], first)
     for difference in (
