@@ -16,11 +16,13 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 
-from ietagc_diffusers import hub, output, training
+from ietagc_diffusers import hub
 from ietagc_diffusers.arguments import effective_flags, parse_args
-from ietagc_diffusers.config import UsageError
-from ietagc_diffusers.data import SAMPLE_ID
-from ietagc_diffusers.recording import Diverged, Recorder
+from ietagc_diffusers.data.samples import SAMPLE_ID
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.training import build as training
+from ietagc_diffusers.training import output
+from ietagc_diffusers.training.recording import Diverged, Recorder
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -13,12 +13,11 @@ import io
 
 import numpy as np
 import torch
+from ietagc_diffusers.eval.image_sets import load_images, to_tensor
+from ietagc_diffusers.eval.neighbours import most_similar
+from ietagc_diffusers.sscd import load_descriptor
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
-
-from eval.images import load_images, to_tensor
-from eval.neighbours import most_similar
-from sscd import load_descriptor
 
 
 def recompressed(image):

@@ -35,7 +35,9 @@ def die():
 
 def arm(stage, count):
     """Make this process kill itself at the ``count``-th time that it reaches a stage."""
-    from ietagc_diffusers import averaging, checkpoint, output, proxy
+    from ietagc_diffusers import checkpoint
+    from ietagc_diffusers.method import averaging
+    from ietagc_diffusers.training import output, proxy
 
     left = count
 
@@ -172,10 +174,10 @@ def outcome(folder):
 
 
 def make_inputs(scratch):
-    from ietagc_diffusers import tiny
+    from ietagc_diffusers import testing
 
     captions = [f"a {colour} picture" for colour in ("red", "green", "blue")]
-    tiny.random_pipeline(captions).save_pretrained(scratch / "base")
+    testing.random_pipeline(captions).save_pretrained(scratch / "base")
     (scratch / "pictures").mkdir()
     rng = np.random.default_rng(0)
     rows = []

@@ -12,8 +12,7 @@ import resource
 import time
 
 import torch
-
-from eval.neighbours import nearest_l2
+from ietagc_diffusers.eval.neighbours import nearest_l2
 
 GIB = 2**30
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from ietagc_diffusers.eval.front import measure
+from ietagc_diffusers.eval.generate import Settings, generate
+from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.neighbours import most_similar
+from ietagc_diffusers.eval.prompts import Prompt
+from ietagc_diffusers.eval.score import NEAREST, SCORES, Protocol, Tools, score
+from ietagc_diffusers.sscd import pixel_descriptor
 
 from demo.renders import draw_scenes, render_all, write_image_folder
-from eval.front import measure
-from eval.generate import Settings, generate
-from eval.images import load_images
-from eval.neighbours import most_similar
-from eval.prompts import Prompt
-from eval.records import write_json
-from eval.score import NEAREST, SCORES, Protocol, Tools, score
-from sscd import pixel_descriptor
+from ietagc_diffusers.files import write_json
 
 BASE = Path(__file__).parent / "tiny-sd"
 STYLE = "mosaic"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from ietagc_diffusers.eval.front import FrontPoint, at_gap, by_run, write_csv
+from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.plots import COLOURS, inline_svg, plot_front, png
+from ietagc_diffusers.eval.report import Scored, table_rows, write_report
 
 from demo.measure import NUM_IMAGES
-from eval.figures import COLOURS, inline_svg, plot_front, png
-from eval.front import FrontPoint, at_gap, by_run, write_csv
-from eval.images import load_images
-from eval.report import Scored, table_rows, write_report
 
 CONTROL, METHOD, FRESH = "none", "iet-agc+", "fresh pictures"
 GAPS = (0.01, 0.0125, 0.015, 0.0175, 0.02, 0.03, 0.04)

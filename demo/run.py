@@ -12,12 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from ietagc_diffusers.eval.score import SCORES
 from tqdm.auto import tqdm
 
 from demo import page
 from demo.arms import CONTROLS, DEMO, POINTS
 from demo.measure import BASE, Pictures, measure_run, score_folder
-from eval.score import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL_ARM = "iet-agc+"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm.auto import trange
 
 from demo.renders import make_set
-from ietagc_diffusers import tiny
+from ietagc_diffusers import testing
 
 BATCH_SIZE = 32
 CAPTION_DROPOUT = 0.1  # teaches the unconditional branch that classifier-free guidance needs
@@ -51,7 +51,7 @@ def train_vae(num_steps, seed):
         [to_tensor(make_set(4000, style, [seed, 1, i])[1]) for i, style in enumerate(("waves", "mosaic"))]
     )
     unseen = to_tensor(make_set(256, "mosaic", [seed, 2])[1])
-    vae = tiny.build_vae().to(memory_format=torch.channels_last)
+    vae = testing.build_vae().to(memory_format=torch.channels_last)
 
     def batch_loss():
         x = pictures[torch.randint(len(pictures), (BATCH_SIZE,))]
@@ -72,10 +72,10 @@ def train_vae(num_steps, seed):
 
 def train_text_to_image(vae, num_steps, seed):
     captions, pictures = make_set(8000, "waves", [seed, 3])
-    tokenizer = tiny.build_tokenizer(captions)
-    text_encoder = tiny.build_text_encoder(tokenizer)
-    unet = tiny.build_unet().to(memory_format=torch.channels_last)
-    scheduler = tiny.build_scheduler()
+    tokenizer = testing.build_tokenizer(captions)
+    text_encoder = testing.build_text_encoder(tokenizer)
+    unet = testing.build_unet().to(memory_format=torch.channels_last)
+    scheduler = testing.build_scheduler()
     tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
     tokens, empty = tokens[:-1], tokens[-1]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def train_text_to_image(vae, num_steps, seed):
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     loss = fit(parameters, batch_loss, num_steps, 2e-3, "UNet and text encoder")
-    return tiny.assemble(vae, text_encoder.eval(), tokenizer, unet.eval(), scheduler), loss
+    return testing.assemble(vae, text_encoder.eval(), tokenizer, unet.eval(), scheduler), loss
 
 
 def main():

@@ -4,11 +4,11 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import write_text
 
 from .generate import generate, model_hash
-from .images import load_images, unusable
-from .records import write_text
+from .image_sets import load_images, unusable
 from .report import Scored, table_rows, write_report
 from .score import score
 

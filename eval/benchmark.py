@@ -18,14 +18,15 @@ import yaml
 from tqdm.auto import tqdm
 
 from ietagc_diffusers.arguments import effective_flags, parse_flags, recipe_keys, recipe_to_argv
-from ietagc_diffusers.config import UsageError, check_keys
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, write_json
+from ietagc_diffusers.method.config import check_keys
 from ietagc_diffusers.mitigations import parse_mitigations
 
 from .generate import Settings, generate, model_hash
-from .images import load_images
+from .image_sets import load_images
 from .processes import ROOT, Processes, Stopped
 from .prompts import caption_prompts, choose, read_prompts
-from .records import read_json, write_json
 from .score import SCORES, Protocol, Tools, score
 from .tables import COLUMNS, write_tables
 
@@ -300,8 +301,17 @@ def _train_and_score(benchmark, training, seed, cells, device, cache, bar, proce
         folder.mkdir(parents=True, exist_ok=True)
         why = failed
         if why is None:
-            command = [sys.executable, "-m", "eval", "benchmark", "--config", benchmark.path, "--device", device]
-            command += ["--cell", json.dumps([cell.training, cell.inference, cell.seed])]
+            command = [
+                sys.executable,
+                "-m",
+                "ietagc_diffusers",
+                "benchmark",
+                "--config",
+                benchmark.path,
+                "--device",
+                device,
+            ]
+            command += ["--device", device, "--cell", json.dumps([cell.training, cell.inference, cell.seed])]
             command += ["--feature_cache", cache or "none"]
             why = processes.call(command, folder / "log.txt")
         if why is None:

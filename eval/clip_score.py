@@ -8,11 +8,11 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from ietagc_diffusers.sscd import PREPROCESS
+from ietagc_diffusers.sscd.descriptor import file_hash
 from torchvision.transforms.v2 import functional as TF
 
-from ietagc_diffusers.config import UsageError
-from sscd import PREPROCESS
-from sscd.descriptor import file_hash
+from ietagc_diffusers.errors import UsageError
 
 
 @dataclass(frozen=True)

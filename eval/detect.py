@@ -12,12 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm.auto import tqdm
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, read_json_lines, write_json, write_text
 from ietagc_diffusers.mitigations import text_conditional_noise
 
-from .figures import COLOURS, png
 from .generate import Settings, load_pipeline, model_hash, trained_resolution
-from .records import read_json, read_json_lines, write_json, write_text
+from .plots import COLOURS, png
 
 FALSE_POSITIVES = 0.01
 RESULT, SCORES, SETTINGS, KEPT = "detect.json", "detect.csv", ".settings.json", ".magnitudes.jsonl"

@@ -18,9 +18,9 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
 
-from .images import BadImage, content_hash, to_tensor
+from .image_sets import BadImage, content_hash, to_tensor
 
 DTYPES = {"f": np.float32, "u": np.uint8}
 PIXELS_AT_ONCE = 16_000_000  # 16 photographs of a megapixel, or one large one

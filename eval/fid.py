@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from ietagc_diffusers.sscd.descriptor import file_hash
 from torchvision.transforms.v2 import functional as TF
 
-from ietagc_diffusers.config import UsageError
-from sscd.descriptor import file_hash
+from ietagc_diffusers.errors import UsageError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # begins so: part of the file's name

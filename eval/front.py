@@ -19,11 +19,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ietagc_diffusers.config import UsageError
-from ietagc_diffusers.objectives import TextToImageObjective
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families.text_to_image import TextToImageObjective
+from ietagc_diffusers.files import read_json_lines
 
 from .generate import model_hash
-from .records import read_json_lines
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 DRAWN_TOGETHER = 100  # images whose noise is one draw

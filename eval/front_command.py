@@ -10,15 +10,15 @@ import matplotlib.pyplot as plt
 import torch
 import yaml
 
-from ietagc_diffusers.config import UsageError
-from ietagc_diffusers.data import image_transform
+from ietagc_diffusers.data.samples import image_transform
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, write_text
 
-from .figures import plot_front, plot_sampled, png
 from .front import compare, crossing, measure, replicates, saved_models, weights_hash, write_csv
 from .generate import Settings, generate, model_hash, trained_resolution
-from .images import BadImage, content_hash, load_images, to_tensor
+from .image_sets import BadImage, content_hash, load_images, to_tensor
+from .plots import plot_front, plot_sampled, png
 from .prompts import caption_prompts, choose
-from .records import read_json, write_text
 from .score import SCORES, score
 
 SAMPLED = {"sim_score": "Sim Score", "copy_rate": "copy rate", "memorized_quantity_0.4": "MQ 0.4"}

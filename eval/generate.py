@@ -12,9 +12,8 @@ import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from ietagc_diffusers.config import UsageError
-
-from .records import read_json, write_json, write_text
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, write_json, write_text
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, write_json
 
 from .features import embed
-from .images import to_tensor
+from .image_sets import to_tensor
 from .neighbours import most_similar
-from .records import read_json, write_json
 
 PER_PROMPT = {
     "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",

@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import UNet2DConditionModel
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
 
 from .features import Pixels, embed
-from .figures import COLOURS, GREY, plot_similarities, png
 from .front import FixedLosses
 from .front_command import captioned, run_config
-from .images import BadImage
+from .image_sets import BadImage
 from .neighbours import nearest_l2
+from .plots import COLOURS, GREY, plot_similarities, png
 from .report import Scored, same_prompt_and_seed
 from .score import images_of
 

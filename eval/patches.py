@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from sscd import Descriptor
+from ietagc_diffusers.sscd import Descriptor
 
 from .neighbours import most_similar
 from .similarity import bootstrap_interval, copy_rate, share_interval, sim_score

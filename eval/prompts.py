@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
 
 COLUMNS = ("text", "prompt", "caption")
 LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -12,12 +12,12 @@ from string import Template
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import write_text
 
-from .figures import inline_svg, plot_similarities
-from .images import BadImage
+from .image_sets import BadImage
 from .patches import crop_boxes
-from .records import write_text
+from .plots import inline_svg, plot_similarities
 from .score import images_of, load_scores
 
 TEMPLATE = Path(__file__).with_suffix(".html")

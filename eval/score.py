@@ -8,19 +8,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from ietagc_diffusers.sscd import load_descriptor
+from ietagc_diffusers.sscd.descriptor import protocol_of
 
-from ietagc_diffusers.config import UsageError
-from sscd import load_descriptor
-from sscd.descriptor import protocol_of
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, write_json
 
 from .clip_score import ClipScorer, clip_scores
 from .features import Pixels, SmallEdge, embed, first_of_each
 from .fid import SMALL, Inception, PooledPixels, frechet_distance, kernel_distance, load_inception
-from .images import MIN_EDGE, load_images, unusable
+from .image_sets import MIN_EDGE, load_images, unusable
 from .memorized_quantity import GU_RATIO, NUM_NEIGHBOURS, memorization_ratio, memorized_quantity, ratio_of
 from .neighbours import GIB, most_similar, nearest_l2, uses_faiss
 from .patches import PatchDescriptor, patch_scores
-from .records import read_json, write_json
 from .similarity import bootstrap_interval, copy_rate, share_interval, sim_score
 
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .records import write_text
+from ietagc_diffusers.files import write_text
+
 from .report import lookup
 
 

@@ -8,7 +8,8 @@ import sys
 
 from torchvision import transforms
 
-from .config import METHOD_FIELDS, MitigationConfig, UsageError, read_recipe
+from .errors import UsageError
+from .method.config import METHOD_FIELDS, MitigationConfig, read_recipe
 
 INTERPOLATION_MODES = sorted(mode.name.lower() for mode in transforms.InterpolationMode)
 SECRET_FLAGS = ("hub_token",)

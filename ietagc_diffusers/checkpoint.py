@@ -19,8 +19,8 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .config import UsageError
-from .sharding import ShardPlan
+from .errors import UsageError
+from .method.sharding import ShardPlan
 
 logger = get_logger(__name__)
 

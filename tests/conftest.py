@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_text_to_image_ietagc as script
-from ietagc_diffusers import tiny
+from ietagc_diffusers import testing
 from ietagc_diffusers.arguments import parse_args
-from ietagc_diffusers.recording import Recorder
+from ietagc_diffusers.training.recording import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_text_to_image_ietagc.py"
@@ -45,7 +45,7 @@ def write_folder(folder, num_images, copies=(), size=20, seed=0):
 def base(tmp_path_factory):
     """A random tiny Stable Diffusion with v-prediction."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny.random_pipeline([f"a {colour} picture" for colour in COLOURS]).save_pretrained(folder)
+    testing.random_pipeline([f"a {colour} picture" for colour in COLOURS]).save_pretrained(folder)
     return folder
 
 

@@ -5,7 +5,7 @@ import copy
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ietagc_diffusers import tiny
+from ietagc_diffusers import testing
 from ietagc_diffusers.mitigations import apply_mitigations
 from ietagc_diffusers.mitigations.base import Mitigation, PromptMitigation
 from ietagc_diffusers.mitigations.pipeline import with_mitigation
@@ -16,7 +16,7 @@ AT_ZERO = ["rt:num_words=0", "rna:num_words=0", "cwr:num_words=0", "gni:scale=0"
 ACTING = ["rt", "rna", "cwr", "gni", "wen:target_loss=0", "cfg", "cfg:transition=dynamic",
           "cfg:transition=650,initial_scale=-2", "memattn", "memattn:mask=false,scale=5"]  # fmt: skip
 CHAIN = "cwr+wen:target_loss=0,steps=2+rt+gni+cfg+memattn"
-KINDS = {"sd": tiny.random_pipeline, "xl": tiny.random_xl_pipeline}
+KINDS = {"sd": testing.random_pipeline, "xl": testing.random_xl_pipeline}
 EXTRA = {StableDiffusionPipeline: {"requires_safety_checker": False}, StableDiffusionXLPipeline: {}}
 
 

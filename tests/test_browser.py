@@ -7,10 +7,9 @@ import subprocess
 
 import pytest
 from conftest import write_folder
-
-from eval.images import load_images
-from eval.report import Scored, write_report
-from eval.score import Protocol, Tools, score
+from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.report import Scored, write_report
+from ietagc_diffusers.eval.score import Protocol, Tools, score
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ietagc_diffusers import MitigationConfig, UsageError
-from ietagc_diffusers.config import PRESETS, read_recipe
+from ietagc_diffusers.method.config import PRESETS, read_recipe
 
 
 def test_presets_are_the_rows_of_table_4():

@@ -14,13 +14,13 @@ from ietagc_diffusers import (
     TextToImageObjective,
     ThresholdAwareControl,
     WenControl,
-    tiny,
+    testing,
 )
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny.random_pipeline(["a red picture", "a blue picture"])
+    return testing.random_pipeline(["a red picture", "a blue picture"])
 
 
 @pytest.fixture

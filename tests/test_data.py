@@ -12,8 +12,10 @@ import torch
 from conftest import write_folder
 from PIL import Image
 
-from ietagc_diffusers import StrengthRandAugment, UsageError, data, loaders, tiny
-from ietagc_diffusers.streams import RandomStreams
+from ietagc_diffusers import StrengthRandAugment, UsageError, testing
+from ietagc_diffusers.data import loaders
+from ietagc_diffusers.data import samples as data
+from ietagc_diffusers.training.streams import RandomStreams
 
 
 def flags(folder, **changes):
@@ -26,7 +28,7 @@ def flags(folder, **changes):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.build_tokenizer(["a red picture"], num_merges=8)
+    return testing.build_tokenizer(["a red picture"], num_merges=8)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from ietagc_diffusers.eval.front import FrontPoint
+from ietagc_diffusers.eval.score import load_scores
 
 from demo import page
 from demo.arms import CONTROLS, DEMO
 from demo.measure import BASE, Pictures, score_folder, write_pictures
 from demo.renders import COLOURS, RESOLUTION, SIDES, draw_scenes, make_set, render_all, write_image_folder
 from demo.run import filled, slug
-from eval.front import FrontPoint
-from eval.score import load_scores
 from ietagc_diffusers.arguments import parse_args
 
 

@@ -16,7 +16,7 @@ from ietagc_diffusers import (
     Rounds,
     ShardPlan,
 )
-from ietagc_diffusers.streams import RandomStreams
+from ietagc_diffusers.training.streams import RandomStreams
 
 N, WIDTH = 24, 3
 INPUTS = torch.arange(N * WIDTH, dtype=torch.float32).view(N, WIDTH).sin()

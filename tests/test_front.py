@@ -10,12 +10,8 @@ import torch
 import yaml
 from conftest import train_flags, train_here, write_folder
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image
-
-from eval import front_command
-from eval.__main__ import main
-from eval.figures import plot_front, plot_sampled
-from eval.front import (
+from ietagc_diffusers.eval import front_command
+from ietagc_diffusers.eval.front import (
     FixedLosses,
     FrontPoint,
     at_gap,
@@ -26,8 +22,12 @@ from eval.front import (
     saved_models,
     spread,
 )
-from eval.front_command import reading
-from ietagc_diffusers import tiny
+from ietagc_diffusers.eval.front_command import reading
+from ietagc_diffusers.eval.plots import plot_front, plot_sampled
+from PIL import Image
+
+from ietagc_diffusers import testing
+from ietagc_diffusers.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base
 
 def test_the_batch_size_changes_no_draw(base):
     pixels, captions = images(7, "red")
-    unet = tiny.random_pipeline(["a red picture"]).unet
+    unet = testing.random_pipeline(["a red picture"]).unet
     ours, theirs = (FixedLosses(base, pixels, captions, batch_size=size)(unet) for size in (2, 7))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     whole = FixedLosses(base, ((pixels + 1) * 127.5).round().to(torch.uint8), captions)(unet)
@@ -89,7 +89,7 @@ def test_fewer_points_are_spread_and_end_at_the_last():
 
 def test_fixed_losses_equal_the_objective_s_and_sweep_the_timesteps(base):
     pixels, captions = images(7, "red")
-    unet = tiny.random_pipeline(["a red picture"]).unet
+    unet = testing.random_pipeline(["a red picture"]).unet
     losses = FixedLosses(base, pixels, captions, batch_size=7)
     by_hand = sum(losses.objective.losses(unet, drawn).detach() for *_, drawn in losses.batches) / 3
     torch.testing.assert_close(losses(unet), by_hand)
@@ -321,7 +321,7 @@ def test_skips_and_energy_are_drawn_for_a_run_that_skips(base, pictures, tmp_pat
 
 
 def test_energy_is_the_variance_of_the_grey_image():
-    from eval.paper_figures import energy
+    from ietagc_diffusers.eval.paper_figures import energy
 
     pixels = torch.randint(0, 256, (4, 3 * 16 * 16), dtype=torch.uint8)
     grey = pixels.view(4, 3, -1).double().mean(1) / 255

@@ -3,7 +3,7 @@
 import pytest
 
 from ietagc_diffusers import Layout, UsageError
-from ietagc_diffusers.layout import valid_process_counts
+from ietagc_diffusers.training.layout import valid_process_counts
 
 
 @pytest.mark.parametrize(("shards", "processes"), [(4, 1), (4, 2), (4, 4), (6, 3), (1, 1)])

@@ -6,18 +6,18 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from ietagc_diffusers.eval import fid
+from ietagc_diffusers.eval.clip_score import ClipScorer, clip_scores
+from ietagc_diffusers.eval.features import Pixels
+from ietagc_diffusers.eval.fid import PooledPixels, frechet_distance, kernel_distance, load_inception
+from ietagc_diffusers.eval.memorized_quantity import l2_ratio, memorized_quantity
+from ietagc_diffusers.eval.neighbours import most_similar
+from ietagc_diffusers.eval.patches import PatchDescriptor, most_similar_crops
+from ietagc_diffusers.eval.similarity import bootstrap_interval, copy_rate, share_interval, sim_score
+from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image
 
-from eval import fid
-from eval.clip_score import ClipScorer, clip_scores
-from eval.features import Pixels
-from eval.fid import PooledPixels, frechet_distance, kernel_distance, load_inception
-from eval.memorized_quantity import l2_ratio, memorized_quantity
-from eval.neighbours import most_similar
-from eval.patches import PatchDescriptor, most_similar_crops
-from eval.similarity import bootstrap_interval, copy_rate, share_interval, sim_score
-from ietagc_diffusers.config import UsageError
-from sscd import pixel_descriptor
+from ietagc_diffusers.errors import UsageError
 
 
 def features(seed, n, d=12):

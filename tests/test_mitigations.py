@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from ietagc_diffusers import UsageError, tiny
+from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.mitigations import choose_caption, random_numbers, random_words, repeat_words, replace_caption
 
 CAPTIONS = {
@@ -21,7 +21,7 @@ CAPTIONS = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.build_tokenizer(["a red picture", "a blue picture"], num_merges=32)
+    return testing.build_tokenizer(["a red picture", "a blue picture"], num_merges=32)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
-
-from eval.memorized_quantity import l2_ratio, memorization_ratio, memorized_quantity
-from eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
+from ietagc_diffusers.eval.memorized_quantity import l2_ratio, memorization_ratio, memorized_quantity
+from ietagc_diffusers.eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
 
 KIB = 2**10
 
@@ -65,7 +64,7 @@ def test_working_memory_stays_within_the_bound():
 
 PEAK = """
 import resource, torch
-from eval.neighbours import nearest_l2
+from ietagc_diffusers.eval.neighbours import nearest_l2
 queries, references = torch.rand(4000, 8), torch.rand(40_000, 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 nearest_l2(queries, references, 5, max_memory=2**24)

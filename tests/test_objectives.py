@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from ietagc_diffusers import TextToImageObjective, UsageError, tiny
+from ietagc_diffusers import TextToImageObjective, UsageError, testing
 
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return {kind: tiny.random_pipeline(["a red picture"], prediction_type=kind) for kind in ("epsilon", "v_prediction")}
+    return {
+        kind: testing.random_pipeline(["a red picture"], prediction_type=kind) for kind in ("epsilon", "v_prediction")
+    }
 
 
 def make(pipeline, **options):
@@ -125,6 +127,6 @@ def test_new_images_change_their_latents_alone(pipelines):
 def test_wrong_prediction_types_are_named(pipelines):
     with pytest.raises(UsageError, match="--dream_training works with prediction type epsilon alone"):
         make(pipelines["v_prediction"], dream_detail_preservation=1.0)
-    odd = tiny.random_pipeline(["x"], prediction_type="sample")
+    odd = testing.random_pipeline(["x"], prediction_type="sample")
     with pytest.raises(UsageError, match="--prediction_type sample"):
         make(odd)

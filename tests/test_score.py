@@ -14,16 +14,16 @@ import torch
 from conftest import write_folder
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from ietagc_diffusers.eval.audit import Limits, judge, write_card
+from ietagc_diffusers.eval.image_sets import NO_IMAGE, load_images
+from ietagc_diffusers.eval.report import Scored, write_report
+from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
+from ietagc_diffusers.eval.similarity import share_interval
+from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image, ImageOps
 
-from eval.__main__ import main
-from eval.audit import Limits, judge, write_card
-from eval.images import NO_IMAGE, load_images
-from eval.report import Scored, write_report
-from eval.score import Protocol, Tools, load_scores, score
-from eval.similarity import share_interval
-from ietagc_diffusers.config import UsageError
-from sscd import pixel_descriptor
+from ietagc_diffusers.cli import main
+from ietagc_diffusers.errors import UsageError
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
 KEYS = {
@@ -196,7 +196,7 @@ def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatc
     def few(index, references, max_memory):
         return len(references) > 500
 
-    monkeypatch.setattr("eval.score.uses_faiss", few)
+    monkeypatch.setattr("ietagc_diffusers.eval.score.uses_faiss", few)
     protocol = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))["protocol"]
     assert protocol["searches"] == {"descriptor": "exact", "l2": "exact", "patches": "faiss"}
     assert protocol["neighbours"] == "exact"

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from diffusers.models.attention_processor import Attention
 
-from ..config import UsageError
+from ..errors import UsageError
 from .base import Mitigation, option, real, switch
 
 MASKED = -10_000.0  # as Diffusers turns a mask into a bias: softmax makes 0 of it

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from ..config import UsageError
+from ..errors import UsageError
 
 
 def option(default, help, parse):

@@ -5,7 +5,7 @@ import inspect
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ..config import UsageError
+from ..errors import UsageError
 from .call import Call
 
 

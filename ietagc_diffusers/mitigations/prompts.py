@@ -4,7 +4,7 @@ The rules are those of Somepalli et al., "Understanding and Mitigating Copying i
 what white space parts; a caption to which nothing is added comes back as it is.
 """
 
-from ..config import UsageError
+from ..errors import UsageError
 
 VOCABULARY = 49_400  # ids that Somepalli et al. draw from: all of CLIP's vocabulary but its very end
 NUMBERS = 100_000

@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import fields
 
-from ..config import UsageError
+from ..errors import UsageError
 from .attention import RescaledAttention
 from .embeddings import EmbeddingNoise
 from .guidance import DelayedGuidance

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..config import UsageError
+from ..errors import UsageError
 from .base import Mitigation, non_negative, option, real, whole
 from .pipeline import with_mitigation
 

@@ -7,7 +7,7 @@ K processes train one shard together. Anything else is an error.
 import torch
 import torch.distributed as dist
 
-from .config import UsageError
+from ..errors import UsageError
 
 
 def valid_process_counts(num_shards, limit=64):

@@ -14,16 +14,19 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import is_xformers_available
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import checkpoint, data, loaders
-from .augmentation import StrengthRandAugment
-from .config import DEFAULT_ROUNDS, UsageError
-from .control import PlainControl, RandomControl, ThresholdAwareControl, WenControl
+from .. import checkpoint
+from ..data import loaders
+from ..data import samples as data
+from ..errors import UsageError
+from ..families.text_to_image import TextToImageObjective
+from ..method.augmentation import StrengthRandAugment
+from ..method.config import DEFAULT_ROUNDS
+from ..method.control import PlainControl, RandomControl, ThresholdAwareControl, WenControl
+from ..method.memory_bank import LossMemoryBank
+from ..method.sharding import ShardPlan
 from .ensemble import IterativeEnsemble, Rounds
 from .layout import Layout
-from .memory_bank import LossMemoryBank
-from .objectives import TextToImageObjective
 from .proxy import Proxy
-from .sharding import ShardPlan
 from .streams import RandomStreams
 
 logger = get_logger(__name__)

@@ -14,8 +14,8 @@ from datasets import Sequence, Value, load_dataset, load_from_disk
 from torchvision import transforms
 from tqdm.auto import tqdm
 
-from .config import UsageError
-from .mitigations.prompts import choose_caption, random_words, repeat_words, replace_caption
+from ..errors import UsageError
+from ..mitigations.prompts import choose_caption, random_words, repeat_words, replace_caption
 
 SAMPLE_ID = "sample_id"
 

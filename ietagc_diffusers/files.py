@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.method.config import UsageError
 
 
 def check_output(path, flag, file=False):

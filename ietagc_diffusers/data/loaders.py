@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .config import UsageError
+from ..errors import UsageError
 
 
 def _whole(batch):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
-from .config import UsageError
+from ..errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .averaging import ModelAverage
+from ..method.averaging import ModelAverage
 from .proxy import ROUND_TOTALS
 
 

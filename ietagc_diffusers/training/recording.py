@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from .. import checkpoint
 from .ensemble import Callbacks
 from .proxy import ROUND_TOTALS
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from ..errors import UsageError
+
 DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when neither --epochs_per_round nor --steps_per_round is given
 VISITS_PER_BUCKET = 100
 MIN_BUCKETS = 10
@@ -30,10 +32,6 @@ PRESETS = {
     "iet-agc+": _OFF | _IET | _AGC | _TAA | _MSR,
 }
 DEFAULT_PRESET = "iet-agc+"
-
-
-class UsageError(ValueError):
-    """Wrong use: the message names the flag or the row at fault, what was found, and what would do."""
 
 
 def bank_buckets(value):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ietagc_diffusers.config import UsageError
+from ietagc_diffusers.errors import UsageError
 
 # What PIL opens and calls an image: it also opens videos, PostScript, and scientific data of which it reads the head.
 SUFFIXES = {

@@ -10,9 +10,9 @@ import yaml
 from accelerate.logging import get_logger
 from diffusers import StableDiffusionPipeline
 
-from .arguments import effective_flags
-from .config import METHOD_FIELDS
-from .data import SAMPLE_ID
+from ..arguments import effective_flags
+from ..data.samples import SAMPLE_ID
+from ..method.config import METHOD_FIELDS
 
 logger = get_logger(__name__)
 

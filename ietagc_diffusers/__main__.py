@@ -1,0 +1,8 @@
+"""``python -m ietagc_diffusers COMMAND`` is ``ietagc COMMAND``."""
+
+import sys
+
+from ietagc_diffusers.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
