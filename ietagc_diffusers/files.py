@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ietagc_diffusers.method.config import UsageError
+from .errors import UsageError
 
 
 def check_output(path, flag, file=False):
