@@ -126,7 +126,7 @@ def test_what_a_path_holds_counts_not_its_name(base, pictures, tmp_path):
     assert not set(folders()) & set(before)
 
 
-def test_whatever_goes_wrong_with_a_model_the_others_go_on(base, pictures, tmp_path, monkeypatch):
+def test_whatever_goes_wrong_with_a_model_the_others_continue(base, pictures, tmp_path, monkeypatch):
     def call(self, command, log):
         if "--cell" not in command:
             raise OSError(28, "No space left on device")
@@ -192,7 +192,7 @@ def test_training_is_the_script_with_the_variant_s_flags(base, pictures, tmp_pat
         ({"columns": ["simscore"]}, "did you mean 'sim_score'"),
         ({"generate": {"steps": 3}}, "generate .*: unknown key 'steps'"),
         ({"generate": {"seed": 3}}, "unknown key 'seed'"),
-        ({"generate": {"scheduler": "heun"}}, "generate: --scheduler heun: must be one of"),
+        ({"generate": {"scheduler": "heun"}}, "generate: `scheduler` heun: must be one of"),
         ({"training": {"none": {"mitigaton": "none"}}}, "training none: flags: unknown key 'mitigaton'; did you mean"),
         ({"training": {"none": {"num_shards": "many"}}}, "training none: argument --num_shards"),
         ({"training": {"none": "plain"}}, "training none: should hold keys and values, holds"),

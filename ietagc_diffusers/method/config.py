@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -229,13 +230,20 @@ def _require(condition, flag, value, wanted):
 METHOD_FIELDS = fields(MitigationConfig)
 
 
+def recipe_path(name):
+    """The file of a recipe: the path itself, or, if there is no such file, the recipe of that name in this package."""
+    path = Path(name)
+    shipped = Path(str(files("ietagc_diffusers.configs") / f"{path.stem}.yaml"))
+    return shipped if path.parent == Path() and not path.exists() and shipped.is_file() else path
+
+
 def read_recipe(path, known_keys):
-    """Read a YAML recipe, whose keys are the flags' names.
+    """Read a YAML recipe, whose keys are the flags' names. ``path`` may be the name of one of the package's recipes.
 
     Returns a dict. Raises ``UsageError`` naming the file and, for an unknown key, the nearest known one.
     """
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.safe_load(recipe_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
