@@ -19,7 +19,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
-from ietagc_diffusers.arguments import effective_flags, parse_flags, recipe_keys, recipe_to_argv
+from ietagc_diffusers.arguments import flag_names, parse_flags, recipe_to_argv
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.method.config import check_keys, recipe_path
@@ -27,13 +27,13 @@ from ietagc_diffusers.mitigations import parse_mitigations
 
 from .generate import Settings, generate, model_hash
 from .image_sets import load_images
-from .processes import CHECKOUT, Processes, Stopped
+from .processes import Processes, Stopped
 from .prompts import caption_prompts, choose, read_prompts
 from .score import SCORES, Protocol, Tools, score
 from .tables import COLUMNS, write_tables
 
 T = TypeVar("T")
-TRAIN = [f"{CHECKOUT}/train_text_to_image_ietagc.py"]
+TRAIN = ["-m", "ietagc_diffusers", "train"]
 FAILED = "failed.txt"
 KEYS = {
     "base", "train", "reference", "prompts", "num_images", "output", "seeds", "launcher", "common", "training",
@@ -146,8 +146,8 @@ class Benchmark:
     def _effective(self, name: str) -> dict[str, Any]:
         if self.base is None:
             raise UsageError("give 'base', or its 'model'")
-        check_keys(self.common | self.training[name], [*recipe_keys(), "config"], "flags")
-        flags = effective_flags(parse_flags(recipe_to_argv(self.flags(name))))
+        check_keys(self.common | self.training[name], [*flag_names(), "config"], "flags")
+        flags = parse_flags(recipe_to_argv(self.flags(name))).values()
         return {key: value for key, value in flags.items() if key not in NOT_OF_A_VARIANT}
 
     @property

@@ -10,14 +10,15 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families import family_of
 from ietagc_diffusers.files import read_json, write_json, write_text
+from ietagc_diffusers.run_folder import RunFolder
 
 from .prompts import Prompt
 
@@ -29,7 +30,6 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 DTYPES = ("float32", "float16", "bfloat16")
-DENOISER = "unet"  # the trained module's folder in a pipeline, as long as there is one family of models
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
 # Keys of configurations that say where a model was saved and by which version, not what it is.
 NOT_HASHED = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
@@ -89,8 +89,10 @@ def load_pipeline(
         UsageError: it does not load or takes no prompt.
     """
     dtype = getattr(torch, settings.dtype)
-    replaced = {} if denoiser is None else {DENOISER: UNet2DConditionModel.from_pretrained(denoiser, dtype=dtype)}
-    folder = pipeline_folder(model)
+    folder, replaced = pipeline_folder(model), {}
+    if denoiser is not None:
+        family = family_of(folder, setting="model")
+        replaced[family.denoiser_name] = family.load_denoiser(denoiser, dtype=dtype)
     if "safety_checker" in read_json(folder / "model_index.json"):
         replaced |= {"safety_checker": None, "requires_safety_checker": False}
     try:
@@ -130,13 +132,12 @@ def trained_resolution(model: str | Path) -> int | None:
 
     A pipeline's own resolution is its base model's, whatever it was fine-tuned at.
     """
-    path = Path(model) / "ietagc" / "config.yaml"
-    if not path.is_file():
+    run = RunFolder(model)
+    if not run.config_file.is_file():
         return None
-    try:
-        resolution = yaml.safe_load(path.read_text(encoding="utf-8"))["resolution"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); give `resolution`") from error
+    resolution = run.config().get("resolution")
+    if not isinstance(resolution, int):
+        raise UsageError(f"{run.config_file}: says no resolution; give `resolution`")
     return max(8, resolution // 8 * 8)  # pipelines draw multiples of 8
 
 
@@ -147,9 +148,10 @@ def model_hash(model: str | Path, denoiser: str | Path | None = None) -> str:
     folder = pipeline_folder(model)
     index = folder / "model_index.json"
     parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
+    replaced = {} if denoiser is None else {family_of(folder, setting="model").denoiser_name: Path(denoiser)}
     digest = hashlib.sha256()
     for part in sorted(parts):
-        component = Path(denoiser) if denoiser is not None and part == DENOISER else folder / part
+        component = replaced.get(part, folder / part)
         for path in sorted(path for path in component.iterdir() if path.suffix in HASHED):
             digest.update(f"{part}/{path.name}".encode() + _content_hash(path))
     return digest.hexdigest()[:16]

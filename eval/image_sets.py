@@ -280,9 +280,7 @@ def _from_dataset(source: str | Path, setting: str, image_column: str, text_colu
         else:
             rows = datasets.load_dataset(str(source), split="train")
     except Exception as error:
-        raise UsageError(
-            f"`{setting}` {source}: neither a folder nor a dataset: {_one_line(error)}"
-        ) from error
+        raise UsageError(f"`{setting}` {source}: neither a folder nor a dataset: {_one_line(error)}") from error
     if isinstance(rows, dict):
         splits = rows
         if "train" not in splits and len(splits) > 1:

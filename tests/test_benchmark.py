@@ -176,7 +176,7 @@ def test_training_is_the_script_with_the_variant_s_flags(base, pictures, tmp_pat
     made = Benchmark(config(tmp_path, base, pictures, training=training, tables={"T": {"rows": rows}}))
     command = made.training_command("x", 7)
     line = " ".join(command)
-    assert "train_text_to_image_ietagc.py" in line and f"--train_data_dir={pictures}" in line
+    assert command[1:4] == ["-m", "ietagc_diffusers", "train"] and f"--train_data_dir={pictures}" in line
     assert "--max_train_steps=9" in line and "--max_train_steps=2" not in line and "--seed=7" in line
     assert command.count("--use_ema") == 1 and "--snr_gamma" not in line and "seed-7" in line
     assert made.cells == [Cell("x", "none", 0), Cell("x", "none", 1)]
