@@ -9,11 +9,12 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from tqdm.auto import tqdm
@@ -32,7 +33,6 @@ from .prompts import caption_prompts, choose, read_prompts
 from .score import SCORES, Protocol, Tools, score
 from .tables import COLUMNS, write_tables
 
-T = TypeVar("T")
 TRAIN = ["-m", "ietagc_diffusers", "train"]
 FAILED = "failed.txt"
 KEYS = {
@@ -121,20 +121,23 @@ class Benchmark:
         check_keys(self.generate, settings, f"{where}: generate (seed and mitigation are the cells')")
         check_keys(self.score, {field.name for field in fields(Protocol)}, f"{where}: score")
         check_keys(self.columns, COLUMNS, f"{where}: columns")
-        _named(where + ": generate", lambda: Settings(**self.generate))
+        with _named(f"{where}: generate"):
+            Settings(**self.generate)
         for name, chain in self.inference.items():
             here = f"{where}: inference {name}"
-            _named(here, lambda chain=chain, here=here: parse_mitigations(_checked(chain, str, here)))
+            _checked(chain, str, here)
+            with _named(here):
+                parse_mitigations(chain)
         self.training = {
             name: _checked(flags or {}, dict, f"{where}: training {name}")
             for name, flags in part("training", dict).items()
         }
         # Every flag's effective value, the recipe's included, of the variants that are trained here.
-        self.effective = {
-            name: _named(f"{where}: training {name}", lambda name=name: self._effective(name))
-            for name, flags in self.training.items()
-            if "model" not in flags
-        }
+        self.effective = {}
+        for name, flags in self.training.items():
+            if "model" not in flags:
+                with _named(f"{where}: training {name}"):
+                    self.effective[name] = self._effective(name)
         for name, table in self.tables.items():
             here = f"{where}: table {name}"
             check_keys(_checked(table, dict, here), {"title", "rows"}, here)
@@ -223,10 +226,11 @@ def _checked(value: Any, kind: type, where: str) -> Any:
     return value
 
 
-def _named(where: str, action: Callable[[], T]) -> T:
-    """The result of ``action``; to the message of its ``UsageError`` ``where`` is added."""
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Inside, ``where`` is added to the message of a ``UsageError``."""
     try:
-        return action()
+        yield
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 

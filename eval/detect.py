@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
@@ -50,26 +51,28 @@ class Detection:
     resolution: int | None = None
 
 
-def roc_auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Probability that a memorized prompt (label True) scores higher than another; ties count half. (N,) each."""
-    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
-    positive, negative = scores[labels], scores[~labels]
+    positive, negative = _by_label(scores, labels)
     # Mann and Whitney: ranks of the positives among all, the mean rank where several tie.
     ordered = np.sort(scores)
     ranks = (np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right") + 1) / 2
     return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
 
 
-def threshold_at(
-    scores: Sequence[float], labels: Sequence[bool], false_positives: float = FALSE_POSITIVES
-) -> tuple[float, float]:
+def threshold_at(scores: ArrayLike, labels: ArrayLike, false_positives: float = FALSE_POSITIVES) -> tuple[float, float]:
     """The lowest threshold that at most the share ``false_positives`` of the other prompts exceed, and the share of the
     memorized prompts that exceed it: (threshold, TPR@FPR).
     """
-    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
-    negative = np.sort(scores[~labels])[::-1]
-    threshold = negative[int(false_positives * len(negative))]  # as many lie over it, or fewer
-    return float(threshold), float((scores[labels] > threshold).mean())
+    positive, negative = _by_label(scores, labels)
+    threshold = np.sort(negative)[::-1][int(false_positives * len(negative))]  # as many lie over it, or fewer
+    return float(threshold), float((positive > threshold).mean())
+
+
+def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the memorized prompts, and of the others."""
+    values, memorized = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    return values[memorized], values[~memorized]
 
 
 def detect(
@@ -203,13 +206,13 @@ def _check_settings(
 def _histogram(scores: np.ndarray, labels: Sequence[bool] | None, result: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(6.4, 4))
     bins = np.linspace(scores.min(), scores.max() + 1e-6, 40)
-    style = {"bins": bins, "histtype": "step", "linewidth": 1.8}
+    style: dict[str, Any] = {"bins": bins, "histtype": "step", "linewidth": 1.8}
     if labels is None:
         axes.hist(scores, color=COLOURS[1], **style)
     else:
-        labels = np.asarray(labels, dtype=bool)
-        axes.hist(scores[labels], color=COLOURS[0], label=f"memorized ({labels.sum()})", **style)
-        axes.hist(scores[~labels], color=COLOURS[1], label=f"others ({(~labels).sum()})", **style)
+        memorized, others = _by_label(scores, labels)
+        axes.hist(memorized, color=COLOURS[0], label=f"memorized ({len(memorized)})", **style)
+        axes.hist(others, color=COLOURS[1], label=f"others ({len(others)})", **style)
         axes.axvline(result["threshold"], color="#888888", linestyle="--", label="1% of the others lie above")
         axes.set_title(f"AUC {result['auc']:.3f}, TPR at 1% FPR {result['tpr_at_1_percent_fpr']:.3f}", fontsize=10)
         axes.legend()

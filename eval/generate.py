@@ -89,7 +89,8 @@ def load_pipeline(
         UsageError: it does not load or takes no prompt.
     """
     dtype = getattr(torch, settings.dtype)
-    folder, replaced = pipeline_folder(model), {}
+    folder = pipeline_folder(model)
+    replaced: dict[str, Any] = {}
     if denoiser is not None:
         family = family_of(folder, setting="model")
         replaced[family.denoiser_name] = family.load_denoiser(denoiser, dtype=dtype)

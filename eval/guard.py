@@ -177,7 +177,7 @@ def _derived(states: list[bytes], row: int, attempt: int) -> torch.Generator:
 def _of_images(options: dict[str, Any], rows: list[int], per_prompt: int, total: int) -> dict[str, Any]:
     """The arguments for these images only: lists and tensors with an entry for each prompt get one for each image."""
     num_prompts = total // per_prompt
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for key, value in options.items():
         if key in PER_PROMPT and isinstance(value, str):
             chosen[key] = [value] * len(rows)

@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
     protocol = common.protocol_of(args, device)
     tools = Tools(protocol) if state.is_main_process else None
     max_sim_score = args.max_sim_score
-    if max_sim_score is None and tools is not None and tools.descriptor.name != "pixel":
+    if max_sim_score is None and tools is not None and tools.protocol_name is not None:  # not of pixel
         max_sim_score = common.MAX_SIM_SCORE
     limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output, cache = Path(args.output), common.cache_of(args)

@@ -17,14 +17,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     common.add_device(parser)
 
 
-def run(args: Namespace) -> int | None:
-    from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
+def run(args: Namespace) -> int:
+    from ietagc_diffusers.eval.benchmark import Benchmark, Cell
+    from ietagc_diffusers.eval.benchmark import run as run_benchmark
 
     common.check_positive(args, "jobs")
     device, cache = common.device_of(args), common.cache_of(args)
     if args.cell:
-        return Benchmark(args.config).run_cell(Cell(*json.loads(args.cell)), device, cache)
-    failed = run(args.config, args.jobs, device, cache, args.tables)
+        Benchmark(args.config).run_cell(Cell(*json.loads(args.cell)), device, cache)
+        return 0
+    failed = run_benchmark(args.config, args.jobs, device, cache, args.tables)
     output = Benchmark(args.config).output
     print((output / "tables.md").read_text(encoding="utf-8"))
     print(f"{output}/tables.md, tables.csv, tables.tex, results.json")

@@ -43,7 +43,7 @@ def bank_buckets(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-SHARE = {"check": lambda value: 0 <= value <= 1, "wanted": "in [0, 1]"}
+SHARE: dict[str, Any] = {"check": lambda value: 0 <= value <= 1, "wanted": "in [0, 1]"}
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class MitigationConfig:
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""
         wanted = (
             max(visits_per_shard // VISITS_PER_BUCKET, MIN_BUCKETS)
-            if self.bank_buckets == "auto"
+            if isinstance(self.bank_buckets, str)
             else self.bank_buckets
         )
         return min(wanted, num_timesteps)

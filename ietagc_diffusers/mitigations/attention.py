@@ -46,7 +46,7 @@ class RescaledAttention(Mitigation):
         if self.scale != 1:
             handles += [attention.to_k.register_forward_hook(self._scale_key) for attention in attentions]
         if self.mask:
-            self.bias = None
+            self.bias: torch.Tensor | None = None
             handles += [a.register_forward_pre_hook(self._mask_padding, with_kwargs=True) for a in attentions]
         return handles
 

@@ -54,7 +54,7 @@ class Step:
         if self.guided:
             return self._predict(slice(0, self.conditional.start), slice(0), {})
         embeddings, *pooled = self.call.unconditional
-        replaced = {"encoder_hidden_states": embeddings}
+        replaced: dict[str, Any] = {"encoder_hidden_states": embeddings}
         if pooled:
             replaced["added_cond_kwargs"] = {**self.inputs["added_cond_kwargs"], "text_embeds": pooled[0]}
         return self._predict(slice(None), slice(0), replaced)
@@ -97,13 +97,13 @@ class Call:
         self.mitigations = [mitigation for mitigation in self.mitigations if mitigation.acts]
         self.states = [hashlib.sha256(g.get_state().numpy().tobytes()).digest() for g in self.generators]
         self.num_images = 0
-        self.prompts = None
-        self.unconditional = None
+        self.prompts: dict[str, list[str]] = {}  # of each image, by argument: prompt, and SDXL's prompt_2
+        self.unconditional: Sequence[torch.Tensor] = ()
         self.conditional = slice(None)
         self.is_apart = False
         self.steps = 0
-        self.step = None
-        self.handles = []
+        self.step: Step | None = None
+        self.handles: list[Any] = []
 
     def __enter__(self) -> "Call":
         self.previous, self.pipeline.current_call = self.pipeline.current_call, self
@@ -131,7 +131,7 @@ class Call:
     def seeds(self, salt: str) -> list[int]:
         """A 64-bit seed for each of the call's images; images that share a generator get different ones."""
         states = self.states or [self._drawn_state]
-        owners = [id(generator) for generator in self.generators] or [None]
+        owners = [id(generator) for generator in self.generators] or [0]
         uses: Counter = Counter()
         seeds = []
         for image in range(self.num_images):

@@ -56,7 +56,7 @@ class DelayedGuidance(Mitigation):
     def before_unet(self, step: Step) -> None:
         self.guided = step.guided
         if self.transition != DYNAMIC:
-            self.begun = float(step.timestep) <= self.transition
+            self.begun: Any = float(step.timestep) <= float(self.transition)  # of all images; a tensor of each below
 
     def after_unet(self, step: Step, prediction: torch.Tensor) -> None:
         if self.transition != DYNAMIC or not step.guided:
@@ -64,7 +64,8 @@ class DelayedGuidance(Mitigation):
         unconditional, conditional = prediction.chunk(2)
         norms = noise_magnitude(conditional, unconditional)
         if step.index == 0:
-            self.begun, self.norms = torch.zeros_like(norms, dtype=torch.bool), []
+            self.begun = torch.zeros_like(norms, dtype=torch.bool)
+            self.norms: list[torch.Tensor] = []
         if len(self.norms) == 2:
             first, middle = self.norms
             self.begun = self.begun | ((middle < first) & (middle < norms))
@@ -75,5 +76,6 @@ class DelayedGuidance(Mitigation):
         if not self.guided:
             return scale
         if self.transition == DYNAMIC:
+            assert self.initial_scale is not None  # since __post_init__
             return torch.where(self.begun.view(-1, 1, 1, 1), scale, self.initial_scale).to(self.dtype)
         return scale if self.begun else self.initial_scale

@@ -29,7 +29,7 @@ class MitigatedPipeline:
 
 
 @functools.cache
-def mitigated_class(base: type) -> type:
+def mitigated_class(base: Any) -> type:
     """A subclass of the pipeline class ``base`` with the same name, so that ``from_pretrained`` can read what
     ``save_pretrained`` writes.
     """
@@ -61,8 +61,10 @@ def with_mitigation(pipeline: Any, mitigation: Mitigation) -> Any:
             f"a {type(pipeline).__name__} cannot be mitigated: "
             "give a StableDiffusionPipeline or a StableDiffusionXLPipeline"
         )
-    kind = type(pipeline) if isinstance(pipeline, MitigatedPipeline) else mitigated_class(type(pipeline))
-    mitigated = object.__new__(kind)
+    kind: Any = type(pipeline)
+    if not isinstance(pipeline, MitigatedPipeline):
+        kind = mitigated_class(kind)
+    mitigated: Any = object.__new__(kind)
     mitigated.__dict__.update(pipeline.__dict__)
     mitigated.current_call = None
     mitigated.mitigations = (*getattr(pipeline, "mitigations", ()), mitigation)
