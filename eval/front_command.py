@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 import yaml
 
-from ietagc_diffusers.data.samples import image_transform
+from ietagc_diffusers.data import image_transform
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_text
 
