@@ -1,6 +1,7 @@
 """The protocol of a score: what is measured, and with what. Numbers are comparable only under the same protocol."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from ietagc_diffusers.sscd import Descriptor
@@ -43,7 +44,7 @@ class Protocol:
         max_memory: bytes of working memory of a search.
 
     Raises:
-        UsageError: a value that is out of range.
+        UsageError: a value that is not one of those above.
     """
 
     name: str | None = None
@@ -71,6 +72,8 @@ class Protocol:
             value = getattr(self, setting)
             if value not in choices:
                 raise UsageError(f"`{setting}` {value}: must be {' or '.join(filter(None, choices))}")
+        if self.index == "faiss" and find_spec("faiss") is None:
+            raise UsageError("`index` faiss: is not installed; pip install faiss-cpu")
 
     @property
     def resolved_name(self) -> str:

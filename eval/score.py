@@ -121,7 +121,9 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
 
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
     """The images of a side, ``generated`` or ``train``, loaded again."""
-    return load_images(scores[side], "scores", **scores.get("columns", {}).get(side, {}))
+    columns = scores.get("columns", {}).get(side, {})
+    image_column, text_column = columns.get("image_column", "image"), columns.get("caption_column", "text")
+    return load_images(scores[side], "scores", image_column, text_column)
 
 
 def _describe(
@@ -219,11 +221,16 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
         "version": __version__,
         "generated": _location(generated),
         "train": _location(training),
-        "columns": {"generated": generated.columns, "train": training.columns},
+        "columns": {"generated": _columns(generated), "train": _columns(training)},
         "skipped": {"generated": sets.generated.skipped, "train": sets.training.skipped},
         "reasons": measured.reasons,
         "notes": list(measured.notes),
     }
+
+
+def _columns(images: ImageSet) -> dict[str, str]:
+    """The columns of images and captions, for ``images_of``."""
+    return dict(zip(("image_column", "caption_column"), images.columns.values(), strict=False))
 
 
 def _location(images: ImageSet) -> str:

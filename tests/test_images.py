@@ -260,7 +260,7 @@ def test_a_damaged_cache_is_begun_anew_and_an_unwritable_one_done_without(tmp_pa
         assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {}
     assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {} and path.with_suffix(".damaged").exists()
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="not kept"):
+    with pytest.warns(UserWarning, match="not cached"):
         FeatureCache(tmp_path / "file" / "cache", {"a": 1}).put({b"key": np.ones(3, np.float32)})
 
 

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 from ietagc_diffusers.eval.features import Pixels
-from ietagc_diffusers.eval.metrics import frechet
+from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_distances
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScorer, clip_scores
 from ietagc_diffusers.eval.metrics.frechet import PooledPixels, frechet_distance, kernel_distance, load_inception
@@ -28,6 +28,37 @@ def features(seed, n, d=12):
 
 def pictures(seed, n, size=20):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_metric_finds_what_it_wrote_under_a_name_of_its_own():
+    metrics = [metric for kind in KINDS for metric in kind.metrics]
+    assert [metric.name for metric in metrics] == list(METRICS)
+    assert len({metric.title for metric in metrics}) == len(metrics)
+    hits, two_sets = [(features(0, 50, 1)[:, 0] > 0).float()], [features(1, 20), features(2, 20)]
+    for metric in metrics:
+        values = two_sets if metric in frechet.Frechet.metrics else hits
+        scores = metric.of(*values)
+        assert list(scores) == metric.keys and metric.value(scores) == metric.statistic(*values)
+        assert (metric.interval(scores) is None) == (metric.interval_by is None)
+        assert metric.value({}) is metric.interval({}) is metric.number({}) is None
+        assert metric.value(dict.fromkeys(metric.keys)) is None
+
+
+def test_metrics_are_shown_with_their_unit_and_direction():
+    assert METRICS["copy_rate"].format(0.1234) == "12.3%" and METRICS["clip_score"].format(29.876) == "29.88"
+    assert METRICS["kid"].format([0.01, 0.002]) == "0.0100 ± 0.0020"
+    assert METRICS["num_copied_train"].format(1234) == "1,234"
+    protocol = {"frechet": {"features": "pixel-8"}}
+    shown = {name: metric.heading(protocol) for name, metric in METRICS.items()}
+    assert shown["frechet_distance"] == "Fréchet distance (pixel-8) ↓" and shown["clip_score"] == "CLIP score ↑"
+    assert shown["train_train_sim_score"] == "Sim Score of training images among themselves"
+
+
+def test_the_distance_between_distributions_is_that_of_the_features_that_were_used():
+    other = {"frechet_distance": 2.0, "kernel_distance": [0.5, 0.1]}
+    assert measured_distances({"fid": None, "kid": None} | other) == (2.0, 0.5)
+    assert measured_distances({"fid": 9.0, "kid": [0.2, 0.1]} | dict.fromkeys(other)) == (9.0, 0.2)
+    assert measured_distances(dict.fromkeys(("fid", "kid", *other))) == (None, None)
 
 
 def test_identical_sets_are_copies():

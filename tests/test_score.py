@@ -16,6 +16,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from ietagc_diffusers.eval.audit import Limits, judge, write_card
 from ietagc_diffusers.eval.image_sets import NO_IMAGE, load_images
+from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric
+from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScore
 from ietagc_diffusers.eval.metrics.intervals import wilson_interval
 from ietagc_diffusers.eval.report import Scored, write_report
@@ -23,6 +25,7 @@ from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
 from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image, ImageOps
 
+from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 
@@ -48,6 +51,27 @@ def fresh(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
 
 
+class Sharpness(Kind):
+    """Mean difference of neighbouring pixels in the generated images."""
+
+    metrics = (Metric("sharpness", "sharpness", mean, "bootstrap", lower=False, digits=1),)
+
+    def measure(self, sets):
+        side = sets.pixels
+        pixels = sets.generated.features["pixels"].float().view(-1, 3, side, side)
+        values = pixels.diff(dim=3).abs().mean(dim=(1, 2, 3))
+        return Measured(self.metrics[0].of(values), columns={"sharpness": values.tolist()})
+
+
+def test_a_metric_is_one_class_and_one_registration(training, fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr("ietagc_diffusers.eval.score.KINDS", [*KINDS, Sharpness])
+    monkeypatch.setitem(METRICS, "sharpness", Sharpness.metrics[0])
+    scores = scored(fresh, training, tmp_path / "s")
+    low, high = scores["sharpness_ci95"]
+    assert low < scores["sharpness"] < high and len(load_scores(tmp_path / "s")[1]["sharpness"]) == 12
+    assert "<td>sharpness ↑</td>" in write_report([Scored.load(tmp_path / "s")], tmp_path / "r.html").read_text()
+
+
 def test_the_training_set_itself_is_all_copies(training, tmp_path):
     scores = scored(training, training, tmp_path)
     assert scores["sim_score"] == pytest.approx(1) and scores["copy_rate"] == 1 and scores["num_copied_train"] >= 60
@@ -59,7 +83,7 @@ def test_the_training_set_itself_is_all_copies(training, tmp_path):
 def test_fresh_images_are_no_copies_and_every_metric_has_a_value_or_a_reason(training, fresh, tmp_path):
     scores = scored(fresh, training, tmp_path)
     assert scores["copy_rate"] == 0 and scores["memorized_quantity"]["0.4"] == 0
-    assert scores.keys() >= KEYS
+    assert scores.keys() >= KEYS and scores["version"] == __version__
     for key, value in scores.items():
         assert value is not None or scores["reasons"].get(key.removesuffix("_ci95")), key
     assert scores["sim_score_ci95"][0] <= scores["sim_score"] <= scores["sim_score_ci95"][1]
