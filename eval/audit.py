@@ -13,6 +13,8 @@ from ietagc_diffusers.files import write_text
 
 from .generate import Settings, generate, model_hash
 from .image_sets import ImageSet, load_images, unusable
+from .metrics.patches import PATCH_COPY_RATE
+from .metrics.similarity import COPY_RATE, SIM_SCORE
 from .prompts import Prompt
 from .report import SIDES, Scored, table_rows, write_report
 from .score import Tools, score
@@ -45,49 +47,55 @@ class Verdict:
 
 def judge(scores: dict[str, Any], limits: Limits) -> Verdict:
     """Compare scores with limits."""
-    protocol, num_files = scores["protocol"], scores["num_files"]
+    protocol = scores["protocol"]
     unread = {side: len(unusable(scores["skipped"][side])) for side in SIDES}
-    broken = scores["num_of_one_colour"] + unread["generated"]
-    parts, over = [], []
-    for key, limit, finding in (
-        ("copy_rate", limits.copy_rate, "are copies"),
-        ("patch_copy_rate", limits.patch_copy_rate, "contain local copies"),
-    ):
-        if limit is not None:
-            (low, high), copies = scores[f"{key}_ci95"], round(scores[key] * scores["num_generated"])
-            over.append(scores[key] > limit)
-            parts.append(
-                f"{copies} of {scores['num_generated']} images {finding}: {scores[key]:.1%} "
-                f"(95% interval {low:.1%} to {high:.1%}), limit {limit:.1%}"
-            )
-    if broken > BROKEN * num_files["generated"]:
-        over.append(True)
-        parts.append(
-            f"{broken} images are a single flat colour or unreadable: the model is broken, so a low copy rate proves "
-            "nothing"
-        )
-    if unread["train"] > BROKEN * num_files["train"]:
-        over.append(True)
-        parts.append(
-            f"more than {BROKEN:.0%} of the training images are unreadable: copies of them would go undetected"
-        )
-    if limits.sim_score is not None:
-        over.append(scores["sim_score"] > limits.sim_score)
-        parts.append(f"Sim Score {scores['sim_score']:.3f}, limit {limits.sim_score:.3f}")
-    passed = not any(over)
+    findings = _findings(scores, limits, unread)
+    passed = not any(fails for fails, _ in findings)
     measured = f"descriptor {protocol['descriptor']}, copies over {protocol['copy_similarity']:g}"
-    sentence = f"{'Passed' if passed else 'Failed'} ({measured}): {'; '.join(parts)}."
+    sentence = f"{'Passed' if passed else 'Failed'} ({measured}): {'; '.join(text for _, text in findings)}."
     if protocol["descriptor"] == "pixel":
         sentence += (
             " The descriptor pixel detects only near-exact copies: for a model to be published, set `descriptor` to "
             "sscd_disc_mixup."
         )
-    left_out = [f"{unread[side]} of {num_files[side]} {name} images" for side, name in SIDES.items() if unread[side]]
+    left_out = [
+        f"{unread[side]} of {scores['num_files'][side]} {name} images" for side, name in SIDES.items() if unread[side]
+    ]
     if left_out:
         sentence += f" Left out as unreadable: {', '.join(left_out)}."
-    if passed and limits.copy_rate is not None and scores["copy_rate_ci95"][1] > limits.copy_rate:
+    if passed and limits.copy_rate is not None and COPY_RATE.interval(scores)[1] > limits.copy_rate:
         sentence += f" The upper end of the interval is over the limit: generate {_enough(limits.copy_rate)} images."
     return Verdict(passed, sentence)
+
+
+def _findings(scores: dict[str, Any], limits: Limits, unread: dict[str, int]) -> list[tuple[bool, str]]:
+    """(whether it fails the audit, what was found) of each limit, and of images too broken to prove anything.
+
+    unread: how many images of each side are unreadable.
+    """
+    findings = []
+    for metric, limit, found in (
+        (COPY_RATE, limits.copy_rate, "are copies"),
+        (PATCH_COPY_RATE, limits.patch_copy_rate, "contain local copies"),
+    ):
+        if limit is not None:
+            rate, (low, high) = metric.value(scores), metric.interval(scores)
+            text = (
+                f"{round(rate * scores['num_generated'])} of {scores['num_generated']} images {found}: {rate:.1%} "
+                f"(95% interval {low:.1%} to {high:.1%}), limit {limit:.1%}"
+            )
+            findings.append((rate > limit, text))
+    broken = scores["num_of_one_colour"] + unread["generated"]
+    if broken > BROKEN * scores["num_files"]["generated"]:
+        text = f"{broken} images are a single flat colour or unreadable: a broken model proves nothing"
+        findings.append((True, text))
+    if unread["train"] > BROKEN * scores["num_files"]["train"]:
+        text = f"more than {BROKEN:.0%} of the training images are unreadable: copies of them would go undetected"
+        findings.append((True, text))
+    if limits.sim_score is not None:
+        sim_score = SIM_SCORE.value(scores)
+        findings.append((sim_score > limits.sim_score, f"Sim Score {sim_score:.3f}, limit {limits.sim_score:.3f}"))
+    return findings
 
 
 def _enough(rate: float) -> str:
