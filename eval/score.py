@@ -4,7 +4,7 @@ computed is null, with the reason.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Tools:
         return _merged(kind.extractors for kind in self.kinds if kind.uses_reference)
 
 
-def _merged(dicts) -> dict:
+def _merged(dicts: Iterable[dict[str, Extractor]]) -> dict[str, Extractor]:
     return functools.reduce(operator.or_, dicts, {})
 
 

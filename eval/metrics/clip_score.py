@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -26,7 +27,7 @@ CLIP_SCORE = Metric("clip_score", "CLIP score", mean, "bootstrap", lower=False, 
 class ClipImages:
     """Extractor of CLIP's image vectors: uint8 (N, 3, H, W) -> float32 (N, D) of unit length."""
 
-    model: torch.nn.Module
+    model: Any
     transform: Callable[[torch.Tensor], torch.Tensor]
     record: dict
     device: str
