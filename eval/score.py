@@ -45,6 +45,11 @@ class Tools:
         self.descriptor = load_descriptor(self.protocol.descriptor, self.protocol.name, self.protocol.device)
         self.kinds = [kind(self.protocol, self.descriptor) for kind in KINDS]
 
+    @property
+    def protocol_name(self) -> str | None:
+        """The name of the protocol; None with the descriptor ``pixel``, which has no protocols."""
+        return None if self.descriptor.name == "pixel" else self.protocol.resolved_name
+
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
         always = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
@@ -210,7 +215,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
     """The content of ``scores.json``."""
     generated, training = sets.generated.images, sets.training.images
     protocol = {
-        "name": None if tools.descriptor.name == "pixel" else tools.protocol.resolved_name,  # pixel has no protocols
+        "name": tools.protocol_name,
         **tools.descriptor.identity,
         "searches": measured.searches,
         **measured.protocol,
