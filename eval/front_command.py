@@ -72,9 +72,9 @@ def run(args, device, make_tools, cache, named):
     source = args.train or config.get("train_data_dir") or config.get("dataset_name")
     if source is None:
         raise UsageError("--train: the run does not say what it was trained on; give the training images")
-    training = load_images(source, "--train", *_columns(args, {} if args.train else config))
-    heldout = load_images(args.heldout, "--heldout", *_columns(args, {}))
-    reference = load_images(args.reference, "--reference") if args.reference else None
+    training = load_images(source, "train", *_columns(args, {} if args.train else config))
+    heldout = load_images(args.heldout, "heldout", *_columns(args, {}))
+    reference = load_images(args.reference, "reference") if args.reference else None
     resolution = args.resolution or config.get("resolution", 512)
     settings = _settings(args, first, device) if args.sample else None
     output = Path(args.output)
@@ -94,7 +94,7 @@ def run(args, device, make_tools, cache, named):
     )
     points = [point for point, _ in measured]
     if args.sample:
-        prompts = choose(caption_prompts(training, "--train"), args.sample, args.seed)
+        prompts = choose(caption_prompts(training, "train"), args.sample, args.seed)
         points = _sampled(measured, settings, prompts, base, training, reference, output, make_tools(), cache, device)
     write_csv(points, output / "front.csv")
     _picture(points, control, output / "front.png")
@@ -147,8 +147,8 @@ def _sampled(measured, settings, prompts, base, training, reference, output, too
         key = _hash([*conditions, "" if unet is None else weights_hash(unet)])
         folder = output / "samples" / f"{name}-{key}"
         if not (folder / SCORES).exists():
-            generate(base, prompts, folder / "images", settings, device, unet=unet, desc=f"Drawing with {name}")
-            score(load_images(folder / "images", "--output"), training, folder, tools, cache, reference)
+            generate(base, prompts, folder / "images", settings, device, denoiser=unet, desc=f"Drawing with {name}")
+            score(load_images(folder / "images", "output"), training, folder, tools, cache, reference)
         scores = read_json(folder / SCORES)
         inception = scores["fid"] is not None
         sampled = {

@@ -127,7 +127,8 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
     """The images of a side, ``generated`` or ``train``, loaded again."""
     columns = scores.get("columns", {}).get(side, {})
-    image_column, text_column = columns.get("image_column", "image"), columns.get("caption_column", "text")
+    image_column = columns.get("image_column", "image")
+    text_column = columns.get("text_column", columns.get("caption_column", "text"))  # its name before 0.2
     return load_images(scores[side], "scores", image_column, text_column)
 
 
