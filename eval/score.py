@@ -127,8 +127,7 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
     """The images of a side, ``generated`` or ``train``, loaded again."""
     columns = scores.get("columns", {}).get(side, {})
-    image_column = columns.get("image_column", "image")
-    text_column = columns.get("text_column", columns.get("caption_column", "text"))  # its name before 0.2
+    image_column, text_column = columns.get("image_column", "image"), columns.get("caption_column", "text")
     return load_images(scores[side], "scores", image_column, text_column)
 
 
@@ -235,8 +234,9 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
 
 
 def _columns(images: ImageSet) -> dict[str, str]:
-    """The columns of images and captions, for ``images_of``."""
-    return dict(zip(("image_column", "caption_column"), images.columns.values(), strict=False))
+    """The columns of images and captions, by the names of their flags; ``images_of`` reads them."""
+    names = {"image_column": "image_column", "text_column": "caption_column"}
+    return {names[key]: column for key, column in images.columns.items()}
 
 
 def _location(images: ImageSet) -> str:
