@@ -52,7 +52,7 @@ class Tools:
 
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
-        always = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
+        always: dict[str, Extractor] = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
         return always | _merged(kind.extractors for kind in self.kinds)
 
     @property

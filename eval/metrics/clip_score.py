@@ -154,7 +154,7 @@ class ClipScore(Kind):
         without = [name for name, text in zip(images.names, images.texts, strict=True) if not text]
         if without:
             return self._missing(f"{len(without)} images have no prompt in a metadata.jsonl, the first is {without[0]}")
-        vectors, num_longer = self.scorer.texts(images.texts)
+        vectors, num_longer = self.scorer.texts(list(filter(None, images.texts)))
         cut = f"{num_longer} prompts have more tokens than CLIP reads: their ends are ignored" if num_longer else None
         values = clip_scores(sets.generated.features["clip"], vectors)
         return Measured(
