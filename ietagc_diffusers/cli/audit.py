@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..errors import UsageError
+from ..files import check_output
 from . import common
 
 
@@ -31,11 +32,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from ietagc_diffusers.eval.audit import Limits, audit, card_path, report_to_github, write_card
-    from ietagc_diffusers.eval.score import Tools
-
-    from ..files import check_output
-
     common.check_range(args, 0, 1, "max_copy_rate", "max_patch_copy_rate")
     common.check_range(args, -1, 1, "max_sim_score")
     if args.max_patch_copy_rate is not None and not args.patches:
@@ -43,6 +39,9 @@ def run(args: Namespace) -> int:
             f"`max_patch_copy_rate` {args.max_patch_copy_rate}: without `patches` local copies are not looked for"
         )
     check_output(args.output, "output")
+    from ietagc_diffusers.eval.audit import Limits, audit, card_path, report_to_github, write_card
+    from ietagc_diffusers.eval.score import Tools
+
     if args.card:
         card_path(args.model)
     state, device = common.processes(common.device_of(args))
