@@ -48,9 +48,10 @@ def run(args: Namespace) -> int:
     training, reference = common.training_images(args), common.reference_images(args)
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
     protocol = common.protocol_of(args, device)
-    tools = Tools(protocol) if state.is_main_process else None
+    # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
+    tools = Tools(protocol) if state.is_main_process else (lambda: Tools(protocol))
     max_sim_score = args.max_sim_score
-    if max_sim_score is None and tools is not None and tools.protocol_name is not None:  # not of pixel
+    if max_sim_score is None and isinstance(tools, Tools) and tools.descriptor.name != "pixel":
         max_sim_score = common.MAX_SIM_SCORE
     limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output, cache = Path(args.output), common.cache_of(args)
