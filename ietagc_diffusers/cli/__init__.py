@@ -1,7 +1,8 @@
 """The command line, ``ietagc COMMAND``.
 
 Each command is a module of this package, named as the command, with ``add_arguments(parser)`` and
-``run(args) -> int | None`` (None is exit code 0). These modules import what takes long to import only when they run.
+``run(args) -> int | None`` (None is exit code 0). Modules that take long to import are imported in ``run``, after the
+checks that need none of them.
 """
 
 import argparse

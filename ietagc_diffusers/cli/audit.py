@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..errors import UsageError
+from ..files import check_output
 from . import common
 
 
@@ -31,11 +32,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from ietagc_diffusers.eval.audit import Limits, audit, card_path, report_to_github, write_card
-    from ietagc_diffusers.eval.score import Tools
-
-    from ..files import check_output
-
     common.check_range(args, 0, 1, "max_copy_rate", "max_patch_copy_rate")
     common.check_range(args, -1, 1, "max_sim_score")
     if args.max_patch_copy_rate is not None and not args.patches:
@@ -43,15 +39,19 @@ def run(args: Namespace) -> int:
             f"`max_patch_copy_rate` {args.max_patch_copy_rate}: without `patches` local copies are not looked for"
         )
     check_output(args.output, "output")
+    from ietagc_diffusers.eval.audit import Limits, audit, card_path, report_to_github, write_card
+    from ietagc_diffusers.eval.score import Tools
+
     if args.card:
         card_path(args.model)
     state, device = common.processes(common.device_of(args))
     training, reference = common.training_images(args), common.reference_images(args)
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
     protocol = common.protocol_of(args, device)
-    tools = Tools(protocol) if state.is_main_process else None
+    # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
+    tools = Tools(protocol) if state.is_main_process else (lambda: Tools(protocol))
     max_sim_score = args.max_sim_score
-    if max_sim_score is None and tools is not None and tools.protocol_name is not None:  # not of pixel
+    if max_sim_score is None and isinstance(tools, Tools) and tools.descriptor.name != "pixel":
         max_sim_score = common.MAX_SIM_SCORE
     limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output, cache = Path(args.output), common.cache_of(args)

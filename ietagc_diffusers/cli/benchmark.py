@@ -18,10 +18,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    common.check_positive(args, "jobs")
     from ietagc_diffusers.eval.benchmark import Benchmark, Cell
     from ietagc_diffusers.eval.benchmark import run as run_benchmark
 
-    common.check_positive(args, "jobs")
     device, cache = common.device_of(args), common.cache_of(args)
     if args.cell:
         Benchmark(args.config).run_cell(Cell(*json.loads(args.cell)), device, cache)

@@ -28,10 +28,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ietagc_diffusers.eval.detect import Detection, detect
-
     common.check_positive(args, "steps", "generations", "num_inference_steps", "batch_size", "resolution")
     prompts, labels = _prompts(args)
+    from ietagc_diffusers.eval.detect import Detection, detect
+
     device = common.device_of(args)
     settings = Detection(
         args.steps, args.generations, args.num_inference_steps, args.guidance_scale, args.seed, args.resolution

@@ -17,8 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    scores = common.named_folders(args.scores, "scores")
     from ietagc_diffusers.eval.paper_figures import draw_all
 
     training = common.training_images(args) if args.train else None
-    scores = common.named_folders(args.scores, "scores")
     draw_all(scores, args.run, training, Path(args.output), common.device_of(args))

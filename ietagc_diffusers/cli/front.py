@@ -37,10 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    common.check_positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
+    runs = common.named_folders(args.runs, "run")
     from ietagc_diffusers.eval.front_command import run as run_front
     from ietagc_diffusers.eval.score import Tools
 
-    common.check_positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
     device = common.device_of(args)
-    runs = common.named_folders(args.runs, "run")
     run_front(args, device, lambda: Tools(common.protocol_of(args, device)), common.cache_of(args), runs)

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ..files import check_output
 from . import common
 
 
@@ -13,11 +14,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ietagc_diffusers.eval.report import Scored, write_report
-
-    from ..files import check_output
-
     common.check_positive(args, "max_pairs")
     check_output(args.output, "output", file=True)
-    scored = [Scored.load(folder, name) for name, folder in common.named_folders(args.scores, "scores")]
+    named = common.named_folders(args.scores, "scores")
+    from ietagc_diffusers.eval.report import Scored, write_report
+
+    scored = [Scored.load(folder, name) for name, folder in named]
     print(write_report(scored, args.output, args.max_pairs, args.title))

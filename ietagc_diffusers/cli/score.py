@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ..files import check_output
 from . import common
 
 
@@ -14,12 +15,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    check_output(args.output, "output")
     from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.score import Tools, score
 
-    from ..files import check_output
-
-    check_output(args.output, "output")
     tools = Tools(common.protocol_of(args, common.device_of(args)))
     generated, training = load_images(args.generated, "generated"), common.training_images(args)
     score(generated, training, args.output, tools, common.cache_of(args), common.reference_images(args))
