@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, with_flags
 from ..files import check_output
 from . import common
 
@@ -63,5 +63,5 @@ def run(args: Namespace) -> int:
         write_card(args.model, summary)
     if args.github:
         report_to_github(summary, verdict)
-    print(f"{verdict.sentence}\n{output / 'report.html'}")
+    print(f"{with_flags(verdict.sentence, vars(args))}\n{output / 'report.html'}")
     return verdict.exit_code
