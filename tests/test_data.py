@@ -13,7 +13,8 @@ from PIL import Image
 
 from ietagc_diffusers import StrengthRandAugment, UsageError, testing
 from ietagc_diffusers.data import Captions, DataSettings, TrainingSamples, image_transform, load_training_rows, loaders
-from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, pixel_hashes
+from ietagc_diffusers.data.hashes import pixel_hashes
+from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, stored_column
 from ietagc_diffusers.families.stable_diffusion import Pixels, Tokenize
 from ietagc_diffusers.training.streams import RandomStreams
 
@@ -51,6 +52,13 @@ def test_sample_ids_survive_selection(pictures):
     assert len(some) == 9 and len(set(some[SAMPLE_ID])) == 9
     for row in some:
         assert np.array_equal(row["image"], everything[row[SAMPLE_ID]]["image"])
+
+
+def test_a_stored_column_is_the_column_whatever_is_selected(pictures):
+    rows = load(pictures)
+    for some in (rows, rows.shuffle(seed=1), rows.shuffle(seed=1).select(range(3, 20, 2)).filter(lambda row: True)):
+        for column in (SAMPLE_ID, "text", "label"):
+            assert stored_column(some, column).to_pylist() == list(some[column])
 
 
 def test_deduplication_keeps_one_row_of_each_image(pictures):

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import is_xformers_available
 
 from ..data.conditions import Condition
+from ..data.hashes import default_cache, pixel_hashes
 from ..data.loaders import SeededLoader, StreamLoader
-from ..data.rows import deduplicate, label_values, load_training_rows, pixel_hashes
+from ..data.rows import deduplicate, label_values, load_training_rows
 from ..data.samples import TrainingSamples
 from ..data.settings import DataSettings
 from ..errors import UsageError
@@ -81,7 +83,10 @@ def load_rows(
         rows = load_training_rows(settings, condition)
     if not (settings.deduplicate or settings.group_duplicates):
         return rows, None
-    hashes = pixel_hashes(rows, settings.image_column)
+    hashes = None
+    if accelerator.is_main_process:
+        hashes = pixel_hashes(rows, settings.image_column, default_cache(), settings.replaces_bad_samples)
+    hashes = broadcast_object_list([hashes])[0]
     num_images = len(np.unique(hashes))
     logger.info(f"{len(rows)} rows show {num_images} different images")
     if settings.deduplicate:
