@@ -340,3 +340,18 @@ def test_a_new_shard_starts_a_new_epoch_and_the_same_one_does_not(samples):
     assert loader.state_dict() == {"first_epoch": 1, "taken": 0}
     seen = torch.cat([batch.samples for batch in take(loader, 12)])
     assert sorted(seen[:12].tolist()) == list(range(6, 18))
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch):
+    """Its length is the shard's: drawn again for each block, planning an epoch would take quadratic time."""
+    shard = np.arange(5000)
+    loader = loaders.SeededLoader(None, 2, 0, [0, 0], shard)
+    drawn = []
+    new = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or new(seed))
+    rows = []
+    for taken in range(0, len(shard) // 2, loader.BLOCK):
+        loader.taken = taken
+        rows += [row for batch in loader._plan() for row, _ in batch]
+    assert drawn[:-1] == [[0, 0, 0]] and drawn[-1] == [0, 0, 1]
+    assert sorted(rows[: len(shard)]) == shard.tolist()
