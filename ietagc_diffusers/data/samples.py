@@ -45,7 +45,9 @@ class TrainingSamples(torch.utils.data.Dataset):
         transform: PIL image -> float32 (3, H, W) in [-1, 1] and a dict of tensors that the model is told of this view
             (empty, or sizes and crop).
         condition: what else the model is told.
-        skip_bad: replace a row without image or condition by another of ``pool``, drawn from the key's seed.
+
+    A row without image or condition is replaced by another of ``pool``, drawn from the key's seed, and named in the
+    batch: what becomes of the run is not decided in the middle of a step.
     """
 
     def __init__(
@@ -54,7 +56,6 @@ class TrainingSamples(torch.utils.data.Dataset):
         image_column: str,
         transform: Callable[[Any], tuple[torch.Tensor, dict[str, torch.Tensor]]],
         condition: Condition,
-        skip_bad: bool = False,
     ):
         self.images = rows.select_columns([image_column])
         # Apart from the images, so that reading a caption decodes none.
@@ -62,7 +63,6 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.image_column = image_column
         self.transform = transform
         self.condition = condition
-        self.skip_bad = skip_bad
         self.pool = np.arange(len(rows))
 
     def of_shard(self, shard_samples: np.ndarray) -> "TrainingSamples":
@@ -90,8 +90,6 @@ class TrainingSamples(torch.utils.data.Dataset):
             try:
                 return *self._read(candidate), candidate, bad
             except UsageError as error:
-                if not self.skip_bad:
-                    raise
                 bad.append([candidate, str(error)])
         raise UsageError(f"row {row}: bad, and so were {REPLACEMENTS:,} others drawn in its place: {bad[0][1]}")
 

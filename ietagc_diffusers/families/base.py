@@ -115,7 +115,18 @@ class Family(ABC):
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
-        """The base's pipeline with the denoiser as it is now."""
+        """The base's pipeline with the denoiser as it is now. Raises ``UsageError`` if it cannot be assembled."""
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the pipeline as diffusers loads it: the denoiser first, so that it is there whatever happens to the
+        rest, and model_index.json last, so that it is there only if all else is.
+        """
+        self.denoiser.save_pretrained(folder / self.denoiser_name)
+        pipeline = self.pipeline()
+        for name, part in pipeline.components.items():
+            if name != self.denoiser_name and part is not None:
+                part.save_pretrained(folder / name)
+        pipeline.save_config(folder)
 
     @abstractmethod
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
