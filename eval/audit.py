@@ -1,7 +1,6 @@
 """The gate: generate, score, report, and a verdict that can fail a build."""
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def audit(
     prompts: list[Prompt],
     output: str | Path,
     settings: Settings,
-    tools: Tools | Callable[[], Tools],
+    tools: Tools | None,
     limits: Limits,
     cache: str | Path | None = None,
     device: str = "cpu",
@@ -121,8 +120,8 @@ def audit(
 
     Args:
         model: a pipeline's folder, or its id on the Hub.
-        tools: for scoring, or a function that loads them, which is called after the images were generated.
-        state: if several processes generate; the first one scores.
+        tools: for scoring; None on processes that only generate.
+        state: of the processes, if several generate.
         cache, reference: see ``score``.
 
     Returns:
@@ -130,10 +129,9 @@ def audit(
     """
     output = Path(output)
     generate(model, prompts, output / "images", settings, device, state, desc="Drawing")
-    if state is not None and not state.is_main_process:
+    if tools is None:
         return None
     generated = load_images(output / "images", "output")
-    tools = tools() if callable(tools) else tools
     about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
     scores = score(generated, train, output, tools, cache, reference, about)
     verdict = judge(scores, limits)

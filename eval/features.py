@@ -76,7 +76,7 @@ class FeatureCache:
         """Rename a damaged file, so that the next run starts a new one."""
         warnings.warn(f"{self.path}: features are not cached in this run: {error}", stacklevel=3)
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-        if damaged and self.path.exists():
+        if damaged and self.path is not None and self.path.exists():
             self.path.replace(self.path.with_suffix(".damaged"))
 
     def _or_in_memory(self, action: Callable[[], Any]) -> Any:
@@ -158,7 +158,8 @@ def embed(
         UsageError: no image could be used.
     """
     caches = {name: FeatureCache(cache, extractor.identity) for name, extractor in extractors.items()}
-    vectors, kept, keys, skipped = {name: [] for name in extractors}, [], [], list(images.skipped)
+    vectors: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
+    kept, keys, skipped = [], [], list(images.skipped)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, tqdm(total=len(images), desc=desc) as bar:
         for start in range(0, len(images), batch_size):
             batch = range(start, min(start + batch_size, len(images)))
@@ -198,27 +199,28 @@ def _embed_batch(
 
     encoded = dict(zip(batch, pool.map(lambda index: guarded(images.encoded, index), batch), strict=True))
     keys = {index: content_hash(value) for index, value in encoded.items() if value is not None}
-    known = {name: cache.get(list(set(keys.values()))) for name, cache in caches.items()}
-    missing = [index for index in keys if any(keys[index] not in known[name] for name in extractors)]
+    found = {name: cache.get(list(set(keys.values()))) for name, cache in caches.items()}
+    missing = [index for index in keys if any(keys[index] not in found[name] for name in extractors)]
     for group in _groups(images, missing, encoded, guarded, pool):
         for name, extractor in extractors.items():
-            wanted = {keys[i]: image for i, image in group.items() if keys[i] not in known[name]}
+            wanted = {keys[i]: image for i, image in group.items() if keys[i] not in found[name]}
             vectors = _in_stacks(extractor, wanted)
             finite = {key: vector for key, vector in vectors.items() if np.isfinite(vector).all()}
             caches[name].put(finite)
-            known[name] |= finite
+            found[name] |= finite
             for index in group:
-                if keys[index] not in known[name]:
+                if keys[index] not in found[name]:
                     bad[index] = f"its {name} features are not finite"
     good = [index for index in keys if index not in bad]
-    return keys, {index: {name: known[name][keys[index]] for name in extractors} for index in good}, bad
+    return keys, {index: {name: found[name][keys[index]] for name in extractors} for index in good}, bad
 
 
 def _groups(
     images: ImageSet, indices: list[int], encoded: dict[int, bytes], guarded: Callable, pool: ThreadPoolExecutor
 ) -> Iterator[dict[int, torch.Tensor]]:
     """{index: decoded image}, only as many at a time as fit into little memory: decoded photographs are large."""
-    group, pixels, few = {}, 0, os.cpu_count() or 1
+    group: dict[int, torch.Tensor] = {}
+    pixels, few = 0, os.cpu_count() or 1
     for start in range(0, len(indices), few):
         some = indices[start : start + few]
         decoded = pool.map(lambda index: guarded(images.image, index, encoded[index]), some)
@@ -235,10 +237,10 @@ def _groups(
 
 def _in_stacks(extractor: Extractor, images: dict[bytes, torch.Tensor]) -> dict[bytes, np.ndarray]:
     """{key: vector} of {key: image}: images of the same size go through the extractor together."""
-    sizes = {}
+    sizes: dict[tuple, list[bytes]] = {}
     for key, image in images.items():
         sizes.setdefault(image.shape, []).append(key)
-    found = {}
+    found: dict[bytes, np.ndarray] = {}
     for keys in sizes.values():
         vectors = extractor(torch.stack([images[key] for key in keys])).cpu().numpy()
         found |= dict(zip(keys, vectors, strict=True))
@@ -247,7 +249,7 @@ def _in_stacks(extractor: Extractor, images: dict[bytes, torch.Tensor]) -> dict[
 
 def first_of_each(features: dict[str, torch.Tensor]) -> list[int]:
     """The indices of the images whose features differ from those of all images before them."""
-    seen = {}
+    seen: dict[bytes, int] = {}
     for index, vectors in enumerate(zip(*features.values(), strict=True)):
         key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
         seen.setdefault(key, index)

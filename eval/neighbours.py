@@ -85,18 +85,14 @@ def most_similar(
     if exclude_self:
         groups = (torch.arange(len(queries)), torch.arange(len(references)))
 
-    def exact(queries: torch.Tensor, mask: Callable | None = None) -> Found:
-        return _chunked(queries, references, k, None, None, max_memory, device, False, mask)
+    def exact(queries: torch.Tensor) -> Found:
+        return _chunked(queries, references, k, None, None, max_memory, device, False, groups)
 
     if groups is None and uses_faiss(index, references, max_memory):
         found = _faiss_candidates(queries, references, k, None, lambda left: exact(left)[0])
         return torch.einsum("nd,nkd->nk", queries, references[found]), found
 
-    def mask(scores, rows, columns):
-        same = groups[0][rows, None] == groups[1][columns]
-        scores.masked_fill_(same.to(scores.device), -torch.inf)
-
-    indices, values = exact(queries, None if groups is None else mask)
+    indices, values = exact(queries)
     return values, indices
 
 
@@ -147,7 +143,7 @@ def _chunked(
     max_memory: int,
     device: str | torch.device,
     progress: bool,
-    mask: Callable | None = None,
+    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Found:
     """The k references with the highest q.r + offset(r) of each query: indices and scores (N, min(k, M)), best first.
 
@@ -166,8 +162,9 @@ def _chunked(
             for start in range(0, len(queries), rows):
                 here = slice(start, start + rows)
                 scores = torch.addmm(added, _floats(queries[here], centre, device), chunk.T)
-                if mask is not None:
-                    mask(scores, here, there)
+                if groups is not None:
+                    same = groups[0][here, None] == groups[1][there]
+                    scores.masked_fill_(same.to(scores.device), -torch.inf)
                 found = scores.topk(min(k, scores.shape[1]), sorted=False)
                 values = torch.cat([best[here], found.values.cpu()], dim=1)
                 merged = values.topk(k)

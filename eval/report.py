@@ -157,7 +157,7 @@ def _number(value: float | None, digits: int = 4) -> float | None:
 def _pairs(index: int, model: Scored, max_pairs: int, pictures: Pictures) -> list[dict[str, Any]]:
     """The model's most similar pairs and those with the most similar crops, as JSON values."""
     nearest, scores = model.nearest, model.scores
-    chosen = {}
+    chosen: dict[int, None] = {}  # rows, each once
     for key in ("similarity", "patch_similarity"):
         if key in nearest:
             order = sorted(range(len(nearest[key])), key=lambda row: -nearest[key][row])
@@ -286,7 +286,7 @@ def _notes(scored: list[Scored], num_missing: int) -> str:
         lines.append("These models were scored against different training sets: their numbers are not comparable.")
     if num_missing:
         lines.append(f"{num_missing} pictures can no longer be read and are shown as grey squares.")
-    notes = {}
+    notes: dict[str, list[str]] = {}
     for model in scored:
         for note in model.scores["notes"]:
             notes.setdefault(note, []).append(model.name)

@@ -4,7 +4,7 @@ computed is null, with the reason.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,14 @@ class Tools:
         self.descriptor = load_descriptor(self.protocol.descriptor, self.protocol.name, self.protocol.device)
         self.kinds = [kind(self.protocol, self.descriptor) for kind in KINDS]
 
+    @property
+    def protocol_name(self) -> str | None:
+        """The name of the protocol; None with the descriptor ``pixel``, which has no protocols."""
+        return None if self.descriptor.name == "pixel" else self.protocol.resolved_name
+
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
-        always = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
+        always: dict[str, Extractor] = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
         return always | _merged(kind.extractors for kind in self.kinds)
 
     @property
@@ -61,7 +66,7 @@ class Tools:
         return _merged(kind.extractors for kind in self.kinds if kind.uses_reference)
 
 
-def _merged(dicts) -> dict:
+def _merged(dicts: Iterable[dict[str, Extractor]]) -> dict[str, Extractor]:
     return functools.reduce(operator.or_, dicts, {})
 
 
@@ -122,8 +127,7 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
     """The images of a side, ``generated`` or ``train``, loaded again."""
     columns = scores.get("columns", {}).get(side, {})
-    image_column = columns.get("image_column", "image")
-    text_column = columns.get("text_column", columns.get("caption_column", "text"))  # its name before 0.2
+    image_column, text_column = columns.get("image_column", "image"), columns.get("caption_column", "text")
     return load_images(scores[side], "scores", image_column, text_column)
 
 
@@ -211,7 +215,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
     """The content of ``scores.json``."""
     generated, training = sets.generated.images, sets.training.images
     protocol = {
-        "name": None if tools.descriptor.name == "pixel" else tools.protocol.resolved_name,  # pixel has no protocols
+        "name": tools.protocol_name,
         **tools.descriptor.identity,
         "searches": measured.searches,
         **measured.protocol,
@@ -230,8 +234,9 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
 
 
 def _columns(images: ImageSet) -> dict[str, str]:
-    """The columns of images and captions, for ``images_of``."""
-    return dict(zip(("image_column", "caption_column"), images.columns.values(), strict=False))
+    """The columns of images and captions, by the names of their flags; ``images_of`` reads them."""
+    names = {"image_column": "image_column", "text_column": "caption_column"}
+    return {names[key]: column for key, column in images.columns.items()}
 
 
 def _location(images: ImageSet) -> str:

@@ -81,7 +81,7 @@ def build_table(name: str, spec: dict[str, Any], columns: list[str], results: li
 
     A row with failed seeds says so in its label and is not ranked.
     """
-    by_cell = {}
+    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         by_cell.setdefault((result["training"], result["inference"]), []).append(result)
     metrics = [COLUMNS[column] for column in columns]
@@ -102,12 +102,11 @@ def _row(row: dict[str, str], results: list[dict[str, Any]], metrics: list[Metri
     done = [result["scores"] for result in results if "scores" in result]
     failures = [f"seed {result['seed']}: {result['failed']}" for result in results if "failed" in result]
     label = row.get("label", row["training"]) + (f" ({len(done)} of {len(results)} seeds)" if failures else "")
-    entries = [Entry(tuple(filter(_finite, map(metric.number, done)))) for metric in metrics]
+    entries = [
+        Entry(tuple(value for scores in done if (value := metric.number(scores)) is not None and math.isfinite(value)))
+        for metric in metrics
+    ]
     return Row(row.get("phase"), label, entries, failures)
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _ranks(values: list[tuple[float, ...]], metric: Metric) -> list[str]:
@@ -115,7 +114,7 @@ def _ranks(values: list[tuple[float, ...]], metric: Metric) -> list[str]:
     means = [round(float(np.mean(v)) * metric.scale, metric.digits) if v else None for v in values]
     order = sorted({mean for mean in means if mean is not None}, reverse=not metric.lower)
     names = dict(zip(order, (BEST, SECOND), strict=False)) if len(order) > 1 else {}
-    return [names.get(mean, PLAIN) for mean in means]
+    return [PLAIN if mean is None else names.get(mean, PLAIN) for mean in means]
 
 
 def markdown(table: Table) -> str:

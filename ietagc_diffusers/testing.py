@@ -46,8 +46,11 @@ def build_tokenizer(captions, num_merges=256):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_vae(channels=(16, 32, 64), sample_size=32):
-    """An ``AutoencoderKL`` with 4 latent channels; each width after the first halves the resolution."""
+def build_vae(channels=(16, 32, 64), sample_size=32, attention=False):
+    """An ``AutoencoderKL`` with 4 latent channels; each width after the first halves the resolution.
+
+    With ``attention``, which every VAE of the real size has, latents lie in memory with their channels last.
+    """
     groups = min(8, channels[0])
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -55,7 +58,7 @@ def build_vae(channels=(16, 32, 64), sample_size=32):
         block_out_channels=channels,
         norm_num_groups=groups,
         sample_size=sample_size,
-        mid_block_add_attention=False,
+        mid_block_add_attention=attention,
     )
 
 
@@ -116,13 +119,13 @@ def assemble(vae, text_encoder, tokenizer, unet, scheduler):
     )
 
 
-def random_pipeline(captions, seed=0, prediction_type="v_prediction"):
+def random_pipeline(captions, seed=0, prediction_type="v_prediction", attention=False):
     """The smallest Stable Diffusion that the training code can tell from the real one: random weights, 16 px images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = build_tokenizer(captions, num_merges=32)
         return assemble(
-            vae=build_vae((8, 8), sample_size=16),
+            vae=build_vae((8, 8), sample_size=16, attention=attention),
             text_encoder=build_text_encoder(tokenizer, width=16, layers=1),
             tokenizer=tokenizer,
             unet=build_unet((8, 16), sample_size=8, text_width=16),

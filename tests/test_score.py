@@ -185,7 +185,7 @@ def test_odd_metadata_costs_no_scores(fresh, training, tmp_path):
     scores = scored(folder, training, tmp_path / "s")
     _, nearest, _ = load_scores(tmp_path / "s")
     assert nearest["seed"][:3] == [None, 3, None] and scores["num_generated"] == 12
-    assert scores["skipped"]["generated"] == [["caf\\udce9.png", "has a name that is no text"]]
+    assert scores["skipped"]["generated"] == [["caf\\udce9.png", "has a name that is not text"]]
 
 
 def test_the_size_for_l2_is_that_of_most_generated_images_whatever_else_lies_there(training, tmp_path):
@@ -562,7 +562,7 @@ def test_audit_says_what_it_left_out_and_fails_if_that_is_much(audited, training
     [
         (["--card", "--model", "owner/model"], "--card: owner/model is not a folder"),
         (["--output", __file__], "is a file; give a folder"),
-        (["--max_patch_copy_rate", "0.1"], "add --patches"),
+        (["--max_patch_copy_rate", "0.1"], "without --patches local copies are not looked for"),
         (["--reference", "nowhere"], "--reference nowhere"),
     ],
 )

@@ -14,7 +14,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from conftest import ROOT, launch, train_flags, train_here, unet_bytes, write_folder
+from conftest import COLOURS, ROOT, launch, train_flags, train_here, unet_bytes, write_folder
 from datasets import load_dataset, load_from_disk
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torchvision import transforms
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ietagc_diffusers import UsageError
+from ietagc_diffusers import UsageError, testing
 
 # A short run in which every part of the method acts: 2 shards, 3 rounds, skips, augmentations, moves.
 METHOD = [
@@ -95,10 +95,16 @@ def plain_training(base, pictures, steps, flip, accumulation, ema, embedding_noi
 
 
 @pytest.mark.parametrize(
-    ("flip", "accumulation", "ema", "embedding_noise"),
-    [(False, 1, False, 0), (True, 2, True, 0), (True, 1, False, 0.1)],
+    ("flip", "accumulation", "ema", "embedding_noise", "attention"),
+    [(False, 1, False, 0, False), (True, 2, True, 0, False), (True, 1, False, 0.1, False), (True, 1, False, 0, True)],
 )
-def test_none_is_plain_training_bit_for_bit(base, pictures, tmp_path, flip, accumulation, ema, embedding_noise):
+def test_none_is_plain_training_bit_for_bit(
+    base, pictures, tmp_path, flip, accumulation, ema, embedding_noise, attention
+):
+    """``attention``: in the VAE, as in every real one; its latents lie in memory with their channels last."""
+    if attention:
+        base = tmp_path / "base"
+        testing.random_pipeline([f"a {colour} picture" for colour in COLOURS], attention=True).save_pretrained(base)
     steps = 10 if accumulation == 1 else 7
     wanted = plain_training(base, pictures, steps, flip, accumulation, ema, embedding_noise)
     flags = train_flags(base, pictures, "--mitigation=none", f"--max_train_steps={steps}", "--lr_scheduler=cosine")

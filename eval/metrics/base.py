@@ -73,8 +73,8 @@ class Metric:
         found = scores.get(key + ending)
         return found.get(entry) if entry and found is not None else found
 
-    def value(self, scores: dict) -> float | list[float] | None:
-        """The number in ``scores``; None if it was not computed."""
+    def value(self, scores: dict) -> Any:
+        """The number, or [mean, standard deviation], in ``scores``; None if it was not computed."""
         return self._find(scores)
 
     def number(self, scores: dict) -> float | None:
@@ -82,7 +82,7 @@ class Metric:
         value = self.value(scores)
         return value[0] if isinstance(value, list) else value
 
-    def interval(self, scores: dict) -> list[float] | None:
+    def interval(self, scores: dict) -> Any:
         """Its interval [low, high] in ``scores``, or None."""
         return self._find(scores, "_ci95")
 

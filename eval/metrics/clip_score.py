@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -26,7 +27,7 @@ CLIP_SCORE = Metric("clip_score", "CLIP score", mean, "bootstrap", lower=False, 
 class ClipImages:
     """Extractor of CLIP's image vectors: uint8 (N, 3, H, W) -> float32 (N, D) of unit length."""
 
-    model: torch.nn.Module
+    model: Any
     transform: Callable[[torch.Tensor], torch.Tensor]
     record: dict
     device: str
@@ -153,7 +154,7 @@ class ClipScore(Kind):
         without = [name for name, text in zip(images.names, images.texts, strict=True) if not text]
         if without:
             return self._missing(f"{len(without)} images have no prompt in a metadata.jsonl, the first is {without[0]}")
-        vectors, num_longer = self.scorer.texts(images.texts)
+        vectors, num_longer = self.scorer.texts(list(filter(None, images.texts)))
         cut = f"{num_longer} prompts have more tokens than CLIP reads: their ends are ignored" if num_longer else None
         values = clip_scores(sets.generated.features["clip"], vectors)
         return Measured(

@@ -97,7 +97,8 @@ def most_similar_crops(
     queries, references = patches.crops(generated), patches.crops(training)
     groups = None
     if same:
-        groups = tuple(torch.arange(len(x)).repeat_interleave(crops) for x in (generated, training))
+        images = torch.arange(len(training)).repeat_interleave(crops)
+        groups = images, images
     similarity, nearest = most_similar(queries, references, groups=groups, **options)
     best = similarity.view(-1, crops).max(dim=1)
     chosen = nearest.view(-1, crops).gather(1, best.indices[:, None])[:, 0]
@@ -123,7 +124,7 @@ class Patches(Kind):
         generated, training = (x.features["patches"] for x in (sets.generated, sets.training))
         search = self.protocol.search_options
         similarity, nearest, crop, training_crop = most_similar_crops(generated, training, self.patches, **search)
-        copy_threshold, among = self._among_training(sets.distinct_training.features["patches"])
+        copy_threshold, among = self._among_training(sets.distinct_training.features["patches"], self.patches)
         copies = is_copy(similarity, copy_threshold)
         scores = PATCH_SIM_SCORE.of(similarity) | PATCH_COPY_RATE.of(copies)
         measured = Measured(
@@ -139,7 +140,7 @@ class Patches(Kind):
         )
         return measured | among
 
-    def _among_training(self, training: torch.Tensor) -> tuple[float, Measured]:
+    def _among_training(self, training: torch.Tensor, patches: PatchDescriptor) -> tuple[float, Measured]:
         """The similarity over which a crop is a copy, and the scores of different training images among themselves.
 
         Crops of unrelated images are more similar than the images are: a copy must also exceed nearly all of the
@@ -150,7 +151,7 @@ class Patches(Kind):
         if len(training) < 2:
             return copy_threshold, missing(own, "needs two different training images")
         search = self.protocol.search_options
-        among = most_similar_crops(training, training, self.patches, same=True, **search)[0]
+        among = most_similar_crops(training, training, patches, same=True, **search)[0]
         usual = np.percentile(among.double().numpy(), INNOCENT_PERCENTILE)
         copy_threshold = min(max(copy_threshold, float(usual)), ALWAYS_A_COPY)
         repeated = "crops of training images repeat one another: only exact local copies count as copies"

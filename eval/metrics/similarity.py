@@ -64,8 +64,8 @@ class Similarity(Kind):
         if len(training) < 2:
             unknown = {"file_name": names, "similarity": [None], "nearest": [None]}
             return missing([TRAINING_SIM_SCORE], "needs two training images", background=unknown)
-        rows, notes = torch.arange(len(training)), ()
-        groups = rows
+        notes: tuple[str, ...] = ()
+        rows = groups = torch.arange(len(training))
         if len(rows) > BACKGROUND_SAMPLES:
             generator = torch.Generator().manual_seed(0)
             rows = torch.randperm(len(rows), generator=generator)[:BACKGROUND_SAMPLES].sort().values

@@ -123,28 +123,35 @@ class TextToImageObjective(Objective):
 
     @torch.no_grad()
     def draw(self, encoded: Encoded) -> Drawn:
-        """Draw noise and timesteps in the official script's order, and then what it does not have."""
+        """Draw noise and timesteps in the official script's order, and then what it does not have.
+
+        A VAE of the real shape gives latents whose channels lie last in memory, and the official script draws their
+        noise by ``randn_like``, which fills memory in its order: so is noise drawn here.
+        """
         mean = encoded.mean
         rows, batch_rows = encoded.share or (slice(None), len(mean))
 
-        def randn(*shape, dtype=None):
-            return torch.randn((batch_rows, *shape), device=mean.device, dtype=dtype)[rows]
+        def randn(*shape, dtype=None, layout=torch.contiguous_format):
+            drawn = torch.empty((batch_rows, *shape), device=mean.device, dtype=dtype, memory_format=layout).normal_()
+            return drawn[rows]
 
         shape, dtype = mean.shape[1:], mean.dtype
         posterior_noise = randn(*shape, dtype=dtype)
-        noise = randn(*shape, dtype=dtype)
+        latents = self._sample(mean, encoded.std, posterior_noise)
+        channels_last = not latents.is_contiguous() and latents.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        noise = randn(*shape, dtype=dtype, layout=layout)
         if self.noise_offset:
             noise = noise + (self.noise_offset * randn(shape[0], 1, 1)).to(dtype)
         added_noise = noise
         if self.input_perturbation:
-            added_noise = noise + self.input_perturbation * randn(*shape, dtype=dtype)
+            added_noise = noise + self.input_perturbation * randn(*shape, dtype=dtype, layout=layout)
         timesteps = torch.randint(0, self.num_levels, (batch_rows,), device=noise.device)[rows]
         condition = encoded.condition
         if self.embedding_noise:
             embedding = condition["encoder_hidden_states"]
             noisy = embedding + self.embedding_noise * randn(*embedding.shape[1:], dtype=embedding.dtype)
             condition = condition | {"encoder_hidden_states": noisy}
-        latents = self._sample(mean, encoded.std, posterior_noise)
         return Drawn(latents, posterior_noise, noise, added_noise, timesteps, condition)
 
     def _sample(self, mean, std, noise):
