@@ -20,7 +20,7 @@ def spoil(base, folder, part, **changes):
     """A copy of a base with another configuration of one part."""
     pipeline = testing.random_pipeline(["a red picture"])
     if part == "unet":
-        pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | changes)
+        pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, **changes)
     pipeline.save_pretrained(folder)
     if part == "tokenizer":
         path = folder / "tokenizer" / "tokenizer_config.json"

@@ -41,6 +41,7 @@ WITH = {
     "random_skip_rate": {"skip_threshold": 0.0, "augment_range": 1.0},
     "random_augment_rate": {"skip_threshold": 0.0, "augment_range": 1.0},
     "random_augment_strength": {"skip_threshold": 0.0, "augment_range": 1.0, "random_augment_rate": 0.1},
+    "lr_warmup_steps": {"lr_scheduler": "constant_with_warmup"},
     "dream_training": {"prediction_type": "epsilon"},
     "dream_detail_preservation": {"prediction_type": "epsilon", "dream_training": True},
 }
