@@ -1,5 +1,6 @@
-"""The paper's Figs. 3, 6, 7, 8 and 9, each from what is at hand."""
+"""The paper's Figs. 3, 6, 7, 8 and 9, from scored models and a training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,13 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from diffusers import UNet2DConditionModel
+from matplotlib.figure import Figure
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 from .features import Pixels, embed
-from .front import FixedLosses
-from .front_command import captioned, run_config
-from .image_sets import BadImage
+from .front import captioned, run_config
+from .image_sets import BadImage, ImageSet
 from .neighbours import nearest_l2
 from .plots import COLOURS, GREY, plot_similarities, png
 from .report import Scored, same_prompt_and_seed
@@ -24,36 +26,46 @@ TIMESTEPS = 20
 COLUMNS = 8
 
 
-def draw_all(named_scores, run, training, output, device="cpu"):
-    """Draw every figure that the inputs allow into ``output``; say which ones were not, and why.
+def draw_all(
+    output: Path,
+    scored: list[Scored],
+    run: Path | None = None,
+    training: ImageSet | None = None,
+    device: str = "cpu",
+) -> dict[str, str | None]:
+    """Draw every figure that the inputs allow into ``output``.
 
     Args:
-        named_scores: [(name or None, folder that ``score`` wrote)]; the first is the one of Fig. 3.
-        run: training run's folder, or None; training: ``ImageSet``, or None.
+        scored: scored models; the first is the one of Fig. 3.
+        run: a training run's folder; training: the images that it was trained on.
+
+    Returns:
+        {file name: None, or why it was not drawn}.
     """
-    scored = [Scored.load(folder, name) for name, folder in named_scores]
     output.mkdir(parents=True, exist_ok=True)
-    needs_counts = "needs --run and --train"
     wanted = {
         "fig3.png": (
-            scored and run and training,
-            "needs --scores, --run and --train",
+            {"scores": scored, "run": run, "train": training},
             lambda: fig3(scored[0], run, training, device),
         ),
-        "fig6.png": (scored, "needs --scores", lambda: fig6(scored)),
-        "fig7.png": (scored, "needs --scores", lambda: fig7(scored)),
-        "fig8.png": (run and training, needs_counts, lambda: fig8(run, training)),
-        "fig9.png": (run, "needs --run", lambda: fig9(run)),
+        "fig6.png": ({"scores": scored}, lambda: fig6(scored)),
+        "fig7.png": ({"scores": scored}, lambda: fig7(scored)),
+        "fig8.png": ({"run": run, "train": training}, lambda: fig8(run, training)),
+        "fig9.png": ({"run": run}, lambda: fig9(run)),
     }
-    for name, (possible, why, draw) in wanted.items():
-        if not possible:
-            print(f"{name} not drawn: {why}")
-            continue
-        try:
-            png(draw(), output / name)
-            print(output / name)
-        except (UsageError, BadImage) as error:
-            print(f"{name} not drawn: {error}")
+    return {name: _draw(draw, needed, output / name) for name, (needed, draw) in wanted.items()}
+
+
+def _draw(draw: Callable[[], Figure], needed: dict, path: Path) -> str | None:
+    """Draw one figure if what it needs is there. Returns None, or why it was not drawn."""
+    missing = [f"`{setting}`" for setting, value in needed.items() if not value]
+    if missing:
+        return f"needs {' and '.join(missing)}"
+    try:
+        png(draw(), path)
+    except (UsageError, BadImage) as error:
+        return str(error)
+    return None
 
 
 def fig3(scored, run, training, device="cpu"):
@@ -68,13 +80,13 @@ def fig3(scored, run, training, device="cpu"):
     order = sorted((i for i, text in training.captions()), key=lambda i: -closest.get(training.names[i], -1))
     size = min(GROUP, len(order) // 4)
     if size < 2:
-        raise UsageError(f"--train {training.source}: Fig. 3 needs at least 8 images with captions")
+        raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images with captions")
     others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
     unet = UNet2DConditionModel.from_pretrained(Path(run) / "unet").to(device).eval()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
-        images, captions = captioned(training.select(rows), config.get("resolution", 512), size)
-        losses = FixedLosses(run, images, captions, draws=TIMESTEPS, device=device, sweep=True)
+        images, texts = captioned(training.select(rows), config.get("resolution", 512), size)
+        losses = FixedLosses(run, images, texts, draws=TIMESTEPS, device=device, sweep=True)
         values = losses.by_draw(unet).numpy()
         mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
         axes.plot(losses.sweep, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
@@ -102,7 +114,7 @@ def fig7(scored):
         chosen.setdefault(model.nearest["nearest"][row], drawn)
     chosen = list(chosen.values())[:COLUMNS]
     if not chosen:
-        raise UsageError("--scores: the models share no prompt and seed")
+        raise UsageError("`scores`: the models share no prompt and seed")
     sets = {}
 
     def image(scores, side, name):
@@ -110,7 +122,7 @@ def fig7(scored):
         if source not in sets:
             sets[source] = images_of(scores, side)
         if name not in sets[source].names:
-            raise UsageError(f"--scores: {source} has no {name} any more")
+            raise UsageError(f"`scores`: {source} no longer has {name}")
         return sets[source].image(sets[source].names.index(name))
 
     models = [model for model, _ in chosen[0]]
@@ -133,10 +145,10 @@ def fig7(scored):
 def _skips(run):
     path = Path(run) / "ietagc" / "skip_counts.parquet"
     if not path.is_file():
-        raise UsageError(f"--run {run}: has no ietagc/skip_counts.parquet: not a finished run")
+        raise UsageError(f"`run` {run}: has no ietagc/skip_counts.parquet: not a finished run")
     table = pq.read_table(path).to_pydict()
     if not any(table["skips"]):
-        raise UsageError(f"--run {run}: skipped no sample")
+        raise UsageError(f"`run` {run}: skipped no sample")
     return table
 
 
@@ -161,10 +173,10 @@ def fig8(run, training):
     rows = np.array(counts["sample_id"])[order]
     place = {row["sample_id"]: index for index, row in enumerate(training.rows) if row.get("sample_id") is not None}
     if not set(rows.tolist()) <= place.keys():
-        raise UsageError(f"--train {training.source}: has no rows with the run's sample ids; it was trained on others")
+        raise UsageError(f"`train` {training.source}: has no rows with the run's sample ids; it was trained on others")
     size = min(GROUP, len(rows) // 4)
     if size < 2:
-        raise UsageError(f"--train {training.source}: Fig. 8 needs at least 8 images")
+        raise UsageError(f"`train` {training.source}: Fig. 8 needs at least 8 images")
     embedded = embed(training, {"pixels": Pixels(64)}, desc="Reading training images")
     kept = {index: i for i, index in enumerate(embedded.kept)}
     pixels = embedded.features["pixels"]

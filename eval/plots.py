@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .front import at_gap, by_run, over_seeds, replicates
+from .curves import at_gap, by_run, over_seeds, replicates
 
 GREY = "#888888"  # readable on white and on black
 VIEW = 6  # times what models lie above their run's best in the median: what is higher is still the base, or ruined

@@ -10,24 +10,14 @@ import torch
 import yaml
 from conftest import train_flags, train_here, write_folder
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from ietagc_diffusers.eval import front_command
-from ietagc_diffusers.eval.front import (
-    FixedLosses,
-    FrontPoint,
-    at_gap,
-    at_loss,
-    compare,
-    crossing,
-    measure,
-    saved_models,
-    spread,
-)
-from ietagc_diffusers.eval.front_command import reading
+from ietagc_diffusers.eval.curves import FrontPoint, at_gap, at_loss, compare, crossing
+from ietagc_diffusers.eval.front import Front, Losses, measure, saved_models, spread
 from ietagc_diffusers.eval.plots import plot_front, plot_sampled
 from PIL import Image
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.cli import main
+from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +30,16 @@ def images(number, colour):
     return torch.rand(number, 3, 16, 16) * 2 - 1, [f"a {colour} picture"] * number
 
 
+def points_of(base, run_dir, train, heldout, memory=None):
+    return [point for point, _ in measure(Losses(base, train, heldout, memory), base, {"run": [run_dir]})]
+
+
 def test_front_starts_at_the_base_with_gap_zero(base, run_dir):
     train, heldout = images(6, "red"), images(5, "blue")
     torch.manual_seed(0)
-    first = [point for point, _ in measure(base, {"run": run_dir}, train, heldout)]
+    first = points_of(base, run_dir, train, heldout)
     torch.manual_seed(1)
-    assert [point for point, _ in measure(base, {"run": run_dir}, train, heldout)] == first
+    assert points_of(base, run_dir, train, heldout) == first
     assert [p.step for p in first] == [0, 4, 8, 12] and first[0].gap == 0
     for p in first[1:]:
         difficulty = first[0].heldout_loss - first[0].train_loss
@@ -54,17 +48,17 @@ def test_front_starts_at_the_base_with_gap_zero(base, run_dir):
 
 def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base, run_dir, tmp_path, monkeypatch):
     train, heldout = images(6, "red"), images(5, "blue")
-    first = measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses")
+    first = points_of(base, run_dir, train, heldout, tmp_path / "losses")
     assert len((tmp_path / "losses").read_text().splitlines()) == 4
     calls = []
     call = FixedLosses.__call__
-    monkeypatch.setattr(FixedLosses, "__call__", lambda self, unet: calls.append(1) or call(self, unet))
-    assert measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses") == first
+    monkeypatch.setattr(FixedLosses, "__call__", lambda self, denoiser: calls.append(1) or call(self, denoiser))
+    assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
     assert not calls
-    measure(base, {"run": run_dir}, heldout, train, memory=tmp_path / "losses")
+    points_of(base, run_dir, heldout, train, tmp_path / "losses")
     assert len(calls) == 8
     (tmp_path / "losses").open("a").write('["cut')  # as a kill leaves it
-    assert measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses") == first
+    assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
 
 
 def test_the_batch_size_changes_no_draw(base):
@@ -119,7 +113,7 @@ def test_a_run_that_is_shifted_lies_so_far_from_the_control():
     beyond_the_base = [value for gap, value in comparison.at_gap.items() if gap >= 0.05]
     assert beyond_the_base == pytest.approx([-0.02] * len(beyond_the_base))
     assert all(value < 0 for value in comparison.at_loss.values())
-    assert "| ours | -0.0" in reading([*plain, *better], "none")
+    assert "| ours | -0.0" in Front([*plain, *better], "none").markdown
 
 
 def test_seeds_are_averaged_at_equal_gap():
@@ -181,7 +175,7 @@ def test_seeds_that_share_no_step_but_the_base_are_drawn_one_by_one():
 
 def test_runs_that_share_nothing_say_so():
     points = [*curve("none", ((1.0, 0.0), (0.9, 0.1))), *curve("ours", ((1.0, 0.0), (1.2, -0.1)))]
-    assert "they share no" in reading(points, "none")
+    assert "they share no" in Front(points, "none").markdown
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +205,7 @@ def test_the_front_command_measures_samples_and_goes_on(
 @pytest.fixture
 def last_row(run_dir, heldout, tmp_path, monkeypatch):
     """The last row of front.csv, given further flags."""
-    monkeypatch.setattr(front_command, "_picture", lambda *_: None)
+    monkeypatch.setattr(Front, "_picture", lambda self: plt.figure())
 
     def measured(*more, run=run_dir, output="out"):
         flags = ["front", f"--run={run}", f"--heldout={heldout}", f"--output={tmp_path / output}", "--points=1"]

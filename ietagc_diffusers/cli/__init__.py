@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.errors import UsageError, with_flags
 from ietagc_diffusers.sscd import DescriptorError
 
 from .evaluation_arguments import build_parser
@@ -222,11 +222,48 @@ def _audit(args):
 
 
 def _front(args):
-    from ietagc_diffusers.eval.front_command import run
+    from ietagc_diffusers.eval.front import Sampling, front, training_images
+    from ietagc_diffusers.eval.generate import Settings
+    from ietagc_diffusers.eval.image_sets import load_images
 
     _positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
     device = _device(args)
-    return run(args, device, lambda: _tools(_protocol(args, device)), _cache(args), _named(args.runs, "--run"))
+    runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in _named(args.runs, "--run")}
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    named = {key: value for key, value in columns.items() if value is not None}
+    if args.train:
+        training = load_images(args.train, "--train", **named)
+    else:
+        training = training_images(next(iter(runs.values()))[0], args.image_column, args.caption_column)
+    sampling = None
+    if args.sample:
+        settings = Settings(
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            scheduler=args.scheduler,
+            batch_size=args.batch_size,
+            dtype="float16" if device.startswith("cuda") else "float32",
+        )
+        sampling = Sampling(args.sample, settings, _tools(_protocol(args, device)), _reference(args), _cache(args))
+    output = Path(args.output)
+    result = front(
+        runs,
+        training,
+        load_images(args.heldout, "--heldout", **named),
+        output,
+        base=args.base,
+        control=args.control,
+        resolution=args.resolution,
+        max_images=args.max_images,
+        points=args.points,
+        draws=args.draws,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=device,
+        sampling=sampling,
+    )
+    print(f"{result.markdown}\n{output}/front.png, front.csv, front.md")
 
 
 def _detect(args):
@@ -269,9 +306,13 @@ def _benchmark(args):
 
 def _figures(args):
     from ietagc_diffusers.eval.paper_figures import draw_all
+    from ietagc_diffusers.eval.report import Scored
 
     training = _training_images(args) if args.train else None
-    draw_all(_named(args.scores, "--scores"), args.run, training, Path(args.output), _device(args))
+    scored = [Scored.load(folder, name) for name, folder in _named(args.scores, "--scores")]
+    run, output = args.run and Path(args.run), Path(args.output)
+    for name, missing in draw_all(output, scored, run, training, _device(args)).items():
+        print(f"{name} not drawn: {with_flags(missing, vars(args))}" if missing else output / name)
 
 
 COMMANDS = {
@@ -291,7 +332,7 @@ def main(argv=None):
     try:
         return COMMANDS[args.command](args) or 0
     except (UsageError, DescriptorError) as error:
-        print(f"python -m eval {args.command}: error: {error}", file=sys.stderr)
+        print(f"python -m eval {args.command}: error: {with_flags(str(error), {*vars(args), 'run'})}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where it stopped.", file=sys.stderr)
