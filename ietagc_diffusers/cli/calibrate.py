@@ -1,0 +1,49 @@
+"""``ietagc calibrate``."""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from . import common
+
+DESCRIPTION = """
+Measures the similarity to the nearest training image that at most a share of innocent images exceed: images of the same
+kind that are known to be no copies, such as other pictures of the same captions. The result is the --copy_similarity for
+score and audit. Without --innocent each training image is compared with the others, near duplicates left out.
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    common.add_training_images(parser)
+    parser.add_argument(
+        "--innocent",
+        metavar="DIR|ID",
+        help="images of the same kind that are not copies; default: the training images, compared with each other",
+    )
+    parser.add_argument(
+        "--false_positives",
+        type=float,
+        default=0.01,
+        help="share of innocent images that may exceed the threshold; default: 0.01",
+    )
+    common.add_descriptor(parser)
+    parser.add_argument("--output", default="calibration.json", metavar="FILE", help="default: calibration.json")
+    common.add_device(parser)
+
+
+def run(args: Namespace) -> None:
+    from ietagc_diffusers.eval.calibrate import calibrate
+    from ietagc_diffusers.eval.image_sets import load_images
+    from ietagc_diffusers.sscd import load_descriptor
+
+    from ..files import check_output, write_json
+
+    check_output(args.output, "output", file=True)
+    innocent = load_images(args.innocent, "innocent") if args.innocent else None
+    descriptor = load_descriptor(args.descriptor, args.protocol, common.device_of(args))
+    training = common.training_images(args)
+    result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, asdict(result))
+    print(f"{result.sentence} ({args.output})")
