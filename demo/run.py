@@ -13,7 +13,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two trainings of one thread each beat one of two on a small model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 import yaml
 from ietagc_diffusers.eval import benchmark
 from ietagc_diffusers.eval.calibrate import calibrate
@@ -59,7 +58,6 @@ def measured_front(runs: benchmark.Benchmark, folder: Path) -> Front:
     folders = {cell.training: [Path(runs.model(cell.training, seed))] for cell in runs.cells}
     pictures = load_images(folder / "pictures", "folder")
     once = pictures.select(row for row, name in enumerate(pictures.names) if name.endswith("_0.png"))
-    torch.set_num_threads(os.cpu_count() or 1)
     return front(folders, once, load_images(folder / "heldout", "folder"), folder, batch_size=100)
 
 

@@ -68,7 +68,7 @@ def _draw(draw: Callable[[], Figure], needed: dict, path: Path) -> str | None:
     return None
 
 
-def fig3(scored, run, training, device="cpu"):
+def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> Figure:
     """Loss at each timestep of the training images that generations are most similar to, and of others.
 
     Up to 256 of each; the same noise for all. With fewer than 512 training images, a quarter of them each.
@@ -82,12 +82,12 @@ def fig3(scored, run, training, device="cpu"):
     if size < 2:
         raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images with captions")
     others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
-    unet = UNet2DConditionModel.from_pretrained(Path(run) / "unet").to(device).eval()
+    denoiser = UNet2DConditionModel.from_pretrained(Path(run) / "unet").to(device).eval()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
         images, texts = captioned(training.select(rows), config.get("resolution", 512), size)
         losses = FixedLosses(run, images, texts, draws=TIMESTEPS, device=device, sweep=True)
-        values = losses.by_draw(unet).numpy()
+        values = losses.by_draw(denoiser).numpy()
         mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
         axes.plot(losses.sweep, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
         axes.fill_between(losses.sweep, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
@@ -99,15 +99,17 @@ def fig3(scored, run, training, device="cpu"):
     return figure
 
 
-def fig6(scored):
+def fig6(scored: list[Scored]) -> Figure:
     """Histograms of similarity."""
     figure, axes = plt.subplots(figsize=(7, 4))
     plot_similarities(axes, scored)
     return figure
 
 
-def fig7(scored):
-    """Training images, and what each model drew for the same prompt and seed where the first one copies most."""
+def fig7(scored: list[Scored]) -> Figure:
+    """Training images, and the images that each model drew for the same prompt and seed, where the first model copies
+    most.
+    """
     chosen = {}
     for _, drawn in same_prompt_and_seed(scored):
         model, row = drawn[0]
@@ -142,7 +144,8 @@ def fig7(scored):
     return figure
 
 
-def _skips(run):
+def _skips(run: Path) -> dict[str, list]:
+    """How often each sample of a run was visited and skipped."""
     path = Path(run) / "ietagc" / "skip_counts.parquet"
     if not path.is_file():
         raise UsageError(f"`run` {run}: has no ietagc/skip_counts.parquet: not a finished run")
@@ -152,10 +155,11 @@ def _skips(run):
     return table
 
 
-def energy(pixels):
-    """Mean energy of a grey image's Fourier coefficients but the constant one: uint8 (N, 3 * s * s) -> (N,).
+def energy(pixels: torch.Tensor) -> torch.Tensor:
+    """Mean energy of the Fourier coefficients of each image in grey, except the constant one: uint8 (N, 3 * s * s) ->
+    (N,).
 
-    By Parseval the variance of its pixels: the greater, the more complex the image.
+    By Parseval's theorem this is the variance of its pixels: the greater, the more complex the image.
     """
     side = int((pixels.shape[1] / 3) ** 0.5)
     grey = pixels.float().view(-1, 3, side, side).mean(dim=1) / 255
@@ -164,7 +168,7 @@ def energy(pixels):
     return spectrum.mean(dim=(1, 2))
 
 
-def fig8(run, training):
+def fig8(run: Path, training: ImageSet) -> Figure:
     """Distance to the nearest other training image, and Fourier energy, of the images skipped most and least often."""
     counts = _skips(run)
     rate = np.array(counts["skips"]) / np.maximum(counts["visits"], 1)
@@ -198,7 +202,7 @@ def fig8(run, training):
     return figure
 
 
-def fig9(run):
+def fig9(run: Path) -> Figure:
     """How often images were skipped."""
     counts = _skips(run)
     skips = np.array(counts["skips"])

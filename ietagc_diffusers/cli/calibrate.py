@@ -7,9 +7,10 @@ from pathlib import Path
 from . import common
 
 DESCRIPTION = """
-Measures the similarity to the nearest training image that at most a share of innocent images exceed: images of the same
-kind that are known to be no copies, such as other pictures of the same captions. The result is the --copy_similarity for
-score and audit. Without --innocent each training image is compared with the others, near duplicates left out.
+Measure the similarity to the nearest training image that at most a given share of innocent images exceed. Innocent
+images are of the same kind and known not to be copies, such as other pictures of the same captions. Without --innocent
+each training image is compared with the others; near duplicates are left out. Give the result to score and audit as
+--copy_similarity.
 """
 
 
