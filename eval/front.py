@@ -1,30 +1,26 @@
-"""The front of any runs: losses of every model along them, images that the models draw if wanted, and what came out as
-a table, a picture and Markdown.
+"""The front of any runs: the losses of every model along them and, if wanted, scores of images that the models draw;
+written as a table, a picture and Markdown.
 """
 
 import csv
 import hashlib
 import json
-import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
-import yaml
-from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
-from ietagc_diffusers.data.samples import image_transform
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.files import read_json, read_json_lines, write_text
-from ietagc_diffusers.training.fixed_losses import FixedLosses
+from ietagc_diffusers.families import family_of
+from ietagc_diffusers.files import read_json, write_text
+from ietagc_diffusers.run_folder import RunFolder
 
 from .curves import FrontPoint, table
 from .generate import Settings, generate, model_hash, trained_resolution
-from .image_sets import BadImage, ImageSet, content_hash, load_images, to_tensor
+from .image_sets import BadImage, ImageSet, content_hash, load_images
+from .losses import Losses, Measured, captioned, measure, saved_models, weights_hash
 from .plots import plot_front, plot_sampled, png
 from .prompts import Prompt, caption_prompts, choose
 from .score import SCORES, Tools, score
@@ -110,30 +106,27 @@ def front(
         UsageError: a run without models, an unknown control, fewer than two images with captions, or a base that does
             not load.
     """
-    for folders in runs.values():
-        for folder in folders:
-            if not saved_models(folder):
-                raise UsageError(f"`run` {folder}: holds no checkpoints and no rounds; train with `save_rounds`")
     control = next(iter(runs)) if control is None else control
     if control not in runs:
         raise UsageError(f"`control` {control}: is none of the runs {', '.join(runs)}")
     first = next(iter(runs.values()))[0]
-    config = run_config(first)
+    config = RunFolder(first).config()
     base = base or config["pretrained_model_name_or_path"]
     edge = resolution or config.get("resolution", 512)
     output.mkdir(parents=True, exist_ok=True)
+    models = saved_models(runs, family_of(base, setting="base").denoiser_name, points)
     losses = Losses(
         base,
         captioned(training, edge, max_images),
         captioned(heldout, edge, max_images, setting="heldout"),
         memory=output / "losses.jsonl",
+        prediction_type=config.get("prediction_type"),
+        device=device,
         draws=draws,
         seed=seed,
-        device=device,
         batch_size=batch_size,
-        prediction_type=config.get("prediction_type"),
     )
-    measured = measure(losses, base, runs, points)
+    measured = measure(losses, models)
     if sampling is not None:
         settings = sampling.settings
         settings = replace(settings, resolution=settings.resolution or resolution or trained_resolution(first))
@@ -146,143 +139,12 @@ def front(
 
 def training_images(run: Path, image_column: str | None = None, text_column: str | None = None) -> ImageSet:
     """The images that a run was trained on, from the columns that it recorded or from those that are named."""
-    config = run_config(run)
+    config = RunFolder(run).config()
     source = config.get("train_data_dir") or config.get("dataset_name")
     if source is None:
         raise UsageError("`train`: the run does not say what it was trained on; give the training images")
     image_column = image_column or config.get("image_column", "image")
     return load_images(source, "train", image_column, text_column or config.get("caption_column", "text"))
-
-
-def run_config(run: Path) -> dict:
-    """What a run was trained with, as it recorded it."""
-    path = Path(run) / "ietagc" / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"`run` {run}: has no ietagc/config.yaml: not a finished run of train_text_to_image_ietagc.py")
-    return yaml.safe_load(path.read_text())
-
-
-def saved_models(run_dir):
-    """The models a run left behind along its way: [(step, UNet folder)], in order.
-
-    Rounds saved with ``--save_rounds`` if there are any, else checkpoints; moving averages where there are any.
-    """
-    run_dir = Path(run_dir)
-    rounds = sorted((run_dir / "rounds").glob("round-*"))
-    if rounds:
-        rows = map(json.loads, (run_dir / "ietagc" / "rounds.jsonl").read_text().splitlines())
-        step_of = {row["round"]: row["global_step"] for row in rows}
-        return [(step_of[int(path.name.split("-")[1])], path / "unet") for path in rounds]
-    checkpoints = {
-        int(m[1]): p for p in run_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    }
-    return [
-        (step, path / ("unet_ema" if (path / "unet_ema").is_dir() else "unet"))
-        for step, path in sorted(checkpoints.items())
-    ]
-
-
-def captioned(
-    images: ImageSet, resolution: int, max_images: int, seed: int = 0, setting: str = "train"
-) -> tuple[torch.Tensor, list[str]]:
-    """Images that have a caption, as the training transform with a centre crop shows them, and their captions.
-
-    Images that do not decode are left out. ``setting`` names the source in messages.
-
-    Returns:
-        uint8 (N, 3, resolution, resolution), and N strings.
-    """
-    transform = image_transform(resolution, True, False, "bilinear").transforms[:2]  # resize, crop
-    captions = images.captions()
-    pixels, texts = [], []
-    for index, text in choose(captions, min(max_images, len(captions)), seed) if captions else []:
-        with suppress(BadImage):
-            image = images.image(index)
-            for step in transform:
-                image = step(image)
-            pixels.append(to_tensor(image))
-            texts.append(text)
-    if len(pixels) < 2:
-        raise UsageError(
-            f"`{setting}` {images.source}: the front needs at least two images with captions (a metadata.jsonl with "
-            "text)"
-        )
-    return torch.stack(pixels), texts
-
-
-class Losses:
-    """Mean training and held-out loss of a denoiser under fixed noise; measured models are remembered in a file.
-
-    Args:
-        base: the pipeline that all runs started from.
-        training, heldout: pairs (images, texts), see ``FixedLosses``.
-        memory: JSON-lines file, or None.
-        options: of ``FixedLosses``.
-    """
-
-    def __init__(self, base, training, heldout, memory=None, **options):
-        self.sets = [FixedLosses(base, *images, **options) for images in (training, heldout)]
-        self.device = options.get("device", "cpu")
-        shown = {key: str(value) for key, value in options.items() if key != "batch_size"}
-        origin = model_hash(base) if Path(base).is_dir() else str(base)
-        digest = hashlib.blake2b(json.dumps([origin, shown]).encode())
-        for images, texts in (training, heldout):
-            for image in images:
-                digest.update(image.numpy().tobytes())
-            digest.update(json.dumps(texts).encode())
-        self.conditions = digest.hexdigest()[:16]
-        self.memory = memory
-        rows = [] if memory is None else read_json_lines(memory)
-        self.known = {key: tuple(losses) for key, *losses in rows}
-
-    def __call__(self, folder: Path | str, subfolder: str | None = None) -> tuple[float, float]:
-        """(training loss, held-out loss) of the denoiser in a folder, or in a pipeline's subfolder."""
-        key = self.conditions + weights_hash(Path(folder) / (subfolder or "."))
-        if key not in self.known:
-            where = {} if subfolder is None else {"subfolder": subfolder}
-            denoiser = UNet2DConditionModel.from_pretrained(folder, **where).to(self.device).eval()
-            self.known[key] = tuple(losses(denoiser).mean().item() for losses in self.sets)
-            if self.memory is not None:
-                with Path(self.memory).open("a") as file:
-                    file.write(json.dumps([key, *self.known[key]]) + "\n")
-        return self.known[key]
-
-
-def weights_hash(folder: Path) -> str:
-    """A hash of the weight files in a folder; of its name if it is a Hub id."""
-    digest = hashlib.blake2b(digest_size=8)
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else str(folder)
-
-
-Measured = list[tuple[FrontPoint, Path | None]]
-
-
-def measure(losses: Losses, base: str | Path, runs: dict[str, list[Path]], points: int | None = None) -> Measured:
-    """Each point of the front with the folder of its denoiser, which is None for the base, every run's first point.
-
-    ``points``: models of a run, evenly spread; None is all.
-    """
-    start = losses(base, subfolder="unet")
-    difficulty = start[1] - start[0]
-    folders = [(name, number, folder) for name, seeds in runs.items() for number, folder in enumerate(seeds)]
-    measured = [(FrontPoint(name, 0, *start, 0.0, number), None) for name, number, _ in folders]
-    models = [(*run, *model) for *run, folder in folders for model in spread(saved_models(folder), points)]
-    for name, number, step, folder in tqdm(models, desc="Front"):
-        train_loss, heldout_loss = losses(folder)
-        gap = heldout_loss - train_loss - difficulty
-        measured.append((FrontPoint(name, step, train_loss, heldout_loss, gap, number), folder))
-    return measured
-
-
-def spread(models: list, points: int | None) -> list:
-    """``points`` of a list, evenly spread, its last among them."""
-    if points is None or len(models) <= points:
-        return models
-    return [models[round((i + 1) * len(models) / points) - 1] for i in range(points)]
 
 
 def _sampled(

@@ -7,22 +7,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families import family_of
+from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 from .features import Pixels, embed
-from .front import captioned, run_config
 from .image_sets import BadImage, ImageSet
+from .losses import captioned
 from .neighbours import nearest_l2
 from .plots import COLOURS, GREY, plot_similarities, png
 from .report import Scored, same_prompt_and_seed
 from .score import images_of
 
 GROUP = 256  # images in a group of Figs. 3 and 8
-TIMESTEPS = 20
+LEVELS = 20  # noise levels in Fig. 3
 COLUMNS = 8
 
 
@@ -73,7 +74,7 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
 
     Up to 256 of each; the same noise for all. With fewer than 512 training images, a quarter of them each.
     """
-    config = run_config(run)
+    resolution = RunFolder(run).config().get("resolution", 512)
     closest = {}
     for name, similarity in zip(scored.nearest["nearest"], scored.nearest["similarity"], strict=True):
         closest[name] = max(similarity, closest.get(name, -1))
@@ -82,15 +83,17 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
     if size < 2:
         raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images with captions")
     others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
-    denoiser = UNet2DConditionModel.from_pretrained(Path(run) / "unet").to(device).eval()
+    family = family_of(run, setting="run").load_frozen(str(run), device=device, setting="run")
+    denoiser = family.load_denoiser(run, family.denoiser_name).to(device).eval()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
-        images, texts = captioned(training.select(rows), config.get("resolution", 512), size)
-        losses = FixedLosses(run, images, texts, draws=TIMESTEPS, device=device, sweep=True)
+        images, texts = captioned(training.select(rows), resolution, size)
+        losses = FixedLosses(family, images, texts, draws=LEVELS, sweep=True)
         values = losses.by_draw(denoiser).numpy()
         mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
-        axes.plot(losses.sweep, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
-        axes.fill_between(losses.sweep, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        levels = losses.levels[:, 0]
+        axes.plot(levels, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
+        axes.fill_between(levels, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("timestep")
     axes.set_ylabel("loss (band: standard error)")
     axes.set_yscale("log")
@@ -146,7 +149,7 @@ def fig7(scored: list[Scored]) -> Figure:
 
 def _skips(run: Path) -> dict[str, list]:
     """How often each sample of a run was visited and skipped."""
-    path = Path(run) / "ietagc" / "skip_counts.parquet"
+    path = RunFolder(run).skip_counts_file
     if not path.is_file():
         raise UsageError(f"`run` {run}: has no ietagc/skip_counts.parquet: not a finished run")
     table = pq.read_table(path).to_pydict()

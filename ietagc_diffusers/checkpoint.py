@@ -1,17 +1,20 @@
-"""Exact save and resume. A checkpoint is everything that the future of a run depends on, in safetensors and JSON.
+"""Checkpoints: named states and weights in a folder that is whole or not there, in safetensors and JSON.
 
-Layout of ``checkpoint-<global_step>/``: ``unet/`` and ``unet_ema/`` (theta_hat, loadable by diffusers) and
-``ietagc/``: ``state.json``, ``plan.safetensors``, for each shard ``proxy-<k>.safetensors`` and ``.json``,
-``average-<rank>.safetensors`` (the running round's sums), and ``manifest.json`` (sizes and CRCs of all files). It is
-written under a temporary name and renamed.
+Layout of ``checkpoint-<global_step>/``: a folder for each set of weights (``unet/``, ``unet_ema/``: theta_hat, as
+diffusers loads it), and ``ietagc/``: ``checkpoint.json`` (format, version, fingerprint of the run), each named state as
+``<name>.json`` and, if it has tensors, ``<name>.safetensors``, and ``manifest.json`` (sizes and CRCs of all files). It
+is written under a temporary name and renamed.
+
+What the states are is the business of those who give them.
 """
 
 import json
 import os
-import re
 import shutil
 import zlib
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,22 +22,29 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from . import __version__
 from .errors import UsageError
-from .method.sharding import ShardPlan
+from .run_folder import RunFolder
 
 logger = get_logger(__name__)
 
-FORMAT = 1
-COUNTS = ("round_totals", "round_skips", "total_skips", "total_visits")
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_NAME = re.compile(r"checkpoint-(\d+)")
+FORMAT = 2
+State = Any  # a nest of dicts, lists, numbers, strings, None and tensors
 
 
 class CheckpointError(UsageError):
     """A checkpoint that cannot be used; the message says why."""
 
 
-def flatten(state, tensors, prefix=""):
+class Processes(Protocol):
+    """The processes that write a checkpoint together, see ``training.layout.Layout``."""
+
+    is_main: bool
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
+def flatten(state: State, tensors: dict[str, torch.Tensor], prefix: str = "") -> Any:
     """Move the tensors of a nested dict into ``tensors``; returns the rest, JSON-ready, with ``{"tensor": name}`` in
     their places.
     """
@@ -51,7 +61,8 @@ def flatten(state, tensors, prefix=""):
     return {"value": state}
 
 
-def unflatten(state, tensors):
+def unflatten(state: Any, tensors: dict[str, torch.Tensor]) -> State:
+    """The state that ``flatten`` took apart."""
     if "tensor" in state:
         return tensors[state["tensor"]]
     if "dict" in state:
@@ -64,45 +75,87 @@ def unflatten(state, tensors):
 def _save_state(path, state):
     tensors = {}
     rest = flatten(state, tensors)
-    # Shared storage is not allowed in safetensors.
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path.with_suffix(".safetensors"))
+    if tensors:
+        # Shared storage is not allowed in safetensors.
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path.with_suffix(".safetensors"))
     path.with_suffix(".json").write_text(json.dumps(rest))
 
 
 def _load_state(path):
-    return unflatten(json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
+    tensors = path.with_suffix(".safetensors")
+    return unflatten(json.loads(path.with_suffix(".json").read_text()), load_file(tensors) if tensors.exists() else {})
 
 
-def save_unet(folder, unet, weights, ema=None):
-    """Write weights by name as a diffusers model folder; with ``ema``, its numbers go into the config as ``EMAModel``
-    reads them.
+class Checkpoint:
+    """A checkpoint folder that was found whole.
+
+    fingerprint: what a run must share to be resumed from it, as a JSON dict.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(unet.to_json_string())
-    if ema is not None:
-        config |= {key: value for key, value in ema.state_dict().items() if key != "shadow_params"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        about = _about(self.folder)
+        if about.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: written by version {about.get('version', '0.1')} in another format; finish that run with "
+                "the version that began it, or start a new one"
+            )
+        self.fingerprint = about["fingerprint"]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the states that begin with ``prefix``."""
+        found = (path.stem for path in (self.folder / "ietagc").glob(f"{prefix}*.json"))
+        return sorted(set(found) - {"checkpoint", "manifest"})
+
+    def state(self, name: str) -> State:
+        return _load_state(self.folder / "ietagc" / name)
 
 
-def save(ensemble, output_dir, fingerprint, total_limit=None):
-    """Write ``checkpoint-<global_step>``; called by all processes at the same step. Returns its path.
+def _about(folder):
+    try:
+        return json.loads((folder / "ietagc" / "checkpoint.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
-    ``fingerprint``: a JSON dict of what a resumed run must share. Older checkpoints over ``total_limit`` are removed
-    once the new one is complete. Raises ``OSError``, leaving earlier checkpoints as they were, if the disk refuses.
+
+def save(
+    run: RunFolder,
+    step: int,
+    states: Callable[[], Iterable[tuple[str, State]]],
+    save_weights: Callable[[Path], None],
+    fingerprint: dict[str, Any],
+    processes: Processes,
+    total_limit: int | None = None,
+) -> Path:
+    """Write ``checkpoint-<step>``; called by all processes at the same step. Returns its path.
+
+    Args:
+        states: gives (name, state) of what this process has to write.
+        save_weights: writes the weights into a folder; called by the main process.
+        fingerprint: a JSON dict of what a resumed run must share.
+        total_limit: older checkpoints over it are removed once the new one is complete.
+
+    Raises:
+        OSError: the disk refuses. Earlier checkpoints are left as they were.
     """
-    final = Path(output_dir) / f"checkpoint-{ensemble.global_step}"
+    final = run.checkpoint(step)
     folder = final.with_name(final.name + ".tmp")
-    layout = ensemble.layout
 
     def prepare():
-        if layout.is_main:
+        if processes.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "ietagc").mkdir(parents=True)
 
+    def write():
+        if processes.is_main:
+            save_weights(folder)
+            about = {"format": FORMAT, "version": __version__, "fingerprint": fingerprint}
+            (folder / "ietagc" / "checkpoint.json").write_text(json.dumps(about))
+        for name, state in states():
+            _save_state(folder / "ietagc" / name, state)
+
     def publish():
-        if layout.is_main:
+        if processes.is_main:
             _write_manifest(folder)
             replaced = final.with_name(final.name + ".old")
             shutil.rmtree(replaced, ignore_errors=True)
@@ -111,78 +164,28 @@ def save(ensemble, output_dir, fingerprint, total_limit=None):
             os.replace(folder, final)
             shutil.rmtree(replaced, ignore_errors=True)
             if total_limit is not None:
-                for old in complete(output_dir)[:-total_limit]:
+                for old in run.checkpoints()[:-total_limit]:
                     shutil.rmtree(old)
 
     try:
-        for action in (prepare, lambda: _write(ensemble, folder, fingerprint), publish):
-            _together(layout, action)
+        for action in (prepare, write, publish):
+            _together(processes, action)
     except OSError:
-        if layout.is_main:
+        if processes.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return final
 
 
-def _together(layout, action):
+def _together(processes, action):
     """Run ``action`` on all processes; if the disk refuses one of them, all raise ``OSError``."""
     error = None
     try:
         action()
     except (OSError, SafetensorError) as refused:
         error = refused
-    if layout.total(torch.tensor([float(error is not None)])).item():
+    if processes.total(torch.tensor([float(error is not None)])).item():
         raise OSError(str(error) if error else "another process could not write its part")
-
-
-def _write(ensemble, folder, fingerprint):
-    layout, inside = ensemble.layout, folder / "ietagc"
-    quota = ensemble.rounds.steps_in(ensemble.round) if not ensemble.finished else 0
-    if layout.is_main:
-        for key, weights in ensemble.deployable().items():
-            save_unet(folder / key, ensemble.unet, weights, ensemble.ema if key == "unet_ema" else None)
-        plan = {f"shard-{k}": torch.from_numpy(samples) for k, samples in enumerate(ensemble.plan.shards)}
-        if ensemble.plan.groups is not None:
-            plan["groups"] = torch.from_numpy(ensemble.plan.groups)
-        save_file(plan, inside / "plan.safetensors")
-        state = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "round": ensemble.round,
-            "progress": ensemble.progress,
-            "rows": ensemble.rows,
-            "seconds": ensemble.seconds,
-            "scaler": ensemble.scaler.state_dict() if ensemble.scaler else None,
-        }
-        (inside / "state.json").write_text(json.dumps(state))
-    # Each process of a group counts its own rows; the leader writes what they counted together.
-    counts = {shard: {n: layout.sum(getattr(p, n)) for n in COUNTS} for shard, p in ensemble.proxies.items()}
-    if not layout.leads:
-        return
-    for shard, proxy in ensemble.proxies.items():
-        weights = proxy.weights
-        if proxy is ensemble.active and not ensemble.single:
-            weights = ensemble.live()
-        _save_state(
-            inside / f"proxy-{shard}",
-            {
-                "steps": proxy.steps,
-                "loader": proxy.loader.state_dict(),
-                "control": proxy.control.state_dict(),
-                "optimizer": proxy.optimizer.state_dict(),
-                "schedule": proxy.schedule.state_dict(),
-                "streams": ensemble.streams.get() if proxy is ensemble.active else proxy.streams_state,
-                "counts": counts[shard],
-                "weights": weights,
-            },
-        )
-    if any(ensemble.progress[shard] == quota for shard in layout.shards) and quota:
-        sums = {
-            f"{key}/{name}": total for key, average in ensemble.averages.items() for name, total in average.sums.items()
-        }
-        counts = {f"{key}/": torch.tensor(average.count) for key, average in ensemble.averages.items()}
-        if sums:
-            save_file(sums | counts, inside / f"average-{layout.process_index}.safetensors")
 
 
 def _crc(path):
@@ -199,7 +202,7 @@ def _write_manifest(folder):
     (folder / "ietagc" / "manifest.json").write_text(json.dumps(manifest))
 
 
-def damage(folder):
+def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         manifest = json.loads((folder / "ietagc" / "manifest.json").read_text())
@@ -214,20 +217,14 @@ def damage(folder):
     return None
 
 
-def complete(output_dir):
-    """Paths of the checkpoints in ``output_dir``, by step. Names alone are looked at: renaming made them complete."""
-    found = [(int(m[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def find(wanted, output_dir):
-    """The checkpoint that ``--resume_from_checkpoint`` means: ``latest``, a name in ``output_dir``, or a path.
+def find(wanted: str, run: RunFolder) -> Path | None:
+    """The checkpoint that is meant: ``latest``, a name in the run's folder, or a path.
 
     ``latest`` passes over damaged ones with a warning and is None where there is none. Raises ``CheckpointError`` for
     a named one that is missing or damaged.
     """
     if wanted == "latest":
-        for folder in reversed(complete(output_dir)):
+        for folder in reversed(run.checkpoints()):
             why = damage(folder)
             if why is None:
                 return folder
@@ -235,17 +232,17 @@ def find(wanted, output_dir):
         return None
     folder = Path(wanted)
     if not folder.is_dir():
-        folder = Path(output_dir) / folder.name
+        folder = run.path / folder.name
     if not folder.is_dir():
-        known = ", ".join(path.name for path in complete(output_dir)) or "none"
-        raise CheckpointError(f"--resume_from_checkpoint {wanted}: not found; checkpoints in {output_dir}: {known}")
+        known = ", ".join(path.name for path in run.checkpoints()) or "none"
+        raise CheckpointError(f"`resume_from_checkpoint` {wanted}: not found; checkpoints in {run.path}: {known}")
     why = damage(folder)
     if why is not None:
-        raise CheckpointError(f"--resume_from_checkpoint {wanted}: {why}; 'latest' takes the newest undamaged one")
+        raise CheckpointError(f"`resume_from_checkpoint` {wanted}: {why}; 'latest' takes the newest undamaged one")
     return folder
 
 
-def check_fingerprint(saved, current, allowed=()):
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], allowed: Collection[str] = ()) -> None:
     """Raise ``CheckpointError`` naming what differs; keys in ``allowed`` may."""
     differences = [
         f"{key} was {saved.get(key)!r}, is {current.get(key)!r}"
@@ -256,48 +253,5 @@ def check_fingerprint(saved, current, allowed=()):
         raise CheckpointError(
             "the checkpoint is of another run: "
             + "; ".join(differences)
-            + ". Give the same flags, or name those that may change in --resume_allow"
+            + ". Give the same flags, or name those that may change in `resume_allow`"
         )
-
-
-def load(ensemble, folder, fingerprint, allowed=()):
-    """Put a freshly built run where the checkpoint was, whatever the number of processes that wrote it."""
-    inside, layout = Path(folder) / "ietagc", ensemble.layout
-    state = json.loads((inside / "state.json").read_text())
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{folder}: written in format {state['format']}, this version reads format {FORMAT}")
-    check_fingerprint(state["fingerprint"], fingerprint, allowed)
-    ensemble.round, ensemble.progress = state["round"], state["progress"]
-    ensemble.rows, ensemble.seconds = state["rows"], state["seconds"]
-    if ensemble.scaler and state["scaler"]:
-        ensemble.scaler.load_state_dict(state["scaler"])
-    plan = {name: tensor.numpy() for name, tensor in load_file(inside / "plan.safetensors").items()}
-    ensemble.plan = ShardPlan(tuple(plan[f"shard-{k}"] for k in range(layout.num_shards)), plan.get("groups"))
-    aggregate = {key: load_file(Path(folder) / key / WEIGHTS_FILE) for key in ensemble.live()}
-    ensemble.put(aggregate)
-    if not ensemble.single:
-        ensemble.aggregates = aggregate
-    if layout.is_main:
-        for path in sorted(inside.glob("average-*.safetensors")):
-            sums = load_file(path)
-            for key, average in ensemble.averages.items():
-                average.count += int(sums[f"{key}/"])
-                for name, total in average.sums.items():
-                    total += sums[f"{key}/{name}"]
-    for shard, proxy in ensemble.proxies.items():
-        _restore(proxy, _load_state(inside / f"proxy-{shard}"), ensemble.plan.shards[shard], layout.leads)
-
-
-def _restore(proxy, saved, shard_samples, leads):
-    proxy.steps = saved["steps"]
-    proxy.loader.set_samples(shard_samples)
-    proxy.loader.load_state_dict(saved["loader"])
-    proxy.control.load_state_dict(saved["control"])
-    proxy.optimizer.load_state_dict(saved["optimizer"])
-    proxy.schedule.load_state_dict(saved["schedule"])
-    proxy.streams_state = saved["streams"]
-    for name in COUNTS:
-        if leads:
-            getattr(proxy, name).copy_(saved["counts"][name])
-    proxy.weights = saved["weights"]
-    proxy.to_host()

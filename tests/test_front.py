@@ -11,12 +11,14 @@ import yaml
 from conftest import train_flags, train_here, write_folder
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from ietagc_diffusers.eval.curves import FrontPoint, at_gap, at_loss, compare, crossing
-from ietagc_diffusers.eval.front import Front, Losses, measure, saved_models, spread
+from ietagc_diffusers.eval.front import Front
+from ietagc_diffusers.eval.losses import Losses, measure, saved_models, spread
 from ietagc_diffusers.eval.plots import plot_front, plot_sampled
 from PIL import Image
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.cli import main
+from ietagc_diffusers.families import family_of
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 
@@ -26,12 +28,19 @@ def run_dir(base, pictures, tmp_path_factory):
     return train_here([*flags, "--save_rounds", "--checkpointing_steps=6"], tmp_path_factory.mktemp("runs") / "run")
 
 
+@pytest.fixture(scope="module")
+def frozen(base):
+    """All of the base but its denoiser."""
+    return family_of(base).load_frozen(base)
+
+
 def images(number, colour):
     return torch.rand(number, 3, 16, 16) * 2 - 1, [f"a {colour} picture"] * number
 
 
 def points_of(base, run_dir, train, heldout, memory=None):
-    return [point for point, _ in measure(Losses(base, train, heldout, memory), base, {"run": [run_dir]})]
+    models = saved_models({"run": [run_dir]}, "unet")
+    return [point for point, _ in measure(Losses(base, train, heldout, memory), models)]
 
 
 def test_front_starts_at_the_base_with_gap_zero(base, run_dir):
@@ -61,18 +70,19 @@ def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base
     assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
 
 
-def test_the_batch_size_changes_no_draw(base):
+def test_the_batch_size_changes_no_draw(frozen):
     pixels, captions = images(7, "red")
     unet = testing.random_pipeline(["a red picture"]).unet
-    ours, theirs = (FixedLosses(base, pixels, captions, batch_size=size)(unet) for size in (2, 7))
+    ours, theirs = (FixedLosses(frozen, pixels, captions, batch_size=size)(unet) for size in (2, 7))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    whole = FixedLosses(base, ((pixels + 1) * 127.5).round().to(torch.uint8), captions)(unet)
+    whole = FixedLosses(frozen, ((pixels + 1) * 127.5).round().to(torch.uint8), captions)(unet)
     torch.testing.assert_close(whole, theirs, rtol=2e-2, atol=1e-3)  # bytes are rounded pixels
 
 
-def test_checkpoints_serve_where_no_rounds_were_saved(run_dir, tmp_path):
+def test_checkpoints_are_taken_where_no_rounds_were_saved(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("rounds"))
-    assert [(step, path.name) for step, path in saved_models(tmp_path / "run")] == [(6, "unet_ema"), (12, "unet_ema")]
+    found = saved_models({"run": [tmp_path / "run"]}, "unet")
+    assert [(model.step, model.folder.name) for model in found] == [(6, "unet_ema"), (12, "unet_ema")]
 
 
 def test_fewer_points_are_spread_and_end_at_the_last():
@@ -81,16 +91,16 @@ def test_fewer_points_are_spread_and_end_at_the_last():
     assert spread([1, 2], 5) == [1, 2] and spread([1, 2, 3], None) == [1, 2, 3]
 
 
-def test_fixed_losses_equal_the_objective_s_and_sweep_the_timesteps(base):
+def test_fixed_losses_equal_the_objective_s_and_sweep_the_levels(frozen):
     pixels, captions = images(7, "red")
     unet = testing.random_pipeline(["a red picture"]).unet
-    losses = FixedLosses(base, pixels, captions, batch_size=7)
+    losses = FixedLosses(frozen, pixels, captions, batch_size=7)
     by_hand = sum(losses.objective.losses(unet, drawn).detach() for *_, drawn in losses.batches) / 3
     torch.testing.assert_close(losses(unet), by_hand)
-    swept = FixedLosses(base, pixels, captions, draws=5, sweep=True)
-    assert swept.sweep.tolist() == [0, 250, 500, 749, 999] or swept.sweep[-1] == 999
+    swept = FixedLosses(frozen, pixels, captions, draws=5, sweep=True)
+    assert swept.levels[:, 0].tolist() == [0, 250, 500, 749, 999]
     assert swept.by_draw(unet).shape == (5, 7)
-    assert all((drawn.timesteps == swept.sweep[draw]).all() for draw, _, drawn in swept.batches)
+    assert all((drawn.levels == swept.levels[draw, rows]).all() for draw, rows, drawn in swept.batches)
 
 
 def curve(name, values, replicate=0):
@@ -258,14 +268,14 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
     ("flags", "message"),
     [
         (["--run", "{run}", "--run", "{run}"], "two of them are named run"),
-        (["--run", "a=nowhere"], "--run nowhere"),
+        (["--run", "a=nowhere"], "nowhere: has no ietagc/config.yaml"),
         (["--run", "a={run}", "--control", "b"], "--control b"),
         (["--run", "a="], "--run a="),
         (["--run", "a={run}", "--points", "0"], "--points 0"),
         (["--run", "a={run}", "--train", "{empty}"], "no images in this folder"),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
-        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no Stable Diffusion that loads"),
-        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no Stable Diffusion that loads"),
+        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no DDPMScheduler in its subfolder"),
+        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no DDPMScheduler in its subfolder"),
     ],
 )
 def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):

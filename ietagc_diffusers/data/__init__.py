@@ -1,5 +1,18 @@
 """The training set: which sample comes when, and what it is."""
 
-from .samples import decode, load_training_rows
+from .batch import Batch
+from .conditions import Captions, Condition
+from .rows import decode, load_training_rows
+from .samples import TrainingSamples, image_transform
+from .settings import DataSettings
 
-__all__ = ["decode", "load_training_rows"]
+__all__ = [
+    "Batch",
+    "Captions",
+    "Condition",
+    "DataSettings",
+    "TrainingSamples",
+    "decode",
+    "image_transform",
+    "load_training_rows",
+]

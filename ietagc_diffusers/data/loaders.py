@@ -1,6 +1,8 @@
 """The order in which a proxy sees its samples, and how that order is resumed."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..errors import UsageError
+from .batch import Batch
 
 
 def _whole(batch):
@@ -29,7 +32,7 @@ class StreamLoader:
     read ahead. Restoring reads the taken batches again only where worker processes have streams of their own.
     """
 
-    def __init__(self, samples, batch_size, num_workers, streams):
+    def __init__(self, samples: Any, batch_size: int, num_workers: int, streams: Any):
         self.samples = samples
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -37,6 +40,11 @@ class StreamLoader:
         self.taken = 0
         self.epoch_start = self.before_ahead = None
         self._batches = self._ahead = None
+
+    @property
+    def order(self) -> str:
+        """What a resumed run must share; workers draw from streams of their own, which their number decides."""
+        return f"official, {self.num_workers} data workers"
 
     def _open(self, skip=0):
         """The epoch's batches after the first ``skip``, in the order the streams give."""
@@ -55,7 +63,7 @@ class StreamLoader:
         self.before_ahead = self.streams.get()
         self._ahead = _next(self._batches)
 
-    def next(self):
+    def next(self) -> tuple[Batch, bool]:
         """Returns a batch and whether it is the epoch's last."""
         if self._batches is None:
             self.epoch_start = self.streams.get()
@@ -107,6 +115,11 @@ class SeededLoader:
         self.taken = 0  # batches since then
         self._batches = iter(())
 
+    @property
+    def order(self) -> str:
+        """What a resumed run must share: the number of workers does not show."""
+        return "by seed and shard"
+
     def _epoch(self, number):
         """One epoch's order: a list of (row, seed)."""
         rng = np.random.default_rng([*self.seed, number])
@@ -125,7 +138,7 @@ class SeededLoader:
         mine = self.group_rank * self.batch_size
         return [keys[i + mine : i + mine + self.batch_size] for i in range(0, self.BLOCK * length, length)]
 
-    def next(self):
+    def next(self) -> tuple[Batch, bool]:
         """Returns a batch and False: no epoch ends on a batch."""
         batch = _next(self._batches)
         if batch is None:
@@ -142,8 +155,8 @@ class SeededLoader:
             batch = _next(self._batches)
         if self.group_size > 1:
             first = self.group_rank * self.batch_size
-            rows = slice(first, first + self.batch_size)
-            batch |= {"rows": rows, "batch_rows": self.batch_size * self.group_size}
+            share = slice(first, first + self.batch_size), self.batch_size * self.group_size
+            batch = replace(batch, share=share)
         self.taken += 1
         return batch, False
 

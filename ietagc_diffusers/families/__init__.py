@@ -1,0 +1,36 @@
+"""The kinds of models that can be trained; one line of ``FAMILIES`` each."""
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from ..errors import UsageError
+from .base import WEIGHTS_FILE, Family, Objective
+from .stable_diffusion import StableDiffusion
+
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+
+
+def family_of(
+    base: str | Path,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    setting: str = "pretrained_model_name_or_path",
+) -> type[Family]:
+    """The family of a pipeline's folder or Hub id, by the class that its model_index.json names.
+
+    A base without that file is taken for the first of ``FAMILIES``: Diffusers' scripts read the parts only. ``setting``
+    names the base in messages. Raises ``UsageError`` for a pipeline of no family here.
+    """
+    try:
+        kind = DiffusionPipeline.load_config(str(base), revision=revision, cache_dir=cache_dir)["_class_name"]
+    except (OSError, ValueError, KeyError):
+        return FAMILIES[0]
+    for family in FAMILIES:
+        if kind in {pipeline.__name__ for pipeline in family.pipelines}:
+            return family
+    known = "; ".join(f"{f.name} ({', '.join(p.__name__ for p in f.pipelines)})" for f in FAMILIES)
+    raise UsageError(f"`{setting}` {base}: is a {kind}; the models that can be trained are {known}")
+
+
+__all__ = ["FAMILIES", "WEIGHTS_FILE", "Family", "Objective", "StableDiffusion", "family_of"]

@@ -1,22 +1,41 @@
-"""What is trained: from a batch to per-sample losses. Random draws happen in ``draw`` only."""
+"""The objective of latent text-to-image models that predict noise or velocity."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
+from ..data import Batch
 from ..errors import UsageError
+from .base import Objective
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is the same at each visit of a batch's images.
+
+    mean, std (B, C, h, w): of the VAE's posterior; condition: named tensors (B, ...); share: see ``Batch``.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    condition: Tensors
+    share: tuple[slice, int] | None = None
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One batch with everything random drawn; the first dimension of each field is the sample.
+    """One batch with everything random drawn; the first dimension of each tensor is the sample.
 
-    latents (B, C, h, w): scaled VAE latents; posterior_noise: the draw that made them from the VAE's posterior;
-    noise: the target noise;
-    added_noise: what is added to the latents (differs from ``noise`` under input perturbation); timesteps (B,);
-    condition (B, L, D).
+    latents (B, C, h, w): scaled VAE latents; posterior_noise: the draw that made them from the VAE's posterior; noise:
+    the target noise; added_noise: what is added to the latents (differs from ``noise`` under input perturbation);
+    timesteps (B,); condition: named tensors (B, ...).
     """
 
     latents: torch.Tensor
@@ -24,54 +43,66 @@ class Drawn:
     noise: torch.Tensor
     added_noise: torch.Tensor
     timesteps: torch.Tensor
-    condition: torch.Tensor
+    condition: Tensors
 
-    def __getitem__(self, rows):
-        return Drawn(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+    @property
+    def levels(self) -> torch.Tensor:
+        """The noise levels, over which the memory bank has its entries: here the timesteps."""
+        return self.timesteps
 
-    def __len__(self):
+    def __getitem__(self, rows: Any) -> "Drawn":
+        return self._map(lambda tensor: tensor[rows])
+
+    def __len__(self) -> int:
         return len(self.timesteps)
 
-    def to(self, device):
-        return Drawn(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def to(self, device: torch.device | str) -> "Drawn":
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change):
+        changed = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "condition"}
+        return Drawn(**changed, condition={name: change(tensor) for name, tensor in self.condition.items()})
 
 
-class TextToImageObjective:
+class TextToImageObjective(Objective):
     """The objective of Diffusers' ``train_text_to_image.py``: denoise VAE latents given the caption.
 
+    A condition is a dict of named tensors, keyed by the denoiser's own arguments (``encoder_hidden_states``, ...).
+
     Args:
-        vae, text_encoder: frozen, on the device, in ``dtype``.
-        scheduler: a ``DDPMScheduler`` with prediction type ``epsilon`` or ``v_prediction``.
+        vae: frozen, on the device, in ``dtype``.
+        encode_text: a batch's ``inputs`` -> its condition.
+        scheduler: with prediction type ``epsilon`` or ``v_prediction``.
         dtype: of images and latents.
         noise_offset, input_perturbation: scales, 0 is off.
         snr_gamma: min-SNR weighting, None is off.
         dream_detail_preservation: DREAM's p, None is off.
         embedding_noise: scale of Gaussian noise on the caption's embedding, 0 is off (GN, Somepalli et al. 2023).
-        unconditional: (1, L, D), the embedding of the empty caption; ``losses_and_magnitudes`` needs it.
+        unconditional: the condition of the empty caption, tensors (1, ...); ``losses_and_magnitudes`` needs it.
     """
 
     def __init__(
         self,
-        vae,
-        text_encoder,
-        scheduler,
-        dtype=torch.float32,
-        noise_offset=0.0,
-        input_perturbation=0.0,
-        snr_gamma=None,
-        dream_detail_preservation=None,
-        embedding_noise=0.0,
-        unconditional=None,
+        vae: AutoencoderKL,
+        encode_text: Callable[[Tensors], Tensors],
+        scheduler: DDPMScheduler,
+        dtype: torch.dtype = torch.float32,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
+        snr_gamma: float | None = None,
+        dream_detail_preservation: float | None = None,
+        embedding_noise: float = 0.0,
+        unconditional: Tensors | None = None,
     ):
         prediction_type = scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise UsageError(f"--prediction_type {prediction_type}: must be epsilon or v_prediction")
+            raise UsageError(f"`prediction_type` {prediction_type}: must be epsilon or v_prediction")
         if dream_detail_preservation is not None and prediction_type != "epsilon":
             raise UsageError(
-                f"--dream_training works with prediction type epsilon alone; this model's is {prediction_type}"
+                f"`dream_training` works only with prediction type epsilon; this model's is {prediction_type}"
             )
         self.vae = vae
-        self.text_encoder = text_encoder
+        self.encode_text = encode_text
         self.scheduler = scheduler
         self.dtype = dtype
         self.noise_offset = noise_offset
@@ -82,25 +113,24 @@ class TextToImageObjective:
         self.unconditional = unconditional
 
     @property
-    def num_timesteps(self):
+    def num_levels(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
     @torch.no_grad()
-    def draw(self, batch):
-        """Draw noise and timesteps, in the official script's order, and then what it does not know.
+    def encode(self, batch: Batch) -> Encoded:
+        posterior = self.vae.encode(batch.images.to(self.dtype)).latent_dist
+        return Encoded(posterior.mean, posterior.std, self.encode_text(batch.inputs), batch.share)
 
-        ``batch``: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L); where several processes share a batch, also
-        ``rows`` (this process's slice of it) and ``batch_rows`` (its length): noise is drawn for the whole batch, so
-        that the draws do not depend on the sharing.
-        """
-        posterior = self.vae.encode(batch["pixel_values"].to(self.dtype)).latent_dist
-        num_rows = len(posterior.mean)
-        rows, batch_rows = batch.get("rows", slice(0, num_rows)), batch.get("batch_rows", num_rows)
+    @torch.no_grad()
+    def draw(self, encoded: Encoded) -> Drawn:
+        """Draw noise and timesteps in the official script's order, and then what it does not have."""
+        mean = encoded.mean
+        rows, batch_rows = encoded.share or (slice(None), len(mean))
 
         def randn(*shape, dtype=None):
-            return torch.randn((batch_rows, *shape), device=posterior.mean.device, dtype=dtype)[rows]
+            return torch.randn((batch_rows, *shape), device=mean.device, dtype=dtype)[rows]
 
-        shape, dtype = posterior.mean.shape[1:], posterior.mean.dtype
+        shape, dtype = mean.shape[1:], mean.dtype
         posterior_noise = randn(*shape, dtype=dtype)
         noise = randn(*shape, dtype=dtype)
         if self.noise_offset:
@@ -108,25 +138,23 @@ class TextToImageObjective:
         added_noise = noise
         if self.input_perturbation:
             added_noise = noise + self.input_perturbation * randn(*shape, dtype=dtype)
-        timesteps = torch.randint(0, self.num_timesteps, (batch_rows,), device=noise.device)[rows]
-        condition = self.text_encoder(batch["input_ids"], return_dict=False)[0]
+        timesteps = torch.randint(0, self.num_levels, (batch_rows,), device=noise.device)[rows]
+        condition = encoded.condition
         if self.embedding_noise:
-            condition = condition + self.embedding_noise * randn(*condition.shape[1:], dtype=condition.dtype)
-        return Drawn(
-            self._sample(posterior, posterior_noise), posterior_noise, noise, added_noise, timesteps, condition
-        )
+            embedding = condition["encoder_hidden_states"]
+            noisy = embedding + self.embedding_noise * randn(*embedding.shape[1:], dtype=embedding.dtype)
+            condition = condition | {"encoder_hidden_states": noisy}
+        latents = self._sample(mean, encoded.std, posterior_noise)
+        return Drawn(latents, posterior_noise, noise, added_noise, timesteps, condition)
 
-    def _sample(self, posterior, noise):
-        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+    def _sample(self, mean, std, noise):
+        return (mean + std * noise) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def with_images(self, drawn, rows, images):
-        """``drawn`` with the samples ``rows`` (indices) showing ``images`` (N, 3, H, W): same timestep, noise and
-        caption, other latents.
-        """
+    def with_images(self, drawn: Drawn, rows: Sequence[int], images: torch.Tensor) -> Drawn:
         posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         latents = drawn.latents.clone()
-        latents[rows] = self._sample(posterior, drawn.posterior_noise[rows])
+        latents[rows] = self._sample(posterior.mean, posterior.std, drawn.posterior_noise[rows])
         return replace(drawn, latents=latents)
 
     def _noisy_and_target(self, model, drawn):
@@ -144,21 +172,25 @@ class TextToImageObjective:
                 drawn.noise,
                 noisy,
                 target,
-                drawn.condition,
+                drawn.condition["encoder_hidden_states"],
                 self.dream_detail_preservation,
             )
         return noisy, target
 
-    def predict(self, model, drawn):
+    @staticmethod
+    def _call(model, noisy, timesteps, condition):
+        return model(noisy, timesteps, **condition, return_dict=False)[0]
+
+    def predict(self, model: Callable, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
         noisy, target = self._noisy_and_target(model, drawn)
-        return model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0], target
+        return self._call(model, noisy, drawn.timesteps, drawn.condition), target
 
-    def losses(self, model, drawn):
+    def losses(self, model: Callable, drawn: Drawn) -> torch.Tensor:
         """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
         return _mean_squared_errors(*self.predict(model, drawn))
 
-    def losses_and_magnitudes(self, model, drawn):
+    def losses_and_magnitudes(self, model: Callable, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
         """``losses``, and the magnitude of the text-conditional noise || eps(z_t, c) - eps(z_t, "") ||_2 of each
         sample (Wen et al. 2024), both (B,) float32, from two forwards. No gradient flows through the magnitudes.
 
@@ -166,29 +198,29 @@ class TextToImageObjective:
         it is, noise or velocity, as in the authors' code.
         """
         noisy, target = self._noisy_and_target(model, drawn)
-        prediction = model(noisy, drawn.timesteps, drawn.condition, return_dict=False)[0]
+        prediction = self._call(model, noisy, drawn.timesteps, drawn.condition)
         with torch.no_grad():
-            nothing = self.unconditional.expand(len(drawn), -1, -1)
-            unconditional = model(noisy, drawn.timesteps, nothing, return_dict=False)[0]
+            nothing = {
+                name: tensor.expand(len(drawn), *tensor.shape[1:]) for name, tensor in self.unconditional.items()
+            }
+            unconditional = self._call(model, noisy, drawn.timesteps, nothing)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
         return _mean_squared_errors(prediction, target), magnitudes
 
-    def weights(self, timesteps):
-        """min-SNR weights (B,), or None. They depend on the timestep alone, so they cancel in the loss ratio and come
-        after it.
-        """
+    def weights(self, drawn: Drawn) -> torch.Tensor | None:
+        """min-SNR weights (B,), or None."""
         if self.snr_gamma is None:
             return None
-        snr = compute_snr(self.scheduler, timesteps)
-        clamped = torch.stack([snr, self.snr_gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
+        snr = compute_snr(self.scheduler, drawn.timesteps)
+        clamped = torch.stack([snr, self.snr_gamma * torch.ones_like(drawn.timesteps)], dim=1).min(dim=1)[0]
         return clamped / (snr if self.scheduler.config.prediction_type == "epsilon" else snr + 1)
 
-    def plain_loss(self, model, drawn):
+    def plain_loss(self, model: Callable, drawn: Drawn) -> torch.Tensor:
         """The official script's scalar loss, in its own order of operations: the same bits, hence not
         ``losses().mean()``.
         """
         prediction, target = self.predict(model, drawn)
-        weights = self.weights(drawn.timesteps)
+        weights = self.weights(drawn)
         if weights is None:
             return F.mse_loss(prediction.float(), target.float(), reduction="mean")
         losses = F.mse_loss(prediction.float(), target.float(), reduction="none")

@@ -34,7 +34,7 @@ class Controlled(NamedTuple):
 
 
 class Solo:
-    """The group of a process that trains its shard alone."""
+    """The group of a process that trains its shard by itself."""
 
     size, rank = 1, 0
 
@@ -68,7 +68,7 @@ class PlainControl(Control):
 
     def step(self, model, objective, batch):
         """The official loss, less samples whose loss is not finite. Reads the device once, as the official script."""
-        drawn = objective.draw(batch)
+        drawn = objective.draw(objective.encode(batch))
         loss = objective.plain_loss(model, drawn)
         nonfinite = torch.zeros(len(drawn), dtype=torch.bool, device=loss.device)
         all_finite = bool(loss.isfinite())
@@ -90,14 +90,14 @@ class DecidingControl(Control):
         self.group = group or Solo()
 
     def measure(self, model, objective, drawn):
-        """The losses (B,) to differentiate, and a tuple of what ``decide`` takes beside losses and timesteps."""
+        """The losses (B,) to differentiate, and a tuple of what ``decide`` takes beside losses and noise levels."""
         return objective.losses(model, drawn), ()
 
     @abstractmethod
-    def decide(self, losses, timesteps):
-        """losses (B,), timesteps (B,) -> ``Decision``."""
+    def decide(self, losses, levels):
+        """losses (B,), levels (B,) -> ``Decision``."""
 
-    def observe(self, losses, timesteps):
+    def observe(self, losses, levels):
         """Learn from the losses (B,), after the decision."""
 
     def step(self, model, objective, batch):
@@ -105,25 +105,24 @@ class DecidingControl(Control):
         group.
 
         With augmentation, a forward without gradient decides and the kept samples, the augmented among them with
-        their new images, are run again with gradient. Without, one forward serves both. A batch with nothing left has
+        their new images, are run again with gradient. Without, one forward does both. A batch with nothing left has
         loss 0.
 
         Args:
-            model: the UNet.
-            objective: see ``TextToImageObjective``.
-            batch: pixel_values (B, 3, H, W) in [-1, 1], input_ids (B, L), seeds (B,) on the host (for augmentation
-                alone).
+            model: the denoiser, as it is called.
+            objective: ``families.base.Objective``.
+            batch: ``data.Batch``; its seeds are needed only for augmentation.
 
         Returns:
             ``Controlled``; the sum of ``loss`` over the group is the mean over the group's kept samples.
         """
-        drawn = objective.draw(batch)
+        drawn = objective.draw(objective.encode(batch))
         with torch.set_grad_enabled(self.augment is None):
             losses, more = self.measure(model, objective, drawn)
         observed = losses.detach()
         finite = observed.isfinite()
-        skip, augment, strength, ratio = self.decide(observed, drawn.timesteps, *more)
-        self.observe(self.group.gather(observed), self.group.gather(drawn.timesteps))
+        skip, augment, strength, ratio = self.decide(observed, drawn.levels, *more)
+        self.observe(self.group.gather(observed), self.group.gather(drawn.levels))
         keep = ~skip & finite
         num_kept = self.group.sum(keep.sum()).clamp(min=1)
         if self.augment is None:
@@ -137,12 +136,12 @@ class DecidingControl(Control):
             all_finite, keep = all(host_finite), [row for row, kept in enumerate(host_keep) if kept]
             drawn = self._augmented(objective, drawn, batch, host_magnitudes)
         if self.augment is None and all_finite:
-            loss = self._weighted_sum(objective, losses, drawn.timesteps, keep) / num_kept
+            loss = self._weighted_sum(objective, drawn, losses, keep) / num_kept
         else:
             # Only what is kept goes backward: a loss that is not finite would spoil every gradient, masked or not.
             drawn = drawn[keep]
             if len(drawn):
-                loss = self._weighted_sum(objective, objective.losses(model, drawn), drawn.timesteps) / num_kept
+                loss = self._weighted_sum(objective, drawn, objective.losses(model, drawn)) / num_kept
             else:
                 loss = observed.new_zeros(())
         total_loss = torch.where(finite, observed, 0.0).sum()
@@ -153,14 +152,12 @@ class DecidingControl(Control):
         rows = [row for row, magnitude in enumerate(magnitudes) if magnitude]
         if not rows:
             return drawn
-        images = self.augment(
-            batch["pixel_values"][rows], [magnitudes[row] for row in rows], [batch["seeds"][row] for row in rows]
-        )
+        images = self.augment(batch.images[rows], [magnitudes[row] for row in rows], [batch.seeds[row] for row in rows])
         return objective.with_images(drawn, rows, images)
 
     @staticmethod
-    def _weighted_sum(objective, losses, timesteps, keep=None):
-        weights = objective.weights(timesteps)
+    def _weighted_sum(objective, drawn, losses, keep=None):
+        weights = objective.weights(drawn)
         if weights is not None:
             losses = losses * weights
         return losses.sum() if keep is None else torch.where(keep, losses, 0.0).sum()
@@ -176,7 +173,7 @@ class ThresholdAwareControl(DecidingControl):
         augment_range: R; 1 augments nothing.
         augment_decay: A.
         augment: ``StrengthRandAugment``, needed if R > 1.
-        group: the processes that share this shard; default: this one alone.
+        group: the processes that share this shard; default: this one only.
     """
 
     def __init__(
@@ -190,17 +187,17 @@ class ThresholdAwareControl(DecidingControl):
         self.augment_range = augment_range
         self.augment_decay = augment_decay
 
-    def decide(self, losses, timesteps):
-        """losses (B,), timesteps (B,) -> ``Decision``. A sample whose timestep has no history is kept as it is."""
-        ratio = self.bank.loss_ratio(losses, timesteps)
+    def decide(self, losses, levels):
+        """losses (B,), levels (B,) -> ``Decision``. A sample whose noise level has no history is kept as it is."""
+        ratio = self.bank.loss_ratio(losses, levels)
         skip = ratio < self.skip_threshold
         near = ~skip & (ratio < self.augment_range * self.skip_threshold)
         if self.skip_threshold == 0:
             return Decision(skip, near, torch.zeros_like(ratio), ratio)
         return Decision(skip, near, augmentation_strength(ratio, self.skip_threshold, self.augment_decay), ratio)
 
-    def observe(self, losses, timesteps):
-        self.bank.update(losses, timesteps)
+    def observe(self, losses, levels):
+        self.bank.update(losses, levels)
 
     def to(self, device):
         self.bank.to(device)
@@ -224,7 +221,7 @@ class RandomControl(DecidingControl):
         self.augment_rate = augment_rate
         self.strength = strength
 
-    def decide(self, losses, timesteps):
+    def decide(self, losses, levels):
         skip = torch.rand_like(losses) < self.skip_rate
         augment = ~skip & (torch.rand_like(losses) < self.augment_rate)
         return Decision(skip, augment, torch.full_like(losses, self.strength), torch.full_like(losses, torch.inf))
@@ -236,7 +233,7 @@ class KeepAll(DecidingControl):
     def __init__(self):
         super().__init__(augment=None)
 
-    def decide(self, losses, timesteps):
+    def decide(self, losses, levels):
         nothing = torch.zeros_like(losses, dtype=torch.bool)
         return Decision(nothing, nothing, torch.zeros_like(losses), torch.full_like(losses, torch.inf))
 
@@ -246,12 +243,13 @@ class WenControl(DecidingControl):
     threshold.
 
     What either this or ``inner`` skips is skipped; ``inner`` decides on and learns from every sample, as it would
-    alone. A step in which nothing is left has loss 0 and is taken all the same, so that no process waits for another.
+    by itself. A step in which nothing is left has loss 0 and is taken all the same, so that no process waits for
+    another.
 
     Args:
         threshold: of the magnitude, over 0; see ``TextToImageObjective.losses_and_magnitudes``.
         inner: another ``DecidingControl``; default: one that keeps all that the filter leaves.
-        group: the processes that share this shard; default: this one alone.
+        group: the processes that share this shard; default: this one only.
     """
 
     def __init__(self, threshold, inner=None, group=None):
@@ -263,14 +261,14 @@ class WenControl(DecidingControl):
         losses, magnitudes = objective.losses_and_magnitudes(model, drawn)
         return losses, (magnitudes,)
 
-    def decide(self, losses, timesteps, magnitudes):
-        """losses (B,), timesteps (B,), magnitudes (B,) -> ``Decision``."""
+    def decide(self, losses, levels, magnitudes):
+        """losses (B,), levels (B,), magnitudes (B,) -> ``Decision``."""
         filtered = ~(magnitudes < self.threshold)  # a magnitude that is not a number too
-        decision = self.inner.decide(losses, timesteps)
+        decision = self.inner.decide(losses, levels)
         return decision._replace(skip=decision.skip | filtered, augment=decision.augment & ~filtered)
 
-    def observe(self, losses, timesteps):
-        self.inner.observe(losses, timesteps)
+    def observe(self, losses, levels):
+        self.inner.observe(losses, levels)
 
     def to(self, device):
         self.inner.to(device)

@@ -5,6 +5,7 @@ Pure functions of their seeds.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..errors import UsageError
 
@@ -37,7 +38,7 @@ class ShardPlan:
         num_units = num_samples if groups is None else int(groups.max()) + 1
         if num_shards > num_units:
             what = "training samples" if groups is None else "groups of duplicates"
-            raise UsageError(f"--num_shards {num_shards}: more than the {num_units} {what}")
+            raise UsageError(f"`num_shards` {num_shards}: more than the {num_units} {what}")
         rng = np.random.default_rng(seed)
         order = rng.permutation(num_units)
         if labels is not None:
@@ -103,3 +104,13 @@ class ShardPlan:
     def num_moved(self, previous):
         """How many samples are in a shard that did not hold them in ``previous``."""
         return sum(len(np.setdiff1d(new, old)) for new, old in zip(self.shards, previous.shards, strict=True))
+
+    def state_dict(self) -> dict:
+        """The plan as tensors."""
+        shards = [torch.from_numpy(np.asarray(samples)) for samples in self.shards]
+        return {"shards": shards, "groups": None if self.groups is None else torch.from_numpy(self.groups)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> "ShardPlan":
+        groups = state["groups"]
+        return cls(tuple(s.numpy() for s in state["shards"]), None if groups is None else groups.numpy())

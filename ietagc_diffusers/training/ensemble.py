@@ -2,12 +2,19 @@
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..method.averaging import ModelAverage
-from .proxy import ROUND_TOTALS
+from ..checkpoint import Checkpoint
+from ..method.config import MitigationConfig
+from ..method.sharding import ShardPlan
+from .layout import Layout
+from .proxy import ROUND_TOTALS, Proxy
+from .streams import RandomStreams
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -52,26 +59,37 @@ class Rounds:
         return self.num_shards * min(round_index * self.steps_per_round, self.steps_per_proxy)
 
 
-class Callbacks:
-    """What a run tells the outside; every method may be overridden."""
+class Callback:
+    """One thing that happens along a run. Callbacks are asked in their order; every method may be overridden."""
 
-    def on_step(self, ensemble, proxy):
-        """After each step but the last of a round; ``proxy`` is the one that took it, None where this process is done
-        with its shards.
+    def on_start(self, run: "IterativeEnsemble") -> None:
+        """Before the first step, once the run is where it starts."""
+
+    def on_step(self, run: "IterativeEnsemble", proxy: Proxy | None, before: int) -> None:
+        """After each step but the last of a round.
+
+        ``proxy`` took the step; None where this process is done with its shards. ``before``: the global step at the
+        last call of this method or of ``on_round``.
         """
 
-    def on_nonfinite(self, ensemble, proxy, samples):
+    def on_nonfinite(self, run: "IterativeEnsemble", proxy: Proxy, samples: list[int]) -> None:
         """After a step in which the losses of these samples were not finite. May raise to end the run."""
 
-    def on_bad_samples(self, ensemble, proxy, bad):
+    def on_bad_samples(self, run: "IterativeEnsemble", proxy: Proxy, bad: list) -> None:
         """After a step in which unreadable rows were replaced: [row, reason] each."""
 
-    def on_round(self, ensemble, row):
+    def on_round(self, run: "IterativeEnsemble", row: dict[str, Any], before: int) -> None:
         """After a round's averaging and redistribution; ``row`` is its line of rounds.jsonl."""
 
-    def should_stop(self, ensemble):
+    def should_stop(self, run: "IterativeEnsemble") -> bool:
         """Whether to leave after this step. Must answer alike on all processes."""
         return False
+
+    def on_stop(self, run: "IterativeEnsemble") -> None:
+        """After a callback stopped the run before its end."""
+
+    def on_end(self, run: "IterativeEnsemble") -> None:
+        """After the last step, or after ``on_stop``."""
 
 
 class IterativeEnsemble:
@@ -81,40 +99,35 @@ class IterativeEnsemble:
     are only sums (float64) and optimizer states in host memory, so device memory does not grow with K.
 
     Args:
-        model: the UNet as it is called: prepared, perhaps compiled, on the device.
-        unet: the UNet itself, whose parameters the model uses.
+        model: the denoiser as it is called: prepared, perhaps compiled, on the device.
+        weights: what is trained, and its means.
         proxies: those of this process, by shard.
-        objective: what is trained.
+        objective: from batches to losses.
         plan: ``ShardPlan``.
         rounds: ``Rounds``.
         config: ``MitigationConfig``.
         layout: ``Layout``.
         streams: ``RandomStreams``.
         seed: of the redistribution.
-        ema: a diffusers ``EMAModel``, or None. ``offload_ema`` keeps it in host memory between steps.
         scaler: gradient scaler of fp16, or None.
-        callbacks: ``Callbacks``.
     """
 
     def __init__(
         self,
-        model,
-        unet,
-        proxies,
-        objective,
-        plan,
-        rounds,
-        config,
-        layout,
-        streams,
-        seed,
-        ema=None,
-        offload_ema=False,
-        scaler=None,
-        callbacks=None,
+        model: Any,
+        weights: Weights,
+        proxies: dict[int, Proxy],
+        objective: Any,
+        plan: ShardPlan,
+        rounds: Rounds,
+        config: MitigationConfig,
+        layout: Layout,
+        streams: RandomStreams,
+        seed: int,
+        scaler: Any = None,
     ):
         self.model = model
-        self.unet = unet
+        self.weights = weights
         self.proxies = proxies
         self.objective = objective
         self.plan = plan
@@ -123,31 +136,18 @@ class IterativeEnsemble:
         self.layout = layout
         self.streams = streams
         self.seed = seed
-        self.ema = ema
-        self.offload_ema = offload_ema
         self.scaler = scaler
-        self.callbacks = callbacks or Callbacks()
         self.round = 0
         self.progress = [0] * layout.num_shards  # steps of each shard's proxy in this round
-        self.active = None  # the proxy on the device
-        self.rows = []  # one a finished round
+        self.active: Proxy | None = None  # the proxy on the device
+        self.rows: list[dict[str, Any]] = []  # one for each finished round
         self.seconds = 0.0  # of this round, over interruptions
-        self.single = layout.num_shards == 1
-        # theta_hat, and the running mean of the next one, by name; with one shard, the model itself.
-        self.aggregates = {} if self.single else {key: _host_copy(tensors) for key, tensors in self.live().items()}
-        self.averages = {key: ModelAverage(tensors) for key, tensors in self.aggregates.items()}
+        self.callbacks: Sequence[Callback] = ()
+        self._reported = 0  # the global step of the last report
 
-    def live(self):
-        """The weights on the device by name: those of the proxy in training, or of theta_hat between rounds."""
-        parameters = {name: p.detach() for name, p in self.unet.named_parameters()}
-        live = {"unet": parameters}
-        if self.ema is not None:
-            live["unet_ema"] = dict(zip(parameters, self.ema.shadow_params, strict=True))
-        return live
-
-    def deployable(self):
-        """theta_hat, as far as it is known: that of the last round, or with one shard the model as it is."""
-        return self.live() if self.single else self.aggregates
+    @property
+    def single(self) -> bool:
+        return self.layout.num_shards == 1
 
     @property
     def global_step(self):
@@ -158,15 +158,36 @@ class IterativeEnsemble:
     def finished(self):
         return self.round >= self.rounds.num_rounds
 
-    def run(self):
-        """Train to the end. Returns False if ``callbacks.should_stop`` ended it before."""
+    def run(self, callbacks: Sequence[Callback] = ()) -> bool:
+        """Train to the end. Returns False if a callback stopped the run before it."""
+        self.callbacks, self._reported = callbacks, self.global_step
+        self._tell("on_start")
+        ended = self._train()
+        if not ended:
+            self._tell("on_stop")
+        self._tell("on_end")
+        return ended
+
+    def _train(self):
         while not self.finished:
             if not self._train_round():
                 return False
             self._end_round()
-            if not self.finished and self.callbacks.should_stop(self):
+            if not self.finished and self._should_stop():
                 return False
         return True
+
+    def _tell(self, event, *about):
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *about)
+
+    def _report(self, event, about):
+        before, self._reported = self._reported, self.global_step
+        self._tell(event, about, before)
+
+    def _should_stop(self):
+        answers = [callback.should_stop(self) for callback in self.callbacks]  # all are asked: some count the questions
+        return any(answers)
 
     def _train_round(self):
         quota = self.rounds.steps_in(self.round)
@@ -183,10 +204,10 @@ class IterativeEnsemble:
                 self._activate(proxy)
                 nonfinite, bad = proxy.step(self.model, self.objective, self.layout, self.scaler)
                 if bad:
-                    self.callbacks.on_bad_samples(self, proxy, bad)
+                    self._tell("on_bad_samples", proxy, bad)
                 if nonfinite:
-                    self.callbacks.on_nonfinite(self, proxy, nonfinite)
-                self._update_ema()
+                    self._tell("on_nonfinite", proxy, nonfinite)
+                self.weights.update_average()
             for shard in stepping:
                 if shard is not None:
                     self.progress[shard] += 1
@@ -194,8 +215,8 @@ class IterativeEnsemble:
                 self._retire(proxy)
             self.seconds += time.perf_counter() - started
             if min(self.progress) < quota:
-                self.callbacks.on_step(self, proxy)
-                if self.callbacks.should_stop(self):
+                self._report("on_step", proxy)
+                if self._should_stop():
                     return False
         return True
 
@@ -203,43 +224,22 @@ class IterativeEnsemble:
         """Make ``proxy`` the one on the device: from theta_hat, or from where a checkpoint found it."""
         if self.active is proxy:
             return
-        self.put(self.aggregates if proxy.weights is None else proxy.weights)
+        if proxy.weights is not None or not self.single:
+            self.weights.put(proxy.weights)
         proxy.weights = None
-        if self.ema is not None:
-            self.ema.optimization_step = proxy.steps
+        self.weights.start_average(proxy.steps)
         proxy.activate(self.streams)
         self.active = proxy
 
     def _retire(self, proxy):
         """A proxy has done its steps of the round."""
         if self.layout.leads:
-            for key, average in self.averages.items():
-                average.add(self.live()[key])
+            self.weights.add_to_mean()
         proxy.suspend(self.streams)
         self.active = None
 
-    @torch.no_grad()
-    def put(self, weights):
-        """Copy weights by name onto the device."""
-        live = self.live()
-        for key, tensors in weights.items():
-            for name, tensor in tensors.items():
-                live[key][name].copy_(tensor)
-
-    def _update_ema(self):
-        if self.ema is None:
-            return
-        if self.offload_ema:
-            self.ema.to(device=self.layout.device)
-        self.ema.step(self.unet.parameters())
-        if self.offload_ema:
-            self.ema.to(device="cpu")
-
     def _end_round(self):
-        for key, average in self.averages.items():
-            for name, mean in average.mean(self.layout.total):
-                self.aggregates[key][name].copy_(mean)
-        self.put(self.aggregates)
+        self.weights.aggregate(self.layout.total)
         totals, skips = self._gather_counts()
         previous = self.plan
         self.plan = previous.redistribute(
@@ -254,7 +254,7 @@ class IterativeEnsemble:
         row = self._round_row(totals, self.plan.num_moved(previous))
         self.rows.append(row)
         self.round, self.progress, self.seconds = self.round + 1, [0] * self.layout.num_shards, 0.0
-        self.callbacks.on_round(self, row)
+        self._report("on_round", row)
 
     def _gather_counts(self):
         """Every shard's totals (K, len(ROUND_TOTALS)) and skip counts (K, N), on all processes."""
@@ -284,15 +284,56 @@ class IterativeEnsemble:
             "seconds": round(self.seconds, 2),
         }
 
-    def sample_counts(self):
+    def sample_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Visits and skips of each sample in the whole run, both int64 (N,), summed over shards."""
         visits = sum(proxy.total_visits.cpu() for proxy in self.proxies.values())
         skips = sum(proxy.total_skips.cpu() for proxy in self.proxies.values())
         return self.layout.total(visits), self.layout.total(skips)
 
+    def states(self) -> Iterator[tuple[str, Any]]:
+        """(name, state) of what this process has to write of all that the future depends on, but for theta_hat.
 
-def _host_copy(tensors):
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        Every process calls this: processes of a group count together.
+        """
+        quota = 0 if self.finished else self.rounds.steps_in(self.round)
+        if self.layout.is_main:
+            yield (
+                "run",
+                {
+                    "round": self.round,
+                    "progress": self.progress,
+                    "rows": self.rows,
+                    "seconds": self.seconds,
+                    "scaler": self.scaler.state_dict() if self.scaler else None,
+                },
+            )
+            yield "plan", self.plan.state_dict()
+        for shard, proxy in self.proxies.items():
+            state = proxy.state_dict(self.layout) | {"weights": proxy.weights}
+            if proxy is self.active:
+                state["streams"] = self.streams.get()
+                state["weights"] = None if self.single else self.weights.live()
+            if self.layout.leads:
+                yield f"proxy-{shard}", state
+        if self.layout.leads and quota and any(self.progress[shard] == quota for shard in self.layout.shards):
+            yield f"mean-{self.layout.process_index}", self.weights.mean_state()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Put a freshly built run where the checkpoint was, whatever the number of processes that wrote it."""
+        run = checkpoint.state("run")
+        self.round, self.progress = run["round"], run["progress"]
+        self.rows, self.seconds = run["rows"], run["seconds"]
+        if self.scaler and run["scaler"]:
+            self.scaler.load_state_dict(run["scaler"])
+        self.plan = ShardPlan.from_state_dict(checkpoint.state("plan"))
+        self.weights.load(checkpoint.folder)
+        if self.layout.is_main:
+            for name in checkpoint.names("mean-"):
+                self.weights.add_mean_state(checkpoint.state(name))
+        for shard, proxy in self.proxies.items():
+            state = checkpoint.state(f"proxy-{shard}")
+            proxy.load_state_dict(state, self.plan.shards[shard], self.layout.leads)
+            proxy.weights = state["weights"]
 
 
 def _ratios(by_shard, numerator, denominator):

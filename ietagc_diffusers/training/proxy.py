@@ -1,9 +1,18 @@
 """A proxy theta_i: all of one shard's training but the weights, which live in the one model on the device."""
 
+from typing import Any
+
+import numpy as np
 import torch
+
+from ..data import Batch
+from ..method.control import Control, Controlled
+from .layout import Layout
+from .streams import RandomStreams
 
 # What a proxy counts over a round, on the device; "overflows" are steps that the fp16 gradient scaler left out.
 ROUND_TOTALS = ("loss", "visits", "skipped", "augmented", "nonfinite", "overflows")
+COUNTS = ("round_totals", "round_skips", "total_skips", "total_visits")  # what a proxy counts, by attribute
 
 
 class Proxy:
@@ -24,7 +33,17 @@ class Proxy:
         max_grad_norm: of the gradient clipping.
     """
 
-    def __init__(self, shard, loader, control, optimizer, schedule, num_samples, accumulation=1, max_grad_norm=1.0):
+    def __init__(
+        self,
+        shard: int,
+        loader: Any,
+        control: Control,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        num_samples: int,
+        accumulation: int = 1,
+        max_grad_norm: float = 1.0,
+    ):
         self.shard = shard
         self.loader = loader
         self.control = control
@@ -36,40 +55,40 @@ class Proxy:
         self.steps = 0
         self.nonfinite_in_a_row = 0  # steps
         self.streams_state = None
-        self.weights = None  # where a checkpoint found this proxy in the middle of a round
+        self.weights = None  # those with which a checkpoint found this proxy in the middle of a round
         self.round_totals = torch.zeros(len(ROUND_TOTALS))
         self.round_skips = torch.zeros(num_samples, dtype=torch.int64)
         self.total_skips = torch.zeros(num_samples, dtype=torch.int64)
         self.total_visits = torch.zeros(num_samples, dtype=torch.int64)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.parameters[0].device
 
-    def activate(self, streams):
+    def activate(self, streams: RandomStreams) -> None:
         """Onto the device."""
         self._move(self.device)
         if self.streams_state is not None:
             streams.set(self.streams_state)
 
-    def suspend(self, streams):
+    def suspend(self, streams: RandomStreams) -> None:
         """Off the device, to wait in host memory."""
         self.streams_state = streams.get()
         self.to_host()
 
-    def to_host(self):
+    def to_host(self) -> None:
         self._move("cpu")
 
     def _move(self, device):
         self.control.to(device)
-        for name in ("round_totals", "round_skips", "total_skips", "total_visits"):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name).to(device))
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if torch.is_tensor(value) and value.ndim:  # Adam's step counter stays where it is
                     state[key] = value.to(device)
 
-    def step(self, model, objective, layout, scaler=None):
+    def step(self, model: Any, objective: Any, layout: Layout, scaler: Any = None) -> tuple[list, list]:
         """One optimizer step: forward and backward over its micro-batches, which end with the epoch if need be.
 
         Returns two lists, as a rule empty: the samples whose loss was not finite, and [row, reason] of replaced rows.
@@ -77,16 +96,15 @@ class Proxy:
         nonfinite, bad = [], []
         for _ in range(self.accumulation):
             batch, last_of_epoch = self.loader.next()
-            bad += batch["bad"]
-            for name in ("samples", "pixel_values", "input_ids"):
-                batch[name] = batch[name].to(self.device, non_blocking=True)
+            bad += batch.bad
+            batch = batch.to(self.device)
             controlled = self.control.step(model, objective, batch)
             if controlled.loss.requires_grad:
                 loss = controlled.loss / self.accumulation
                 (scaler.scale(loss) if scaler else loss).backward()
-            self._count(batch["samples"], controlled)
+            self._count(batch, controlled)
             if not controlled.all_finite:
-                nonfinite += batch["samples"][controlled.nonfinite].tolist()
+                nonfinite += batch.samples[controlled.nonfinite].tolist()
             if last_of_epoch:
                 break
         for parameter in self.parameters:
@@ -116,7 +134,8 @@ class Proxy:
         scaler.update()
         return scaler.get_scale() >= scale
 
-    def _count(self, samples, controlled):
+    def _count(self, batch: Batch, controlled: Controlled) -> None:
+        samples = batch.samples
         skipped = controlled.skipped.long()
         self.round_skips.index_add_(0, samples, skipped)
         self.total_skips.index_add_(0, samples, skipped)
@@ -125,10 +144,36 @@ class Proxy:
         counts = [torch.full_like(controlled.total_loss, len(samples)), *(mask.sum() for mask in masks)]
         self.round_totals[:5] += torch.stack([controlled.total_loss, *(c.to(controlled.total_loss) for c in counts)])
 
-    def end_round(self, shard_samples, reset_optimizer=False):
+    def end_round(self, shard_samples: np.ndarray, reset_optimizer: bool = False) -> None:
         """Start a new round on ``shard_samples``."""
         self.round_totals.zero_()
         self.round_skips.zero_()
         self.loader.set_samples(shard_samples)
         if reset_optimizer:
             self.optimizer.state.clear()
+
+    def state_dict(self, layout: Layout) -> dict[str, Any]:
+        """All but the weights. Every process of the shard's group calls this: each counts its own samples."""
+        return {
+            "steps": self.steps,
+            "loader": self.loader.state_dict(),
+            "control": self.control.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "streams": self.streams_state,
+            "counts": {name: layout.sum(getattr(self, name)) for name in COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], shard_samples: np.ndarray, leads: bool) -> None:
+        """``shard_samples``: those of the checkpoint's plan; ``leads``: whether this process counts for its group."""
+        self.steps = state["steps"]
+        self.loader.set_samples(shard_samples)
+        self.loader.load_state_dict(state["loader"])
+        self.control.load_state_dict(state["control"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.streams_state = state["streams"]
+        if leads:
+            for name in COUNTS:
+                getattr(self, name).copy_(state["counts"][name])
+        self.to_host()

@@ -1,0 +1,121 @@
+"""What a model is told of an image: nothing, or its caption."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, Sequence, Value
+
+from ..errors import UsageError
+from ..mitigations.prompts import choose_caption, random_words, repeat_words, replace_caption
+
+ROWS_AT_ONCE = 10_000
+REPLACED, ADDED = 4, 2  # words, as Somepalli et al. (2023) have them
+
+
+class Condition:
+    """What a model is told of a row's image besides the image. This one: nothing.
+
+    ``columns``: of the rows, which ``read`` takes the values of.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    def check(self, rows: Dataset, only_types: bool = False) -> None:
+        """Raise ``UsageError`` naming a column of the wrong type or, unless ``only_types``, a row without a value."""
+
+    def read(self, row: dict[str, Any]) -> Any:
+        """The value of a row. Raises ``UsageError`` saying what is wrong with it."""
+        return None
+
+    def draw(self, value: Any, rng: Any) -> Any:
+        """The value of one visit; ``rng``: ``random.Random``, or the module itself."""
+        return value
+
+    def tensors(self, drawn: list) -> dict[str, torch.Tensor]:
+        """The drawn values of a batch as named tensors (B, ...)."""
+        return {}
+
+
+class Captions(Condition):
+    """Captions: a column of strings, or of lists of strings, of which one is drawn at each visit.
+
+    Args:
+        column: its name.
+        tokenize: B strings -> named tensors (B, L).
+        tokenizer: that mitigations draw words from.
+        mitigation: ``rc``, ``rt`` or ``cwr`` of Somepalli et al. (2023) act on a share ``probability`` of the visits: 4
+            random words instead of the caption, 2 random words added, or 2 of its own repeated. ``mc`` is what a list
+            of captions does by itself, and needs several somewhere.
+    """
+
+    def __init__(
+        self,
+        column: str,
+        tokenize: Callable[[list[str]], dict[str, torch.Tensor]],
+        tokenizer: Any,
+        mitigation: str | None = None,
+        probability: float | None = None,
+    ):
+        self.column, self.columns = column, (column,)
+        self.tokenize, self.tokenizer = tokenize, tokenizer
+        self.mitigation, self.probability = mitigation, probability
+
+    def check(self, rows: Dataset, only_types: bool = False) -> None:
+        if self.column not in rows.column_names:
+            raise UsageError(
+                f"`caption_column` {self.column}: not a column of the dataset, which has "
+                f"{', '.join(rows.column_names)} (captions come from a metadata.jsonl in the folder)"
+            )
+        feature = rows.features[self.column]
+        text = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        if not text and not isinstance(feature, (Sequence, list)):
+            raise UsageError(
+                f"`caption_column` {self.column}: should hold strings or lists of strings, holds {feature}"
+            )
+        if not only_types:
+            for number, caption in enumerate(self._stored(rows)):
+                if not _is_caption(caption):
+                    raise UsageError(
+                        f"row {number} has no caption in column '{self.column}': add one or remove the row"
+                    )
+        if self.mitigation == "mc":
+            self._require_several(rows, text)
+
+    def _stored(self, rows):
+        stored = rows.select_columns([self.column]).with_format("arrow")
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            yield from stored[start : start + ROWS_AT_ONCE][self.column].to_pylist()
+
+    def _require_several(self, rows, text):
+        need = "`caption_mitigation` mc: needs several captions per image"
+        if text:
+            raise UsageError(
+                f"{need}, and `caption_column` {self.column} holds strings: name a column of lists of strings"
+            )
+        if not any(captions and len(captions) > 1 for captions in self._stored(rows)):
+            raise UsageError(f"{need}, and no row of `caption_column` {self.column} has more than one")
+
+    def read(self, row: dict[str, Any]) -> str | list[str]:
+        caption = row[self.column]
+        if not _is_caption(caption):
+            raise UsageError(f"has no caption in column '{self.column}'")
+        return caption
+
+    def draw(self, value: str | list[str], rng: Any = random) -> str:
+        caption = choose_caption(value, rng)
+        if self.mitigation in (None, "mc") or rng.random() >= self.probability:
+            return caption
+        if self.mitigation == "rc":
+            return replace_caption(self.tokenizer, REPLACED, rng)
+        if self.mitigation == "rt":
+            return random_words(caption, self.tokenizer, ADDED, rng)
+        return repeat_words(caption, ADDED, rng)
+
+    def tensors(self, drawn: list[str]) -> dict[str, torch.Tensor]:
+        return self.tokenize(drawn)
+
+
+def _is_caption(value):
+    return isinstance(value, str) or (bool(value) and all(isinstance(caption, str) for caption in value))

@@ -1,0 +1,86 @@
+"""Settings of the training set."""
+
+from dataclasses import dataclass
+
+from torchvision.transforms import InterpolationMode
+
+from ..settings import CacheSettings, Resume, at_least, not_negative, setting
+
+INTERPOLATION_MODES = sorted(mode.name.lower() for mode in InterpolationMode)
+
+
+@dataclass(kw_only=True)
+class DataSettings(CacheSettings):
+    """Which rows are trained on, and how their images are shown."""
+
+    dataset_name: str | None = setting(
+        None,
+        "Training set: a Hub id, or a local path that datasets can read.",
+        resume=Resume.FREE,  # the content of the rows must agree, wherever they lie
+    )
+    dataset_config_name: str | None = setting(
+        None, "Configuration of the dataset, if it has several.", resume=Resume.FREE
+    )
+    train_data_dir: str | None = setting(
+        None,
+        "Training set: an image folder with a metadata.jsonl. With --dataset_name: its data_dir.",
+        resume=Resume.FREE,
+    )
+    image_column: str = setting("image", "Column that holds the image.", resume=Resume.SAME)
+    max_train_samples: int | None = setting(
+        None, "Train on this many rows, drawn with --seed.", resume=Resume.SAME, type=int, **at_least(1)
+    )
+    resolution: int = setting(
+        512,
+        "Images are resized (short side) and cropped to this size.",
+        resume=Resume.SAME,
+        type=int,
+        **at_least(1),
+    )
+    center_crop: bool = setting(
+        False, "Crop at the centre instead of at a random place.", resume=Resume.SAME, type=bool
+    )
+    random_flip: bool = setting(False, "Flip images horizontally at random.", resume=Resume.SAME, type=bool)
+    image_interpolation_mode: str = setting(
+        "lanczos", "Interpolation of the resize.", resume=Resume.SAME, choices=INTERPOLATION_MODES
+    )
+    dataloader_num_workers: int = setting(
+        0,
+        "Worker processes that read images; 0 reads in the training process.",
+        resume=Resume.FREE,  # but with the official order of samples, see the loader's `order`
+        type=int,
+        **not_negative(),
+    )
+    deduplicate: str | None = setting(
+        None,
+        "'exact' trains on one row of each image, compared by decoded pixels. Recommended.",
+        resume=Resume.SAME,
+        choices=["exact"],
+    )
+    group_duplicates: bool = setting(
+        False,
+        "Keep rows that show the same image in one shard, and move them together.",
+        resume=Resume.SAME,
+        type=bool,
+    )
+    label_column: str | None = setting(
+        None, "Column of class labels; each class is spread evenly over the shards.", resume=Resume.SAME
+    )
+    on_bad_sample: str = setting(
+        "error",
+        "A row without image or caption: 'error' stops, 'skip' trains on another row of its shard instead.",
+        resume=Resume.SAME,
+        choices=["error", "skip"],
+    )
+    seed: int | None = setting(
+        None,
+        "Seed of everything random. Default: drawn, and recorded in config.yaml.",
+        resume=Resume.SAME,
+        type=int,
+        check=lambda value: 0 <= value < 2**32,
+        wanted="in 0 to 2^32 - 1",
+    )
+
+    @property
+    def replaces_bad_samples(self) -> bool:
+        return self.on_bad_sample == "skip"

@@ -1,0 +1,134 @@
+"""A family: everything that is particular to one kind of model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..data import Batch, Condition, DataSettings
+from ..method.config import MitigationConfig
+from .settings import BaseModelSettings
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
+Image = Any  # PIL's
+View = Callable[[Image], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class Objective(ABC):
+    """From a batch to per-sample losses. Random draws happen in ``draw`` only.
+
+    ``encode`` and ``draw`` return values of the family's own types. What ``draw`` returns has a length, can be indexed
+    by rows, and has ``levels``: int64 (B,), the noise level of each sample in [0, ``num_levels``), drawn uniformly; the
+    memory bank has its entries over them.
+    """
+
+    @property
+    @abstractmethod
+    def num_levels(self) -> int:
+        """T: how many noise levels there are."""
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Any:
+        """What is the same at each visit of these images: latents' distribution and conditioning."""
+
+    @abstractmethod
+    def draw(self, encoded: Any) -> Any:
+        """Noise, levels and all else that is random."""
+
+    @abstractmethod
+    def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:
+        """``drawn`` with the samples ``rows`` showing ``images`` (N, 3, H, W): same noise, level and conditioning."""
+
+    @abstractmethod
+    def losses(self, model: Callable, drawn: Any) -> torch.Tensor:
+        """Unweighted loss of each sample: (B,) float32."""
+
+    @abstractmethod
+    def plain_loss(self, model: Callable, drawn: Any) -> torch.Tensor:
+        """The official script's scalar loss."""
+
+    def weights(self, drawn: Any) -> torch.Tensor | None:
+        """Weights (B,) that depend on the level only and so cancel in the loss ratio, or None."""
+        return None
+
+
+class Family(ABC):
+    """One kind of model, loaded.
+
+    Attributes:
+        denoiser: the trained module.
+        objective: ``Objective``.
+        device: of all parts; dtype: of the frozen parts and of the images.
+    """
+
+    name: ClassVar[str]  # as reports call it
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # those that are of this family
+    denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
+    tags: ClassVar[tuple[str, ...]]  # of the model card
+
+    denoiser: torch.nn.Module
+    objective: Objective
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        settings: BaseModelSettings,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: MitigationConfig | None = None,
+    ) -> "Family":
+        """Load a base for training. ``settings`` may also have those of the family's objective."""
+
+    @classmethod
+    @abstractmethod
+    def load_frozen(
+        cls,
+        base: str,
+        prediction_type: str | None = None,
+        device: torch.device | str = "cpu",
+        setting: str = "pretrained_model_name_or_path",
+    ) -> "Family":
+        """Load all but the denoiser, in float32, to compute losses of denoisers that come from elsewhere.
+
+        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's; ``setting`` names the base in
+        messages.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_denoiser(cls, folder: str | Path, subfolder: str | None = None, **options: Any) -> torch.nn.Module:
+        """A denoiser from a folder of its own, or from a subfolder of a pipeline."""
+
+    @abstractmethod
+    def load_average(self) -> torch.nn.Module:
+        """A second copy of the base's denoiser, for the moving average to start from."""
+
+    @abstractmethod
+    def condition(self, settings: Any, config: MitigationConfig) -> Condition:
+        """What the model is told of a training row."""
+
+    @abstractmethod
+    def view(self, settings: DataSettings) -> View:
+        """What one visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view."""
+
+    @abstractmethod
+    def batch(self, images: torch.Tensor, texts: list[str]) -> Batch:
+        """Images, float32 (B, 3, H, W) in [-1, 1], and their texts as the objective takes them."""
+
+    @abstractmethod
+    def pipeline(self) -> DiffusionPipeline:
+        """The base's pipeline with the denoiser as it is now."""
+
+    @abstractmethod
+    def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
+        """An image for each prompt, from the seed only. Leaves the process's random streams as they are."""
+
+    @abstractmethod
+    def save_denoiser(self, folder: Path, tensors: dict[str, torch.Tensor], more: dict[str, Any] | None = None) -> None:
+        """Write weights as diffusers loads them, without changing the module. ``more``: keys for its configuration."""

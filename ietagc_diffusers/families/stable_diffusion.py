@@ -1,0 +1,201 @@
+"""Stable Diffusion 1.x and 2.x: a UNet on VAE latents, told the caption by one CLIP text encoder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from torchvision.transforms import Compose
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..data import Batch, Captions, DataSettings, image_transform
+from ..errors import UsageError
+from .base import WEIGHTS_FILE, Family, Image
+from .settings import BaseModelSettings
+from .text_to_image import Tensors, TextToImageObjective
+
+VALIDATION_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A view that tells the model nothing but its pixels."""
+
+    transform: Compose
+
+    def __call__(self, image: Image) -> tuple[torch.Tensor, Tensors]:
+        return self.transform(image), {}
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Texts to token ids ``input_ids`` (B, L), padded or cut to the model's length L."""
+
+    tokenizer: CLIPTokenizer
+
+    def __call__(self, texts: list[str]) -> Tensors:
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+        return {"input_ids": tokens.input_ids}
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x."""
+
+    name = "Stable Diffusion"
+    pipelines = (StableDiffusionPipeline,)
+    denoiser_name = "unet"
+    tags = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image")
+
+    def __init__(
+        self,
+        settings: BaseModelSettings,
+        scheduler: DDPMScheduler,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        denoiser: UNet2DConditionModel | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        **objective: Any,
+    ):
+        self.settings = settings
+        self.tokenize = Tokenize(tokenizer)
+        self.tokenizer, self.text_encoder, self.vae, self.denoiser = tokenizer, text_encoder, vae, denoiser
+        self.device, self.dtype = torch.device(device), dtype
+        for frozen in (vae, text_encoder):
+            frozen.requires_grad_(False)
+            frozen.to(device, dtype=dtype)
+        self.objective = TextToImageObjective(vae, self.encode_text, scheduler, dtype, **objective)
+
+    @classmethod
+    def load(cls, settings, device="cpu", dtype=torch.float32, config=None):
+        """Load a base for training, in the official script's order. ``settings``: ``TrainingSettings``, or any that
+        have those of the base and of the objective.
+        """
+        base = settings.pretrained_model_name_or_path
+        pinned = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+        of_denoiser = {"revision": settings.non_ema_revision, "cache_dir": settings.cache_dir}
+        family = cls(
+            settings,
+            _scheduler(base, settings.prediction_type, cache_dir=settings.cache_dir),
+            _part(CLIPTokenizer, base, "tokenizer", **pinned),
+            _part(CLIPTextModel, base, "text_encoder", variant=settings.variant, **pinned),
+            _part(AutoencoderKL, base, "vae", variant=settings.variant, **pinned),
+            _part(UNet2DConditionModel, base, "unet", **of_denoiser),
+            device,
+            dtype,
+            noise_offset=settings.noise_offset,
+            input_perturbation=settings.input_perturbation,
+            snr_gamma=settings.snr_gamma,
+            dream_detail_preservation=settings.dream_detail_preservation if settings.dream_training else None,
+            embedding_noise=(config and config.embedding_noise) or 0.0,
+        )
+        family.denoiser.train()
+        if config is not None and config.wen_threshold is not None:
+            family.objective.unconditional = family.encode_text(family.tokenize([""]))
+        return family
+
+    @classmethod
+    def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
+        family = cls(
+            BaseModelSettings(pretrained_model_name_or_path=str(base)),
+            _scheduler(base, prediction_type, setting=setting),
+            _part(CLIPTokenizer, base, "tokenizer", setting=setting),
+            _part(CLIPTextModel, base, "text_encoder", setting=setting, dtype=torch.float32),
+            _part(AutoencoderKL, base, "vae", setting=setting, dtype=torch.float32),
+            None,
+            device,
+            torch.float32,
+        )
+        family.vae.enable_slicing()  # one image at a time: its encoder has the widest activations
+        return family
+
+    @classmethod
+    def load_denoiser(cls, folder, subfolder=None, **options):
+        where = {} if subfolder is None else {"subfolder": subfolder}
+        return UNet2DConditionModel.from_pretrained(folder, **where, **options)
+
+    def load_average(self):
+        s = self.settings
+        pinned = {"revision": s.revision, "cache_dir": s.cache_dir}
+        return _part(UNet2DConditionModel, s.pretrained_model_name_or_path, "unet", variant=s.variant, **pinned)
+
+    @torch.no_grad()
+    def encode_text(self, inputs: Tensors) -> Tensors:
+        """The captions' embeddings, (B, L, D)."""
+        ids = inputs["input_ids"].to(self.text_encoder.device)
+        return {"encoder_hidden_states": self.text_encoder(ids, return_dict=False)[0]}
+
+    def condition(self, settings, config):
+        return Captions(
+            settings.caption_column,
+            self.tokenize,
+            self.tokenizer,
+            config.caption_mitigation,
+            config.caption_mitigation_probability,
+        )
+
+    def view(self, settings: DataSettings) -> Pixels:
+        return Pixels(
+            image_transform(
+                settings.resolution, settings.center_crop, settings.random_flip, settings.image_interpolation_mode
+            )
+        )
+
+    def batch(self, images, texts):
+        return Batch(images, self.tokenize(texts))
+
+    def pipeline(self):
+        s = self.settings
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            s.pretrained_model_name_or_path,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.denoiser,
+            revision=s.revision,
+            variant=s.variant,
+            cache_dir=s.cache_dir,
+        )
+        # What the denoiser was trained to predict, which need not be what the base's did.
+        pipeline.scheduler.register_to_config(prediction_type=self.objective.scheduler.config.prediction_type)
+        return pipeline
+
+    def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
+        pipeline = self.pipeline()
+        pipeline.safety_checker = None
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
+            return [
+                pipeline(prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
+                for prompt in prompts
+            ]
+
+    def save_denoiser(self, folder: Path, tensors: Tensors, more: dict[str, Any] | None = None) -> None:
+        config = json.loads(self.denoiser.to_json_string())
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config | (more or {}), indent=2, sort_keys=True) + "\n")
+        host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(host, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _scheduler(base, prediction_type, **options):
+    scheduler = _part(DDPMScheduler, base, "scheduler", **options)
+    if prediction_type is not None:
+        scheduler.register_to_config(prediction_type=prediction_type)
+    return scheduler
+
+
+def _part(kind, base, subfolder, setting="pretrained_model_name_or_path", **options):
+    try:
+        return kind.from_pretrained(base, subfolder=subfolder, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"`{setting}` {base}: no {kind.__name__} in its subfolder '{subfolder}': {reason}") from error

@@ -1,0 +1,99 @@
+"""The paths of a training run, for those who write them and those who read them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UsageError
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ROUND = re.compile(r"round-(\d+)")
+EMA = "_ema"  # ends the name of a folder with the moving average of a module's weights
+
+
+class RunFolder:
+    """``output_dir`` of a run: a pipeline that diffusers loads, and beside it the records of its training.
+
+    Attributes:
+        records: the folder ``ietagc``, which holds
+        config_file: every effective setting, as a recipe that repeats the run;
+        rounds_file: a JSON line per round;
+        skip_counts_file: visits and skips of every sample, as Parquet;
+        bad_samples_file: a JSON line per row that was replaced.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.records = self.path / "ietagc"
+        self.config_file = self.records / "config.yaml"
+        self.rounds_file = self.records / "rounds.jsonl"
+        self.skip_counts_file = self.records / "skip_counts.parquet"
+        self.bad_samples_file = self.records / "bad_samples.jsonl"
+        self.card_file = self.path / "README.md"
+        self.card_grid_file = self.path / "val_imgs_grid.png"
+
+    def shard(self, number: int) -> Path:
+        """Where ``--save_shards`` writes a shard, as a dataset."""
+        return self.records / "shards" / f"shard-{number}"
+
+    def round(self, number: int) -> Path:
+        """Where ``--save_rounds`` writes the aggregated model after a round (the first is 1), as a pipeline."""
+        return self.path / "rounds" / f"round-{number:04d}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, by step. Only names are looked at: a checkpoint has its name once it is complete."""
+        found = [
+            (int(m[1]), path) for path in self.path.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))
+        ]
+        return [path for _, path in sorted(found)]
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "model_index.json").is_file()
+
+    @property
+    def private(self) -> list[str]:
+        """Patterns of what is never uploaded: training pictures, paths of this machine, and what only a resumed run
+        needs.
+        """
+        return ["checkpoint-*", "rounds/**", "ietagc/shards/**", "ietagc/bad_samples.jsonl"]
+
+    def config(self) -> dict[str, Any]:
+        """The settings that the run recorded. Raises ``UsageError`` if there are none that can be read."""
+        if not self.config_file.is_file():
+            raise UsageError(f"{self.path}: has no ietagc/config.yaml: not a run of train_text_to_image_ietagc.py")
+        try:
+            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{self.config_file}: cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(config, dict):
+            raise UsageError(f"{self.config_file}: cannot be read: holds no settings")
+        return config
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The rows of ``rounds_file``; none if there is no such file."""
+        if not self.rounds_file.is_file():
+            return []
+        return [json.loads(line) for line in self.rounds_file.read_text(encoding="utf-8").splitlines()]
+
+    def saved_models(self, denoiser: str) -> list[tuple[int, Path]]:
+        """The models that the run left along its way, [(global step, folder of the weights)] by step: the rounds that
+        ``--save_rounds`` wrote if there are any, else the checkpoints; moving averages where there are any.
+
+        ``denoiser``: the trained module's folder in a pipeline, see ``families.Family.denoiser_name``.
+        """
+        rounds = sorted(path for path in (self.path / "rounds").glob("round-*") if _ROUND.fullmatch(path.name))
+        if rounds:
+            step_of = {row["round"]: row["global_step"] for row in self.rounds()}
+            return [(step_of[int(_ROUND.fullmatch(path.name)[1])], path / denoiser) for path in rounds]
+        models = []
+        for path in self.checkpoints():
+            average = path / f"{denoiser}{EMA}"
+            models.append((int(_CHECKPOINT.fullmatch(path.name)[1]), average if average.is_dir() else path / denoiser))
+        return models

@@ -1,0 +1,22 @@
+"""What happens along a run, each in a small class: see ``training.ensemble.Callback``."""
+
+from .checkpoints import Checkpoints
+from .faults import BadSamples, Diverged, NonFinite
+from .log import StepLog
+from .progress import Progress
+from .rounds import RoundRecords, SavedRounds
+from .signals import Signals
+from .validation import Validation
+
+__all__ = [
+    "BadSamples",
+    "Checkpoints",
+    "Diverged",
+    "NonFinite",
+    "Progress",
+    "RoundRecords",
+    "SavedRounds",
+    "Signals",
+    "StepLog",
+    "Validation",
+]

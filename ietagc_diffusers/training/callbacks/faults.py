@@ -1,0 +1,59 @@
+"""Losses that are not finite, and rows that cannot be read."""
+
+import json
+from collections.abc import Sequence
+
+from accelerate.logging import get_logger
+
+from ...run_folder import RunFolder
+from ..ensemble import Callback
+
+logger = get_logger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The losses stopped being finite; the message says what would do."""
+
+
+class NonFinite(Callback):
+    """Names the samples whose loss is not finite, and ends the run after ``limit`` such steps in a row.
+
+    ``sample_ids`` (N,): of the training rows.
+    """
+
+    def __init__(self, sample_ids: Sequence[int], limit: int):
+        self.sample_ids, self.limit = sample_ids, limit
+
+    def on_nonfinite(self, run, proxy, samples):
+        ids = ", ".join(str(self.sample_ids[sample]) for sample in samples[:10])
+        logger.warning(
+            f"Step {run.global_step}, shard {proxy.shard + 1}: {len(samples)} losses are not finite and left out"
+            f" (sample_id {ids}{', ...' if len(samples) > 10 else ''})",
+            main_process_only=False,
+        )
+        if proxy.nonfinite_in_a_row >= self.limit:
+            raise Diverged(
+                f"{proxy.nonfinite_in_a_row} steps in a row had losses that are not finite: the training has diverged. "
+                "Resume from an earlier checkpoint with a lower `learning_rate` or `max_grad_norm`, or with "
+                "`mixed_precision` bf16 or no instead of fp16"
+            )
+
+
+class BadSamples(Callback):
+    """bad_samples.jsonl: each row that was replaced once, with the reason."""
+
+    def __init__(self, folder: RunFolder, sample_ids: Sequence[int]):
+        self.path, self.sample_ids = folder.bad_samples_file, sample_ids
+        self.named: set[int] | None = None
+
+    def on_bad_samples(self, run, proxy, bad):
+        if self.named is None:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            self.named = {json.loads(line)["sample_id"] for line in lines}
+        for row, reason in bad:
+            sample_id = self.sample_ids[row]
+            if sample_id not in self.named:
+                self.named.add(sample_id)
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"sample_id": sample_id, "shard": proxy.shard, "reason": reason}) + "\n")
+                logger.warning(f"Replaced by another sample of its shard: {reason}", main_process_only=False)

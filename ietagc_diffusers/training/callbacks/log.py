@@ -1,0 +1,50 @@
+"""The numbers of the steps."""
+
+import torch
+from accelerate import Accelerator
+
+from ..ensemble import Callback
+from ..proxy import ROUND_TOTALS
+from .progress import Progress
+
+
+class StepLog(Callback):
+    """Loss, skip rate and augment rate since the last line, to the tracker and the bar.
+
+    The device is read only every ``every`` steps of a proxy: the step itself counts on the device.
+    """
+
+    def __init__(self, accelerator: Accelerator, progress: Progress, every: int):
+        self.accelerator, self.progress, self.every = accelerator, progress, every
+        self.logged = torch.zeros(len(ROUND_TOTALS), dtype=torch.float64)
+        self.logged_shard = None
+
+    def on_step(self, run, proxy, before):
+        if proxy is not None and proxy.steps % self.every == 0:
+            self._log(run, proxy)
+
+    def on_round(self, run, row, before):
+        self.logged_shard = None  # a proxy counts from 0 in each round
+        numbers = {key: row[key] for key in ("loss", "skip_rate", "augment_rate", "moved")}
+        self.accelerator.log({f"round/{key}": value for key, value in numbers.items()}, step=run.global_step)
+
+    def _log(self, run, proxy):
+        totals = proxy.round_totals.cpu().double()
+        visits = ROUND_TOTALS.index("visits")
+        new_round = totals[visits] < self.logged[visits]
+        since = totals if proxy.shard != self.logged_shard or new_round else totals - self.logged
+        self.logged, self.logged_shard = totals, proxy.shard
+        of = dict(zip(ROUND_TOTALS, since.tolist(), strict=True))
+        values = {
+            "train_loss": of["loss"] / of["visits"],
+            "skip_rate": of["skipped"] / of["visits"],
+            "augment_rate": of["augmented"] / of["visits"],
+            "lr": proxy.schedule.get_last_lr()[0],
+            "round": run.round + 1,
+            "shard": proxy.shard + 1,
+        }
+        self.accelerator.log(values, step=run.global_step)
+        self.progress.show(
+            f"round {run.round + 1}/{run.rounds.num_rounds} shard {proxy.shard + 1}/{run.layout.num_shards}"
+            f" loss {values['train_loss']:.4f} skip {values['skip_rate']:.1%} augment {values['augment_rate']:.1%}"
+        )

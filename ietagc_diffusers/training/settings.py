@@ -1,0 +1,216 @@
+"""Settings of a training: optimization, checkpoints and records, the Hub; and all settings of a script together."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..data.settings import DataSettings
+from ..errors import UsageError
+from ..families.settings import BaseModelSettings, CaptionSettings, ObjectiveSettings
+from ..method.config import MitigationConfig
+from ..settings import Resume, at_least, check_values, declared, not_negative, setting
+
+
+@dataclass(kw_only=True)
+class OptimizationSettings:
+    """Steps, learning rate, optimizer, precision."""
+
+    train_batch_size: int = setting(
+        16,
+        "Images per step; with more processes than shards, per step and process.",
+        resume=Resume.FIXED,
+        type=int,
+        **at_least(1),
+    )
+    num_train_epochs: int = setting(
+        100, "Epochs over the training set, all proxies together.", resume=Resume.FIXED, type=int, **at_least(1)
+    )
+    max_train_steps: int | None = setting(
+        None,
+        "Steps, all proxies together; overrides --num_train_epochs.",
+        resume=Resume.FIXED,
+        type=int,
+        **at_least(1),
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "Micro-batches per step.", resume=Resume.FIXED, type=int, **at_least(1)
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass to save memory.",
+        resume=Resume.FREE,
+        type=bool,
+    )
+    learning_rate: float = setting(
+        1e-4, "Learning rate after warm-up.", resume=Resume.SAME, type=float, **not_negative()
+    )
+    scale_lr: bool = setting(
+        False,
+        "Multiply the learning rate by batch size, accumulation and processes per shard.",
+        resume=Resume.SAME,
+        type=bool,
+    )
+    lr_scheduler: str = setting(
+        "constant",
+        "linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup.",
+        resume=Resume.SAME,
+    )
+    lr_warmup_steps: int = setting(
+        500,
+        "Warm-up, counted like --max_train_steps: each proxy takes a K-th of it.",
+        resume=Resume.SAME,
+        type=int,
+        **not_negative(),
+    )
+    use_8bit_adam: bool = setting(False, "8-bit Adam of bitsandbytes.", resume=Resume.FIXED, type=bool)
+    adam_beta1: float = setting(
+        0.9, "Adam's beta1.", resume=Resume.SAME, type=float, check=lambda b: 0 <= b < 1, wanted="in [0, 1)"
+    )
+    adam_beta2: float = setting(
+        0.999, "Adam's beta2.", resume=Resume.SAME, type=float, check=lambda b: 0 <= b < 1, wanted="in [0, 1)"
+    )
+    adam_weight_decay: float = setting(1e-2, "Weight decay.", resume=Resume.SAME, type=float, **not_negative())
+    adam_epsilon: float = setting(1e-8, "Adam's epsilon.", resume=Resume.SAME, type=float, **not_negative())
+    max_grad_norm: float = setting(1.0, "Gradient clipping norm.", resume=Resume.SAME, type=float)
+    use_ema: bool = setting(
+        False, "Keep a moving average of the weights and save that.", resume=Resume.FIXED, type=bool
+    )
+    offload_ema: bool = setting(
+        False, "Keep the moving average in host memory between steps.", resume=Resume.FREE, type=bool
+    )
+    foreach_ema: bool = setting(
+        False, "Update the moving average with fused operations.", resume=Resume.FREE, type=bool
+    )
+    mixed_precision: str | None = setting(
+        None,
+        "no, fp16 or bf16. Default: as accelerate is configured.",
+        resume=Resume.SAME,
+        choices=["no", "fp16", "bf16"],
+    )
+    allow_tf32: bool = setting(
+        False,
+        "Allow TF32 matrix products on Ampere and newer GPUs.",
+        resume=Resume.FREE,  # a matter of the GPU at hand: rounding, not the course of the training
+        type=bool,
+    )
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False,
+        "Use the attention of xformers (CUDA, optional package).",
+        resume=Resume.FREE,  # likewise
+        type=bool,
+    )
+    max_nonfinite: int = setting(
+        20,
+        "Stop after this many steps in a row with losses that are not finite.",
+        resume=Resume.FREE,
+        type=int,
+        **at_least(1),
+    )
+    local_rank: int = setting(-1, "Set by the launcher.", resume=Resume.FREE, type=int)
+
+
+@dataclass(kw_only=True)
+class RecordSettings:
+    """What a run writes, where, and how often."""
+
+    output_dir: str = setting(
+        "sd-model-finetuned", "Where the pipeline, checkpoints and records are written.", resume=Resume.FREE
+    )
+    checkpointing_steps: int = setting(
+        500, "Write a checkpoint every this many steps.", resume=Resume.FREE, type=int, **at_least(1)
+    )
+    checkpoints_total_limit: int | None = setting(
+        None, "Keep at most this many checkpoints.", resume=Resume.FREE, type=int, **at_least(1)
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, "'latest', a checkpoint's name in --output_dir, or its path.", resume=Resume.FREE
+    )
+    resume_allow: list[str] | tuple[str, ...] = setting(
+        (), "Flags that may differ from the checkpoint's.", resume=Resume.FREE, several=True
+    )
+    logging_dir: str = setting("logs", "Tracker folder inside --output_dir.", resume=Resume.FREE)
+    report_to: str = setting("tensorboard", "Tracker: tensorboard, wandb, comet_ml or all.", resume=Resume.FREE)
+    tracker_project_name: str = setting("text2image-fine-tune", "Project name for the tracker.", resume=Resume.FREE)
+    validation_prompts: list[str] | None = setting(
+        None, "Prompts to draw images for during training.", resume=Resume.FREE, several=True
+    )
+    validation_epochs: int = setting(
+        5,
+        "Draw them every this many epochs (with several shards: after the next round).",
+        resume=Resume.FREE,
+        type=int,
+        **at_least(1),
+    )
+    log_every: int = setting(
+        10,
+        "Steps between log lines; the device is read only then.",
+        resume=Resume.FREE,
+        type=int,
+        **at_least(1),
+    )
+    save_shards: bool = setting(
+        False, "Write each shard of the final plan as a dataset to ietagc/shards/.", resume=Resume.FREE, type=bool
+    )
+    save_rounds: bool = setting(
+        False,
+        "Save the aggregated model of every round as a pipeline to rounds/.",
+        resume=Resume.FREE,
+        type=bool,
+    )
+
+
+@dataclass(kw_only=True)
+class HubSettings:
+    """Upload of the result."""
+
+    push_to_hub: bool = setting(False, "Upload the result to the Hub.", resume=Resume.FREE, type=bool)
+    hub_model_id: str | None = setting(
+        None, "Repository on the Hub. Default: the name of the output folder.", resume=Resume.FREE
+    )
+    hub_token: str | None = setting(None, "Token for the upload.", resume=Resume.FREE, secret=True)
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(
+    BaseModelSettings,
+    DataSettings,
+    CaptionSettings,
+    ObjectiveSettings,
+    OptimizationSettings,
+    RecordSettings,
+    HubSettings,
+):
+    """All that ``train_text_to_image_ietagc.py`` is told: every flag of Diffusers' script, ours, and ``method``."""
+
+    GROUPS: ClassVar[dict[str, type]] = {
+        "model": BaseModelSettings,
+        "data": DataSettings,
+        "captions": CaptionSettings,
+        "training": OptimizationSettings,
+        "objective": ObjectiveSettings,
+        "checkpoints and records": RecordSettings,
+        "Hub": HubSettings,
+    }
+    method: MitigationConfig = field(default_factory=lambda: MitigationConfig.preset("iet-agc+"))
+
+    def __post_init__(self):
+        if self.pretrained_model_name_or_path is None:
+            raise UsageError("`pretrained_model_name_or_path` is needed: a base model's folder or Hub id")
+        if self.dataset_name is None and self.train_data_dir is None:
+            raise UsageError("`dataset_name` or `train_data_dir` is needed")
+        if self.report_to == "wandb" and self.hub_token is not None:
+            raise UsageError(
+                "`hub_token` with `report_to` wandb would store the token in the tracker: use `hf auth login` instead"
+            )
+        check_values(self)
+        if self.non_ema_revision is None:
+            self.non_ema_revision = self.revision
+
+    def values(self) -> dict[str, Any]:
+        """All effective values by flag, JSON- and YAML-ready, without secrets; the method's too."""
+        shown = [entry.name for entry in declared(type(self)) if not entry.metadata["secret"]]
+        return {name: getattr(self, name) for name in shown} | self.method.to_dict()
+
+    def shaping(self, resume: Resume) -> set[str]:
+        """Names of the settings, the method's too, that a resumed run treats as ``resume`` says."""
+        entries = [*declared(type(self)), *declared(MitigationConfig)]
+        return {entry.name for entry in entries if entry.metadata["resume"] is resume}
