@@ -27,6 +27,9 @@ test-slow: $(VENV)/.ready
 quality: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	rm -rf build/types && mkdir -p build/types/ietagc_diffusers
+	ln -s $(CURDIR)/ietagc_diffusers/* $(CURDIR)/eval $(CURDIR)/sscd build/types/ietagc_diffusers
+	cd build/types && $(CURDIR)/$(RUN) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 tiny-sd: $(VENV)/.ready
 	OMP_NUM_THREADS=2 $(RUN) -m demo.tiny_sd

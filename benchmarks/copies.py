@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--protocol")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    images = load_images(args.train, "--train")
+    images = load_images(args.train, "train")
     descriptor = load_descriptor(args.descriptor, args.protocol, args.device)
     originals = describe(images, descriptor, lambda image: image, "originals")
     among = most_similar(originals, originals, exclude_self=True, device=args.device)[0][:, 0].numpy()

@@ -1,8 +1,8 @@
-"""``python -m eval COMMAND`` in a checkout is ``ietagc COMMAND``."""
+"""``python -m eval COMMAND`` is ``ietagc COMMAND``, in a checkout."""
 
 import sys
 
 from ietagc_diffusers.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m eval"))

@@ -97,7 +97,7 @@ def audit(model, train, prompts, output, settings, tools, limits, cache=None, de
     generate(model, prompts, output / "images", settings, device, state, desc="Drawing")
     if state is not None and not state.is_main_process:
         return None
-    drawn = load_images(output / "images", "--output")
+    drawn = load_images(output / "images", "output")
     tools = tools() if callable(tools) else tools
     about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
     scores = score(drawn, train, output, tools, cache, reference, about)

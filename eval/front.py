@@ -169,7 +169,7 @@ def _sampled(
         folder = output / "samples" / f"{name}-{key}"
         if not (folder / SCORES).exists():
             desc = f"Drawing with {name}"
-            generate(base, prompts, folder / "images", sampling.settings, device, unet=denoiser, desc=desc)
+            generate(base, prompts, folder / "images", sampling.settings, device, denoiser=denoiser, desc=desc)
             score(load_images(folder / "images", "output"), training, folder, tools, sampling.cache, reference)
         found.append((replace(point, sampled=_of_scores(read_json(folder / SCORES))), denoiser))
     return found

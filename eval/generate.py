@@ -1,19 +1,26 @@
-"""Images for prompts, each from a seed of its own, into a folder that ``datasets`` loads."""
+"""Draw an image for each prompt, each from its own seed, into a folder that ``datasets`` loads."""
 
 import hashlib
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-import yaml
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm.auto import tqdm
 
+from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families import family_of
 from ietagc_diffusers.files import read_json, write_json, write_text
+from ietagc_diffusers.run_folder import RunFolder
+
+from .prompts import Prompt
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -24,18 +31,29 @@ SCHEDULERS = {
 }
 DTYPES = ("float32", "float16", "bfloat16")
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
-OF_A_PLACE = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")  # in configurations
-SETTINGS_FILE = ".generate.json"  # hidden: no image, and no row for `datasets`
+# Keys of configurations that say where a model was saved and by which version, not what it is.
+NOT_HASHED = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
+SETTINGS_FILE = ".generate.json"  # hidden, so that it is neither an image nor a row for `datasets`
+NOT_COMPARED = ("model", "batch_size", "version")  # in that file: they do not change what is drawn
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are drawn: all that they depend on but the model, the prompts and the device's arithmetic.
+    """How images are drawn: everything they depend on except the model, the prompts and the device's arithmetic.
 
-    resolution: None is what the model was trained at, see ``trained_resolution``, else its own; scheduler: a key of
-    ``SCHEDULERS``, None is the model's own; mitigation: a chain such as ``rt:num_words=2+gni``, or None; the
-    image at place i has the seed ``seed + i``; batches are fixed slices, so that neither the number of processes nor an
-    interruption shows.
+    Batches are fixed slices of the prompts, so that neither the number of processes nor an interruption changes them.
+
+    Args:
+        seed: of the first image; image i has the seed ``seed + i``.
+        resolution: height and width in pixels, a multiple of 8. None is what the model was trained at, see
+            ``trained_resolution``, or else the pipeline's own.
+        scheduler: a key of ``SCHEDULERS``; None is the model's own.
+        negative_prompt: for every image.
+        mitigation: a chain such as ``rt:num_words=2+gni``.
+        dtype: one of ``DTYPES``.
+
+    Raises:
+        UsageError: naming a setting that is out of range.
     """
 
     seed: int = 0
@@ -48,36 +66,42 @@ class Settings:
     mitigation: str | None = None
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise UsageError(f"--resolution {self.resolution}: must be a multiple of 8")
+            raise UsageError(f"`resolution` {self.resolution}: must be a multiple of 8")
         if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed {self.seed}: must be in 0 to 2^63 - 1")
-        for name, known in (("scheduler", (None, *SCHEDULERS)), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                listed = ", ".join(filter(None, known))
-                raise UsageError(f"--{name} {getattr(self, name)}: must be one of {listed}")
+            raise UsageError(f"`seed` {self.seed}: must be in 0 to 2^63 - 1")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise UsageError(f"`scheduler` {self.scheduler}: must be one of {', '.join(SCHEDULERS)}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"`dtype` {self.dtype}: must be one of {', '.join(DTYPES)}")
 
 
-def load_pipeline(model, settings, device="cpu", unet=None):
-    """The text-to-image pipeline of a folder or a Hub id, its safety checker off: a blacked-out copy would not count.
+def load_pipeline(
+    model: str | Path, settings: Settings, device: str = "cpu", denoiser: str | Path | None = None
+) -> DiffusionPipeline:
+    """The text-to-image pipeline of a folder or a Hub id, without its safety checker, which would black out copies.
 
-    ``unet``: folder of another UNet to put into it.
+    Args:
+        denoiser: folder of a trained module that takes the place of the pipeline's own.
 
     Raises:
         UsageError: it does not load or takes no prompt.
     """
     dtype = getattr(torch, settings.dtype)
-    other = {} if unet is None else {"unet": UNet2DConditionModel.from_pretrained(unet, dtype=dtype)}
     folder = pipeline_folder(model)
+    replaced: dict[str, Any] = {}
+    if denoiser is not None:
+        family = family_of(folder, setting="model")
+        replaced[family.denoiser_name] = family.load_denoiser(denoiser, dtype=dtype)
     if "safety_checker" in read_json(folder / "model_index.json"):
-        other |= {"safety_checker": None, "requires_safety_checker": False}
+        replaced |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **other)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **replaced)
     except Exception as error:
-        raise UsageError(f"--model {model}: does not load as a pipeline: {_one_line(error)}") from error
+        raise UsageError(f"`model` {model}: does not load as a pipeline: {_one_line(error)}") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise UsageError(f"--model {model}: a {type(pipeline).__name__} takes no prompt")
+        raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -90,61 +114,61 @@ def load_pipeline(model, settings, device="cpu", unet=None):
     return pipeline
 
 
-def pipeline_folder(model):
-    """Where a pipeline lies: the folder itself, or where a Hub id was downloaded to. Raises ``UsageError``."""
+def pipeline_folder(model: str | Path) -> Path:
+    """The folder of a pipeline: the given one, or the one that a Hub id was downloaded to. Raises ``UsageError``."""
     if Path(model).is_dir():
         return Path(model)
     try:
         return Path(DiffusionPipeline.download(model))
     except Exception as error:
-        raise UsageError(f"--model {model}: neither a folder nor a Hub id: {_one_line(error)}") from error
+        raise UsageError(f"`model` {model}: neither a folder nor a Hub id: {_one_line(error)}") from error
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def trained_resolution(model):
-    """The resolution that a pipeline folder was trained at, as the training script recorded it there; else None.
+def trained_resolution(model: str | Path) -> int | None:
+    """The resolution in pixels that a pipeline folder was trained at, if the training script recorded it there.
 
-    A pipeline's own is its base model's, whatever it was fine-tuned at.
+    A pipeline's own resolution is its base model's, whatever it was fine-tuned at.
     """
-    path = Path(model) / "ietagc" / "config.yaml"
-    if not path.is_file():
+    run = RunFolder(model)
+    if not run.config_file.is_file():
         return None
-    try:
-        resolution = yaml.safe_load(path.read_text(encoding="utf-8"))["resolution"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); give --resolution") from error
+    resolution = run.config().get("resolution")
+    if not isinstance(resolution, int):
+        raise UsageError(f"{run.config_file}: says no resolution; give `resolution`")
     return max(8, resolution // 8 * 8)  # pipelines draw multiples of 8
 
 
-def model_hash(model, unet=None):
-    """A hash of a pipeline folder or a Hub id: of the weights, configurations and vocabularies of all its components,
-    wherever they lie, and of the UNet put into it.
+def model_hash(model: str | Path, denoiser: str | Path | None = None) -> str:
+    """A hash, 16 hexadecimal digits, of a pipeline folder or a Hub id: of the weights, configurations and vocabularies
+    of all its components, wherever they are stored. ``denoiser``: as in ``load_pipeline``.
     """
     folder = pipeline_folder(model)
     index = folder / "model_index.json"
     parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
+    replaced = {} if denoiser is None else {family_of(folder, setting="model").denoiser_name: Path(denoiser)}
     digest = hashlib.sha256()
     for part in sorted(parts):
-        where = Path(unet) if unet is not None and part == "unet" else folder / part
-        for path in sorted(path for path in where.iterdir() if path.suffix in HASHED):
+        component = replaced.get(part, folder / part)
+        for path in sorted(path for path in component.iterdir() if path.suffix in HASHED):
             digest.update(f"{part}/{path.name}".encode() + _content_hash(path))
     return digest.hexdigest()[:16]
 
 
-def _content_hash(path):
+def _content_hash(path: Path) -> bytes:
     if path.name.endswith("config.json"):
-        config = {key: value for key, value in read_json(path).items() if key not in OF_A_PLACE}
+        config = {key: value for key, value in read_json(path).items() if key not in NOT_HASHED}
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 @torch.no_grad()
-def draw(pipeline, texts, seeds, settings):
-    """PIL images for prompts, each with noise from its own seed alone."""
+def draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], settings: Settings) -> list[Image.Image]:
+    """PIL images for prompts, each with noise from its own seed only."""
     size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
     negative = {} if settings.negative_prompt is None else {"negative_prompt": [settings.negative_prompt] * len(texts)}
     return pipeline(
@@ -157,14 +181,24 @@ def draw(pipeline, texts, seeds, settings):
     ).images
 
 
-def generate(model, prompts, output, settings, device="cpu", state=None, unet=None, desc="Drawing"):
-    """Draw one image a prompt into the folder ``output`` and write its ``metadata.jsonl`` (file_name, text, seed,
-    mitigation, sample_id, source). Images that are already there are kept.
+def generate(
+    model: str | Path,
+    prompts: Sequence[Prompt],
+    output: str | Path,
+    settings: Settings,
+    device: str = "cpu",
+    state: Any = None,
+    denoiser: str | Path | None = None,
+    desc: str = "Drawing",
+) -> None:
+    """Draw one image for each prompt into the folder ``output`` and write its ``metadata.jsonl`` (file_name, text,
+    seed, mitigation, sample_id, source). Images that are already there are kept.
 
     Args:
-        model: folder or Hub id; prompts: list of ``Prompt``.
-        unet: folder of another UNet to put into the model.
-        state: accelerate's ``PartialState`` if several processes draw together: each calls this.
+        model: folder or Hub id.
+        state: accelerate's ``PartialState`` if several processes draw together; each of them calls this function.
+        denoiser: as in ``load_pipeline``.
+        desc: title of the progress bar.
 
     Raises:
         UsageError: the folder holds images of another model, other prompts or settings.
@@ -173,14 +207,14 @@ def generate(model, prompts, output, settings, device="cpu", state=None, unet=No
     settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
-        _check_settings(output, model, unet, prompts, settings)
+        _check_settings(output, model, denoiser, prompts, settings)
     _wait(state)
     batches = [
         range(s, min(s + settings.batch_size, len(prompts))) for s in range(0, len(prompts), settings.batch_size)
     ]
     mine = [b for b in batches[rank::num_processes] if not all(_image_path(output, i).exists() for i in b)]
     if mine:
-        pipeline = load_pipeline(model, settings, device, unet)
+        pipeline = load_pipeline(model, settings, device, denoiser)
         with tqdm(total=sum(map(len, mine)), desc=desc, disable=rank > 0) as bar:
             for batch in mine:
                 texts, seeds = [prompts[i].text for i in batch], [settings.seed + i for i in batch]
@@ -192,12 +226,12 @@ def generate(model, prompts, output, settings, device="cpu", state=None, unet=No
         _write_metadata(prompts, output, settings)
 
 
-def _wait(state):
+def _wait(state: Any) -> None:
     if state is not None:
         state.wait_for_everyone()
 
 
-def _write_metadata(prompts, output, settings):
+def _write_metadata(prompts: Sequence[Prompt], output: Path, settings: Settings) -> None:
     rows = [
         {
             "file_name": _image_path(output, index).name,
@@ -212,38 +246,39 @@ def _write_metadata(prompts, output, settings):
     write_text(output / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _image_path(output, index):
+def _image_path(output: Path, index: int) -> Path:
     return output / f"{index:06d}.png"
 
 
-def _save(image, path):
+def _save(image: Image.Image, path: Path) -> None:
     part = path.with_suffix(".part")
     image.save(part, format="png")
     part.replace(path)
 
 
-def _check_settings(output, model, unet, prompts, settings):
-    """Leave a record of what is drawn in ``output``, or compare it with the one that belongs to what is there. The
-    batch size may differ: it does not show.
-    """
+def _check_settings(
+    output: Path, model: str | Path, denoiser: str | Path | None, prompts: Sequence[Prompt], settings: Settings
+) -> None:
+    """Record in an empty folder ``output`` how its images are drawn; compare with the record if it holds images."""
     output.mkdir(parents=True, exist_ok=True)
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     wanted = asdict(settings) | {
         "model": str(model),
-        "model_hash": model_hash(model, unet),
+        "model_hash": model_hash(model, denoiser),
         "num_images": len(prompts),
         "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
+        "version": __version__,
     }
     path = output / SETTINGS_FILE
     if not any(output.glob("*.png")):
         write_json(path, wanted)
         return
     if not path.exists():
-        raise UsageError(f"{output}: holds images that were not drawn here; give an empty --output")
+        raise UsageError(f"{output}: holds images of another origin; give an empty `output`")
     found = read_json(path)
-    differing = [key for key in wanted if key not in ("model", "batch_size") and found.get(key) != wanted[key]]
-    if differing:
-        key = differing[0]
-        raise UsageError(
-            f"{output}: begun with {key} {found.get(key)!r}, not {wanted[key]!r}; give another --output, or remove it"
-        )
+    for key in wanted:
+        if key not in NOT_COMPARED and found.get(key) != wanted[key]:
+            raise UsageError(
+                f"{output}: begun with `{key}` {found.get(key)!r}, not {wanted[key]!r}; give another `output`, or "
+                "remove that folder"
+            )

@@ -1,110 +1,138 @@
-"""A pipeline that does not give training images back: each image is compared with an index of the training set, and
-drawn anew with another seed, or refused.
+"""A pipeline that returns no training images: each image is compared with an index of the training set, and drawn
+again with another seed or refused if it is too similar.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from ietagc_diffusers.sscd import Descriptor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 
 from .features import embed
-from .image_sets import to_tensor
+from .image_sets import ImageSet, to_tensor
 from .neighbours import most_similar
 
 PER_PROMPT = {
     "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
 }  # fmt: skip
-OF_A_BATCH = ("ip_adapter_image", "ip_adapter_image_embeds")  # a part of the batch cannot be drawn anew with these
+OF_A_BATCH = ("ip_adapter_image", "ip_adapter_image_embeds")  # with these a part of a batch cannot be drawn again
 
 
 @dataclass(frozen=True)
 class TrainingIndex:
-    """Descriptors of the training images, and what made them.
+    """Descriptors of the training images.
 
-    vectors: float32 (M, D) of unit length; names: M; identity: of the descriptor.
+    Args:
+        vectors: float32 (M, D) of unit length.
+        names: of the M images.
+        identity: of the descriptor that computed them.
     """
 
     vectors: torch.Tensor
-    names: list
-    identity: dict
+    names: list[str]
+    identity: dict[str, Any]
 
     @classmethod
-    def build(cls, images, descriptor, cache=None, batch_size=32):
-        """The index of an ``ImageSet``; images that cannot be read are left out."""
-        made = embed(images, {"descriptor": descriptor}, cache, batch_size, desc="Describing training images")
-        return cls(made.features["descriptor"], [images.names[i] for i in made.kept], descriptor.identity)
+    def build(
+        cls, images: ImageSet, descriptor: Descriptor, cache: Path | None = None, batch_size: int = 32
+    ) -> "TrainingIndex":
+        """The index of a set of images; those that cannot be read are left out. ``cache``: folder for features."""
+        described = embed(images, {"descriptor": descriptor}, cache, batch_size, desc="Describing training images")
+        return cls(described.features["descriptor"], [images.names[i] for i in described.kept], descriptor.identity)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
+        """Write index.safetensors and index.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"vectors": self.vectors.contiguous()}, folder / "index.safetensors")
-        write_json(folder / "index.json", {"descriptor": self.identity, "names": self.names})
+        write_json(folder / "index.json", {"version": __version__, "descriptor": self.identity, "names": self.names})
 
     @classmethod
-    def load(cls, folder):
-        """Raises ``UsageError`` if there is none."""
+    def load(cls, folder: str | Path) -> "TrainingIndex":
+        """The index that ``save`` wrote. Raises ``UsageError`` if there is none."""
         about = read_json(Path(folder) / "index.json")
         return cls(load_file(Path(folder) / "index.safetensors")["vectors"], about["names"], about["descriptor"])
 
 
 @dataclass
 class Guarded:
-    """What a guarded call returns, a place for each image: images (None where refused), the similarity of the last try
-    to the nearest training image, that image's name, and how often it was drawn.
+    """The result of a guarded call: lists with an entry for each image.
+
+    Attributes:
+        images: PIL images; None where one was refused.
+        similarity: of the last try to the nearest training image.
+        nearest: name of that training image.
+        tries: how often the image was drawn.
+        refused: whether it was refused.
     """
 
-    images: list
-    similarity: list
-    nearest: list
-    tries: list
-    refused: list = field(init=False)
+    images: list[Image.Image | None]
+    similarity: list[float]
+    nearest: list[str]
+    tries: list[int]
+    refused: list[bool] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.refused = [image is None for image in self.images]
 
 
 class SimilarityGuard:
     """Wraps a pipeline: ``guard(prompt, ...)`` takes the pipeline's arguments and returns a ``Guarded``.
 
-    The first try is the pipeline's own call; an image that is too similar to a training image is drawn again, with the
-    others that were, from a seed that derives from its generator's state and the number of the try.
+    The first try is the pipeline's own call. Images that are too similar to a training image are drawn again together,
+    each from a seed that is derived from its generator's state and the number of the try.
 
     Args:
-        pipeline: any text-to-image pipeline that returns PIL images; a mitigated one, too.
-        descriptor: the one that made the index.
-        index: ``TrainingIndex``.
-        max_similarity: over it an image is not given out; default: the descriptor's copy threshold.
-        retries: how often an image is drawn anew before it is refused.
+        pipeline: any text-to-image pipeline that returns PIL images, mitigated or not.
+        descriptor: the one that built the index.
+        max_similarity: images above it are not returned; default: the descriptor's copy threshold.
+        retries: how often an image is drawn again before it is refused, at least 0.
 
     Raises:
-        UsageError: the index was made by another descriptor.
+        UsageError: the index was built by another descriptor.
     """
 
-    def __init__(self, pipeline, descriptor, index, max_similarity=None, retries=3):
+    def __init__(
+        self,
+        pipeline: Any,
+        descriptor: Descriptor,
+        index: TrainingIndex,
+        max_similarity: float | None = None,
+        retries: int = 3,
+    ):
         if index.identity != descriptor.identity:
-            made, given = (json.dumps(x) for x in (index.identity, descriptor.identity))
-            raise UsageError(f"the index was made by {made}, not by {given}: build it anew")
+            built_by, given = (json.dumps(identity) for identity in (index.identity, descriptor.identity))
+            raise UsageError(f"`index`: was built by {built_by}, not by {given}: build it again")
         if retries < 0:
-            raise UsageError(f"retries {retries}: must be at least 0")
+            raise UsageError(f"`retries` {retries}: must be at least 0")
         self.pipeline, self.descriptor, self.index, self.retries = pipeline, descriptor, index, retries
         self.max_similarity = descriptor.copy_similarity if max_similarity is None else max_similarity
 
-    def __call__(self, prompt=None, *, generator=None, num_images_per_prompt=1, **options):
-        """Other arguments are the pipeline's. ``output_type`` is PIL, and ``latents`` hold for the first try alone."""
+    def __call__(
+        self, prompt: Any = None, *, generator: Any = None, num_images_per_prompt: int = 1, **options: Any
+    ) -> Guarded:
+        """Takes the pipeline's arguments, except ``output_type`` and ``return_dict``.
+
+        ``latents`` are used for the first try only.
+        """
         if options.pop("output_type", "pil") != "pil" or options.pop("return_dict", True) is not True:
             raise UsageError(
-                "output_type, return_dict: a guard compares pictures and returns what it found: leave them out"
+                "`output_type`, `return_dict`: a guard compares PIL images and returns a Guarded: leave these out"
             )
         for name in OF_A_BATCH:
             if options.get(name) is not None:
-                raise UsageError(f"{name}: a guard cannot draw single images of a batch anew with it: leave it out")
+                raise UsageError(f"`{name}`: a guard cannot draw single images of a batch again with it: leave it out")
         options |= {} if prompt is None else {"prompt": prompt}
         states = _states(generator)
         first = self.pipeline(**options, generator=generator, num_images_per_prompt=num_images_per_prompt).images
@@ -123,33 +151,33 @@ class SimilarityGuard:
             ).images
             for row, image, value, name in zip(rows, drawn, *self._compare(drawn), strict=True):
                 images[row], similarity[row], nearest[row], tries[row] = image, value, name, attempt + 1
-        given = [
+        passed = [
             image if value <= self.max_similarity else None for image, value in zip(images, similarity, strict=True)
         ]
-        return Guarded(given, similarity, nearest, tries)
+        return Guarded(passed, similarity, nearest, tries)
 
-    def _compare(self, images):
+    def _compare(self, images: Sequence[Image.Image]) -> tuple[list[float], list[str]]:
         """Similarity to the nearest training image, and its name, of each PIL image."""
         vectors = self.descriptor(torch.stack([to_tensor(image.convert("RGB")) for image in images]))
         values, found = most_similar(vectors, self.index.vectors, index="exact", device=self.descriptor.device)
         return values[:, 0].tolist(), [self.index.names[i] for i in found[:, 0]]
 
 
-def _states(generator):
+def _states(generator: Any) -> list[bytes]:
     """The state of each generator before the first try."""
     generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
     return [g.get_state().numpy().tobytes() for g in generators]
 
 
-def _derived(states, row, attempt):
+def _derived(states: list[bytes], row: int, attempt: int) -> torch.Generator:
     text = states[row % len(states)] + f"/{row if len(states) == 1 else 0}/{attempt}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1)
 
 
-def _of_images(options, rows, per_prompt, total):
-    """The arguments for single images: those that are lists or tensors with a place a prompt, one place an image."""
+def _of_images(options: dict[str, Any], rows: list[int], per_prompt: int, total: int) -> dict[str, Any]:
+    """The arguments for these images only: lists and tensors with an entry for each prompt get one for each image."""
     num_prompts = total // per_prompt
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for key, value in options.items():
         if key in PER_PROMPT and isinstance(value, str):
             chosen[key] = [value] * len(rows)

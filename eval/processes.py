@@ -1,13 +1,19 @@
-"""Commands in processes of their own, several at a time, that an interruption ends together."""
+"""Run commands in processes of their own, several at a time, which an interruption ends together."""
 
 import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import ietagc_diffusers
+
+PACKAGE = Path(ietagc_diffusers.__file__).resolve().parent
+# In a checkout processes have to be told where the package is; an installed copy they find by themselves.
+CHECKOUT = PACKAGE.parent if not (PACKAGE / "eval").is_dir() else None
 
 
 class Stopped(Exception):
@@ -15,16 +21,17 @@ class Stopped(Exception):
 
 
 class Processes:
-    """The running commands, so that an interruption ends them all and begins no more."""
+    """The running commands, so that an interruption ends them all and starts no more."""
 
-    def __init__(self):
-        self.running, self.stopped, self.lock = set(), False, threading.Lock()
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen] = set()
+        self.stopped, self.lock = False, threading.Lock()
 
     @contextmanager
-    def ended_by_signals(self):
-        """Within it SIGTERM is an interruption as Ctrl-C is, and any exception ends what runs."""
+    def ended_by_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM interrupts as Ctrl-C does, and any exception ends the running commands."""
 
-        def interrupt(*_):
+        def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
         on_main = threading.current_thread() is threading.main_thread()
@@ -41,9 +48,14 @@ class Processes:
             if on_main:
                 signal.signal(signal.SIGTERM, before)
 
-    def call(self, command, log):
-        """Run a command with its output in a file. Returns the last line of it if it fails; raises ``Stopped``."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    def call(self, command: Sequence[Any], log: str | Path) -> str | None:
+        """Run a command with its output in the file ``log``.
+
+        Returns None, or why it failed: the exit code and its last line. Raises ``Stopped`` if it was interrupted.
+        """
+        environment = dict(os.environ)
+        if CHECKOUT is not None:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
         with Path(log).open("w") as output:
             with self.lock:
                 if self.stopped:

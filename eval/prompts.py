@@ -1,4 +1,4 @@
-"""Prompts from a file or from the captions of a set of images."""
+"""Prompts from a file, or from the captions of a set of images."""
 
 import csv
 import io
@@ -6,52 +6,62 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ietagc_diffusers.errors import UsageError
 
+if TYPE_CHECKING:
+    from .image_sets import ImageSet
+
+T = TypeVar("T")
 COLUMNS = ("text", "prompt", "caption")
 LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt; sample_id and source: the training image whose caption it is, if it is one."""
+    """A prompt. If it is the caption of a training image, ``sample_id`` and ``source`` say of which."""
 
     text: str
     sample_id: int | None = None
     source: str | None = None
 
 
-def read_prompts(path, flag="--prompts"):
-    """The prompts of a file: ``.txt`` (one a line), ``.csv``/``.tsv`` (any delimiter) or ``.jsonl``/``.json``
-    (a list of objects or strings) with a column ``text``, ``prompt`` or ``caption``, in any case. A ``.json`` may also
-    be captions by name, ``{name: caption or [captions]}``, of which each name's first is taken.
+def read_prompts(path: str | Path, setting: str = "prompts") -> list[Prompt]:
+    """The prompts of a file.
+
+    A ``.txt`` file has one prompt a line. A ``.csv`` or ``.tsv`` file (any delimiter) and a ``.jsonl`` or ``.json``
+    file (a list of objects or strings) have a column ``text``, ``prompt`` or ``caption``, in upper or lower case. A
+    ``.json`` file may also hold captions by name, ``{name: caption or [captions]}``; each name's first is taken.
+
+    Args:
+        setting: the setting that names the file, for messages.
 
     Raises:
-        UsageError: naming the row that has no prompt.
+        UsageError: there is no such file, it does not parse, or a row, which is named, has no prompt.
     """
-    rows = _rows(path, flag)
-    return [Prompt(_prompt_of(row, f"{flag} {path}: row {number}")) for number, row in enumerate(rows, 1)]
+    rows = _rows(path, setting)
+    return [Prompt(_prompt_of(row, f"`{setting}` {path}: row {number}")) for number, row in enumerate(rows, 1)]
 
 
-def read_labels(path, flag="--prompts"):
-    """Whether each prompt of a file is memorized, as its column ``memorized`` says: N bool, or None if it says nothing.
+def read_labels(path: str | Path, setting: str = "prompts") -> list[bool] | None:
+    """Whether each prompt of a file is memorized, by its column ``memorized``: N bool, or None without that column.
 
     Raises:
         UsageError: naming the first row without a label, if others have one.
     """
-    found = [_label_of(row, f"{flag} {path}: row {number}") for number, row in enumerate(_rows(path, flag), 1)]
-    if set(found) == {None}:
-        return None
-    if None in found:
-        raise UsageError(f"{flag} {path}: row {found.index(None) + 1}: memorized is empty, but other rows have a label")
-    return found
+    found = [_label_of(row, f"`{setting}` {path}: row {number}") for number, row in enumerate(_rows(path, setting), 1)]
+    labels = [label for label in found if label is not None]
+    if labels and len(labels) < len(found):
+        row = found.index(None) + 1
+        raise UsageError(f"`{setting}` {path}: row {row}: memorized is empty, but other rows have a label")
+    return labels or None
 
 
-def _rows(path, flag):
+def _rows(path: str | Path, setting: str) -> list[Any]:
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{flag} {path}: no such file")
+        raise UsageError(f"`{setting}` {path}: no such file")
     suffix = path.suffix.lower()
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -64,13 +74,13 @@ def _rows(path, flag):
         else:
             rows = [line for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error) as error:
-        raise UsageError(f"{flag} {path}: does not parse: {error}") from error
+        raise UsageError(f"`{setting}` {path}: does not parse: {error}") from error
     if not rows:
-        raise UsageError(f"{flag} {path}: holds no prompts")
+        raise UsageError(f"`{setting}` {path}: holds no prompts")
     return rows
 
 
-def _json_rows(value):
+def _json_rows(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
@@ -84,7 +94,7 @@ def _json_rows(value):
     return rows
 
 
-def _csv_rows(text):
+def _csv_rows(text: str) -> list[dict[str, Any]]:
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
     rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
@@ -94,7 +104,7 @@ def _csv_rows(text):
     return rows
 
 
-def _prompt_of(row, where):
+def _prompt_of(row: Any, where: str) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
@@ -107,7 +117,7 @@ def _prompt_of(row, where):
     raise UsageError(f"{where}: has no text in a column {' or '.join(COLUMNS)}, only {', '.join(lower) or 'nothing'}")
 
 
-def _label_of(row, where):
+def _label_of(row: Any, where: str) -> bool | None:
     value = _by_lower_case(row).get("memorized") if isinstance(row, dict) else None
     text = "" if value is None else str(value).strip().lower()
     if text and text not in LABELS:
@@ -115,22 +125,26 @@ def _label_of(row, where):
     return LABELS.get(text)
 
 
-def _by_lower_case(row):
+def _by_lower_case(row: dict[str, Any]) -> dict[str, Any]:
     return {str(key).lower(): value for key, value in row.items()}
 
 
-def caption_prompts(images, flag):
-    """The captions of an ``ImageSet`` as prompts, one an image that has one."""
+def caption_prompts(images: "ImageSet", setting: str) -> list[Prompt]:
+    """The captions of a set of images as prompts; images without one are left out.
+
+    Args:
+        setting: the setting that names the images, for messages.
+    """
     captions = images.captions()
     if not captions:
         raise UsageError(
-            f"{flag} {images.source}: its images have no captions (a metadata.jsonl with text); give --prompts"
+            f"`{setting}` {images.source}: its images have no captions (a metadata.jsonl with text); give `prompts`"
         )
     return [Prompt(text, images.rows[index].get("sample_id"), images.names[index]) for index, text in captions]
 
 
-def choose(prompts, num_images, seed):
-    """``num_images`` prompts: all of them over and over, the last time (or the only one) a seeded draw, in order."""
+def choose(prompts: list[T], num_images: int, seed: int) -> list[T]:
+    """``num_images`` of a list: all of them as often as they fit, then a seeded draw of the rest, each in order."""
     whole, rest = divmod(num_images, len(prompts))
     drawn = sorted(random.Random(seed).sample(range(len(prompts)), rest))
     return prompts * whole + [prompts[index] for index in drawn]

@@ -210,7 +210,8 @@ def load_scores(folder):
 
 def images_of(scores, side):
     """The images of a side, ``generated`` or ``train``, loaded again."""
-    return load_images(scores[side], "--scores", **scores.get("columns", {}).get(side, {}))
+    columns = scores.get("columns", {}).get(side, {})
+    return load_images(scores[side], "scores", columns.get("image_column", "image"), columns.get("text_column", "text"))
 
 
 def _common_edge(images, options):

@@ -1,47 +1,53 @@
-"""JSON files, written whole or not at all, and where they may go."""
+"""Text and JSON files, written whole or not at all."""
 
 import json
 from pathlib import Path
+from typing import Any
 
-from ietagc_diffusers.method.config import UsageError
+from .errors import UsageError
 
 
-def check_output(path, flag, file=False):
-    """Raise ``UsageError`` unless a folder, or a file, can be written there."""
+def check_output(path: str | Path, setting: str, file: bool = False) -> None:
+    """Raise ``UsageError``, naming ``setting``, unless a folder (with ``file``: a file) can be written at ``path``."""
     path = Path(path)
     if file and path.is_dir():
-        raise UsageError(f"{flag} {path}: is a folder; give a file, such as {path / 'report.html'}")
+        raise UsageError(f"`{setting}` {path}: is a folder; give a file, such as {path / 'report.html'}")
     folders = [path.parent, *path.parent.parents] if file else [path, *path.parents]
-    there = next(folder for folder in folders if folder.exists())
-    if not there.is_dir():
-        raise UsageError(f"{flag} {path}: {there} is a file; give a {'file in a ' if file else ''}folder")
+    existing = next(folder for folder in folders if folder.exists())
+    if not existing.is_dir():
+        raise UsageError(f"`{setting}` {path}: {existing} is a file; give a {'file in a ' if file else ''}folder")
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file by way of ``<path>.part``, so that an interruption leaves the old file or the new one."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON as ``write_text`` does. Raises ``ValueError`` for numbers that are not finite."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json_lines(path):
-    """The rows of a JSON-lines file that is written line by line; a last line that was cut off is removed from it."""
+def read_json_lines(path: str | Path) -> list[Any]:
+    """The values of a JSON-lines file that is written line by line; [] if there is none.
+
+    A last line that was cut off by an interruption is removed from the file.
+    """
     path = Path(path)
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    whole, cut = lines[:-1], lines[-1]
+    complete, cut = lines[:-1], lines[-1]
     if cut:
-        write_text(path, "".join(line + "\n" for line in whole))
-    return [json.loads(line) for line in whole]
+        write_text(path, "".join(line + "\n" for line in complete))
+    return [json.loads(line) for line in complete]
 
 
-def read_json(path):
-    """Raises ``UsageError`` if the file is missing or broken."""
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file. Raises ``UsageError`` if the file is missing or broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -48,10 +48,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, by step. Only names are looked at: a checkpoint has its name once it is complete."""
-        found = [
-            (int(m[1]), path) for path in self.path.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))
-        ]
-        return [path for _, path in sorted(found)]
+        return [path for _, path in _numbered(self.path, _CHECKPOINT)]
 
     @property
     def is_finished(self) -> bool:
@@ -88,12 +85,17 @@ class RunFolder:
 
         ``denoiser``: the trained module's folder in a pipeline, see ``families.Family.denoiser_name``.
         """
-        rounds = sorted(path for path in (self.path / "rounds").glob("round-*") if _ROUND.fullmatch(path.name))
+        rounds = _numbered(self.path / "rounds", _ROUND)
         if rounds:
             step_of = {row["round"]: row["global_step"] for row in self.rounds()}
-            return [(step_of[int(_ROUND.fullmatch(path.name)[1])], path / denoiser) for path in rounds]
+            return [(step_of[number], path / denoiser) for number, path in rounds]
         models = []
-        for path in self.checkpoints():
+        for step, path in _numbered(self.path, _CHECKPOINT):
             average = path / f"{denoiser}{EMA}"
-            models.append((int(_CHECKPOINT.fullmatch(path.name)[1]), average if average.is_dir() else path / denoiser))
+            models.append((step, average if average.is_dir() else path / denoiser))
         return models
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """(number, path) of the entries of a folder whose whole name matches, by number."""
+    return sorted((int(m[1]), path) for path in folder.glob("*") if (m := pattern.fullmatch(path.name)))

@@ -1,4 +1,4 @@
-"""What is done to an image before SSCD sees it: by name, because numbers under different ones do not compare."""
+"""The preprocessing of images for SSCD, by name: numbers under different ones are not comparable."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,19 @@ CENTRED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize (an int is the small edge, a pair is the whole image), crop the centre, normalise.
+    """Resize, crop the centre, normalise: uint8 (N, 3, H, W) -> float32 (N, 3, h, w).
 
-    ``__call__``: uint8 (N, 3, H, W) -> float32 (N, 3, h, w). Resizing is bilinear with antialiasing, as PIL's.
+    Args:
+        resize: pixels of the small edge, or (height, width). Bilinear with antialiasing, as Pillow resizes.
+        crop: pixels of both edges; None crops nothing.
+        normalise: mean and deviation of each channel, for values in [0, 1].
     """
 
     resize: int | tuple[int, int]
     crop: int | None
     normalise: tuple[tuple[float, ...], tuple[float, ...]]
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
         size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
         images = TF.resize(images, size, antialias=True)
         if self.crop is not None:

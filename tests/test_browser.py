@@ -23,10 +23,10 @@ def report(tmp_path_factory):
     training = write_folder(folder / "training", 60)
     scored = []
     for number, name in enumerate(("copying", "fresh")):
-        images = load_images(training if number == 0 else write_folder(folder / name, 60, seed=5), "--x")
+        images = load_images(training if number == 0 else write_folder(folder / name, 60, seed=5), "x")
         images.rows = [row | {"seed": seed} for seed, row in enumerate(images.rows)]
         tools = Tools(Protocol(descriptor="pixel", patches=name == "fresh"))
-        score(images, load_images(training, "--x"), folder / f"scores-{name}", tools)
+        score(images, load_images(training, "x"), folder / f"scores-{name}", tools)
         scored.append(Scored.load(folder / f"scores-{name}", name))
     return write_report(scored, folder / "report.html")
 

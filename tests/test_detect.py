@@ -60,7 +60,7 @@ def test_scores_are_the_mean_magnitude_of_the_generations(pipeline, tmp_path):
     assert result["auc"] is None and (tmp_path / "detect.png").exists()
 
 
-def test_interrupted_detection_goes_on(base, tmp_path, monkeypatch):
+def test_interrupted_detection_continues(base, tmp_path, monkeypatch):
     whole = detect(base, PROMPTS, tmp_path / "whole", SETTINGS, batch_size=2)
     score, calls = module.text_conditional_noise, []
 
@@ -78,9 +78,9 @@ def test_interrupted_detection_goes_on(base, tmp_path, monkeypatch):
     assert (tmp_path / "cut" / "detect.csv").read_text() == (tmp_path / "whole" / "detect.csv").read_text()
     (tmp_path / "cut" / ".magnitudes.jsonl").open("a").write("[3.1")  # as a kill leaves it
     assert detect(base, PROMPTS, tmp_path / "cut", SETTINGS, batch_size=2) == whole
-    with pytest.raises(UsageError, match="begun with prompts"):
+    with pytest.raises(UsageError, match="begun with `prompts`"):
         detect(base, [PROMPTS[0], "a", "b", "c", "d"], tmp_path / "cut", SETTINGS, batch_size=2)
-    with pytest.raises(UsageError, match="begun with steps 2"):
+    with pytest.raises(UsageError, match="begun with `steps` 2"):
         detect(base, PROMPTS, tmp_path / "cut", Detection(1, 2, 4, seed=3), batch_size=2)
 
 
@@ -99,9 +99,9 @@ def test_prompts_are_measured_at_the_resolution_that_the_model_was_trained_at(ba
     by_hand = text_conditional_noise(pipeline, PROMPTS[:1] * 2, [3, 4], 4, 2, 7.5, resolution=32).magnitude.mean()
     native = text_conditional_noise(pipeline, PROMPTS[:1] * 2, [3, 4], 4, 2, 7.5).magnitude.mean()
     assert result["resolution"] == 32 and result["mean"] == pytest.approx(by_hand.item(), rel=1e-4) != native.item()
-    with pytest.raises(UsageError, match="begun with resolution 32, not 16"):
+    with pytest.raises(UsageError, match="begun with `resolution` 32, not 16"):
         detect(tmp_path / "model", PROMPTS[:1], tmp_path / "out", replace(SETTINGS, resolution=16))
-    with pytest.raises(UsageError, match="resolution 20: must be a multiple of 8"):
+    with pytest.raises(UsageError, match="`resolution` 20: must be a multiple of 8"):
         text_conditional_noise(pipeline, PROMPTS[:1], [3], resolution=20)
 
 
@@ -138,10 +138,10 @@ def index_of(images, folder):
     folder.mkdir()
     for number, image in enumerate(images):
         image.save(folder / f"{number}.png")
-    return TrainingIndex.build(load_images(folder, "--train"), pixel_descriptor())
+    return TrainingIndex.build(load_images(folder, "train"), pixel_descriptor())
 
 
-def test_an_image_of_the_training_set_is_drawn_anew(pipeline, drawn, tmp_path):
+def test_an_image_of_the_training_set_is_drawn_again(pipeline, drawn, tmp_path):
     guard = SimilarityGuard(pipeline, pixel_descriptor(), index_of(drawn[1:3], tmp_path / "train"), 0.999)
     made = guard(PROMPTS[:4], num_inference_steps=2, generator=generators(4))
     assert made.tries == [1, 2, 2, 1] and made.refused == [False] * 4
@@ -183,21 +183,21 @@ def test_the_index_is_saved_and_knows_its_descriptor(pipeline, drawn, tmp_path):
     index.save(tmp_path / "index")
     loaded = TrainingIndex.load(tmp_path / "index")
     assert torch.equal(loaded.vectors, index.vectors) and loaded.names == index.names
-    with pytest.raises(UsageError, match="build it anew"):
+    with pytest.raises(UsageError, match="build it again"):
         SimilarityGuard(pipeline, pixel_descriptor(8), loaded)
-    with pytest.raises(UsageError, match="retries -1"):
+    with pytest.raises(UsageError, match="`retries` -1"):
         SimilarityGuard(pipeline, pixel_descriptor(), loaded, retries=-1)
     with pytest.raises(UsageError, match=r"index\.json"):
         TrainingIndex.load(tmp_path / "nothing")
     with pytest.raises(UsageError, match="output_type"):
         SimilarityGuard(pipeline, pixel_descriptor(), loaded)("a", output_type="pt")
-    with pytest.raises(UsageError, match="ip_adapter_image_embeds: a guard cannot"):
+    with pytest.raises(UsageError, match="`ip_adapter_image_embeds`: a guard cannot"):
         SimilarityGuard(pipeline, pixel_descriptor(), loaded)("a", ip_adapter_image_embeds=[torch.zeros(2, 1, 4)])
 
 
 def test_an_unreadable_training_image_does_not_stop_the_index(tmp_path):
     folder = write_folder(tmp_path / "train", 3)
     (folder / "001_0.png").write_bytes(b"")
-    index = TrainingIndex.build(load_images(folder, "--train"), pixel_descriptor())
+    index = TrainingIndex.build(load_images(folder, "train"), pixel_descriptor())
     assert index.names == ["000_0.png", "002_0.png"]
     assert isinstance(Image.open(folder / "000_0.png"), Image.Image)

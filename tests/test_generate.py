@@ -101,12 +101,12 @@ def test_two_processes_equal_one(base, drawn, tmp_path):
 
 
 def test_another_model_or_other_settings_do_not_mix(base, drawn, tmp_path):
-    with pytest.raises(UsageError, match="begun with guidance_scale 3"):
+    with pytest.raises(UsageError, match="begun with `guidance_scale` 3"):
         generate(base, PROMPTS, drawn, replace(SETTINGS, guidance_scale=4.0))
-    with pytest.raises(UsageError, match="begun with prompts"):
+    with pytest.raises(UsageError, match="begun with `prompts`"):
         generate(base, [*PROMPTS[:-1], Prompt("another")], drawn, SETTINGS)
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
-    with pytest.raises(UsageError, match="not drawn here"):
+    with pytest.raises(UsageError, match="of another origin"):
         generate(base, PROMPTS, tmp_path, SETTINGS)
 
 
@@ -118,7 +118,7 @@ def test_the_hash_knows_the_weights_and_not_the_place(base, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert model_hash(tmp_path / "copy") != model_hash(base)
-    assert model_hash(base, unet=tmp_path / "copy" / "unet") == model_hash(tmp_path / "copy")
+    assert model_hash(base, denoiser=tmp_path / "copy" / "unet") == model_hash(tmp_path / "copy")
 
 
 def test_the_hash_knows_the_configuration_and_not_where_it_came_from(base, tmp_path):

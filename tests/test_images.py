@@ -60,7 +60,7 @@ def mixed(tmp_path):
 
 
 def test_a_mixed_folder_is_read_and_what_is_bad_is_named(mixed):
-    images = load_images(mixed, "--train")
+    images = load_images(mixed, "train")
     made = embed(images, {"pixel": pixel_descriptor()}, batch_size=2)
     assert [images.names[i] for i in made.kept] == ["a.png", "c.webp", "deeper/b.jpg"]
     assert made.features["pixel"].shape == (3, 768)
@@ -80,7 +80,7 @@ def write_rows(folder, rows):
 def test_what_should_have_been_an_image_is_told_from_notes(mixed):
     (mixed / "photo.heic").write_text("hello")
     (mixed / "metadata.csv").write_text("file_name,text\nc.webp,other\n")
-    images = load_images(mixed, "--train")
+    images = load_images(mixed, "train")
     assert {"notes.txt", "metadata.csv", "photo.heic"} <= dict(images.skipped).keys()
     assert [name for name, _ in unusable(images.skipped)] == [
         "metadata.jsonl row 2",
@@ -95,27 +95,25 @@ def test_whatever_pil_opens_is_an_image_and_no_video_or_document_is(tmp_path, su
     noise().save(tmp_path / f"a{suffix}")
     for other in (".pdf", ".eps", ".mpg", ".h5", ".wmf"):
         (tmp_path / f"b{other}").write_text("no image")
-    images = load_images(tmp_path, "--train")
+    images = load_images(tmp_path, "train")
     assert images.names == [f"a{suffix}"] and images.image(0).size == (30, 20) and not unusable(images.skipped)
 
 
 @pytest.mark.parametrize("name", ["a\u00a0b", "at 9.41\u202fAM", "\u3000", "👩\u200d🎨"])
 def test_every_name_that_is_text_is_read(tmp_path, name):
     noise().save(tmp_path / f"{name}.png")
-    assert load_images(tmp_path, "--train").names == [f"{name}.png"]
+    assert load_images(tmp_path, "train").names == [f"{name}.png"]
 
 
 def test_an_image_is_one_file_however_many_rows_name_it(tmp_path):
     folder = write_folder(tmp_path / "images", 3)
     names = ["001_0.png", "000_0.png", "./001_0.png"]
     write_rows(folder, [{"file_name": name, "text": f"caption {n}"} for n, name in enumerate(names)])
-    images = load_images(folder, "--train")
+    images = load_images(folder, "train")
     files = images.files()
     assert files.names == ["001_0.png", "000_0.png", "002_0.png"] and files.texts[0] == "caption 0"
     assert [row.get("sample_id") for row in files.rows] == [0, 1, None]
-    assert [(p.text, p.sample_id) for p in caption_prompts(images, "--train")] == [
-        (f"caption {n}", n) for n in range(3)
-    ]
+    assert [(p.text, p.sample_id) for p in caption_prompts(images, "train")] == [(f"caption {n}", n) for n in range(3)]
 
 
 def test_odd_rows_are_named_and_odd_captions_can_be_written(tmp_path):
@@ -123,7 +121,7 @@ def test_odd_rows_are_named_and_odd_captions_can_be_written(tmp_path):
     noise().save(tmp_path / "outside.png")
     odd = ["x" * 5000 + ".png", "../outside.png", str(tmp_path / "outside.png"), "\ud800.png", "a\0.png"]
     write_rows(folder, [{"file_name": "000_0.png", "text": "half \ud83d"}, *({"file_name": name} for name in odd)])
-    images = load_images(folder, "--train")
+    images = load_images(folder, "train")
     assert images.names == ["000_0.png", "001_0.png"] and images.texts[0] == "half ?"
     assert len(images.skipped) == len(odd)
     assert all(len(why) < 300 and why.encode() for _, why in images.skipped)
@@ -134,14 +132,14 @@ def test_a_row_may_name_a_file_of_any_suffix_once(tmp_path):
     noise().save(folder / "good.data", format="png")
     (folder / "notes.txt").write_text("no image")
     write_rows(folder, [{"file_name": name} for name in ("good.data", "notes.txt")])
-    made = embed(load_images(folder, "--train"), {"pixel": pixel_descriptor()})
+    made = embed(load_images(folder, "train"), {"pixel": pixel_descriptor()})
     assert len(made.kept) == 2 and [name for name, _ in made.skipped] == ["notes.txt"]
 
 
 def test_images_of_one_pixel_are_skipped_and_named(tmp_path):
     folder = write_folder(tmp_path / "images", 1)
     Image.new("RGB", (1, 5)).save(folder / "dot.png")
-    made = embed(load_images(folder, "--train"), {"pixel": pixel_descriptor()})
+    made = embed(load_images(folder, "train"), {"pixel": pixel_descriptor()})
     assert len(made.kept) == 1 and made.skipped == [["dot.png", "is 1 x 5: too small to compare"]]
 
 
@@ -150,7 +148,7 @@ def test_rows_are_numbered_as_in_the_training_set(tmp_path):
     names = ["003_0.png", "001_0.png", "003_0.png", "000_0.png"]
     rows = [{"file_name": name, "text": f"row {number}"} for number, name in enumerate(names)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    images = load_images(folder, "--train")
+    images = load_images(folder, "train")
     trained = load_dataset("imagefolder", data_dir=str(folder), split="train")
     assert images.texts[:4] == trained["text"] == [f"row {number}" for number in range(4)]
     assert [row.get("sample_id") for row in images.rows] == [0, 1, 2, 3, None, None]
@@ -171,22 +169,22 @@ def test_rows_are_numbered_as_in_the_training_set(tmp_path):
 def test_a_source_without_images_is_an_error(tmp_path, make, message):
     make(tmp_path / "source")
     with pytest.raises(UsageError, match=message):
-        embed(load_images(tmp_path / "source", "--train"), {"pixel": pixel_descriptor()})
+        embed(load_images(tmp_path / "source", "train"), {"pixel": pixel_descriptor()})
 
 
 def test_datasets_and_folders_give_the_same_images(pictures, tmp_path):
-    folder = load_images(pictures, "--train")
+    folder = load_images(pictures, "train")
     rows = [{"image": {"bytes": folder.encoded(i), "path": None}, "text": folder.texts[i]} for i in range(len(folder))]
     saved = Dataset.from_list(rows, features=Features({"image": ImageFeature(), "text": Value("string")}))
     saved.save_to_disk(str(tmp_path / "disk"))
     (tmp_path / "parquet").mkdir()
     saved.to_parquet(str(tmp_path / "parquet" / "0.parquet"))
     for source in ("disk", "parquet"):
-        images = load_images(tmp_path / source, "--train")
+        images = load_images(tmp_path / source, "train")
         assert images.texts == folder.texts and images.rows[3] == {"sample_id": 3}
         assert all(images.image(i).tobytes() == folder.image(i).tobytes() for i in range(len(folder)))
     with pytest.raises(UsageError, match="no column 'picture'"):
-        load_images(tmp_path / "disk", "--train", image_column="picture")
+        load_images(tmp_path / "disk", "train", image_column="picture")
 
 
 def test_of_several_splits_that_were_saved_the_training_one_is_read(pictures, tmp_path):
@@ -195,10 +193,10 @@ def test_of_several_splits_that_were_saved_the_training_one_is_read(pictures, tm
     part = saved.select(range(2))
     for name, splits, length in (("a", {"train": saved, "test": part}, 5), ("b", {"test": part}, 2)):
         DatasetDict(splits).save_to_disk(str(tmp_path / name))
-        assert len(load_images(tmp_path / name, "--train")) == length
+        assert len(load_images(tmp_path / name, "train")) == length
     DatasetDict({"x": saved, "y": part}).save_to_disk(str(tmp_path / "c"))
-    with pytest.raises(UsageError, match=r"--train .*no split train.*x, y"):
-        load_images(tmp_path / "c", "--train")
+    with pytest.raises(UsageError, match=r"`train` .*no split train.*x, y"):
+        load_images(tmp_path / "c", "train")
 
 
 class Counting:
@@ -215,7 +213,7 @@ class Counting:
 
 
 def test_features_are_computed_once_whatever_happens(pictures, tmp_path):
-    images = load_images(pictures, "--train")
+    images = load_images(pictures, "train")
     with pytest.raises(RuntimeError):
         embed(images, {"x": Counting(fail_at=9)}, tmp_path, batch_size=4)
     again = Counting()
@@ -230,9 +228,9 @@ def test_features_are_computed_once_whatever_happens(pictures, tmp_path):
 
 
 def test_a_changed_file_is_computed_anew(pictures, tmp_path):
-    images = load_images(pictures, "--train")
+    images = load_images(pictures, "train")
     embed(images, {"x": Counting()}, tmp_path)
-    changed = load_images(write_folder(tmp_path / "changed", 3, seed=7), "--train")
+    changed = load_images(write_folder(tmp_path / "changed", 3, seed=7), "train")
     counting = Counting()
     embed(changed, {"x": counting}, tmp_path)
     assert counting.seen == 3
@@ -246,7 +244,7 @@ def test_features_that_are_not_finite_are_skipped_and_named(tmp_path):
         return images.float() / images.float().amax(dim=(1, 2, 3), keepdim=True)
 
     descriptor = Descriptor("ratio", by_brightness, lambda x: x.mean(dim=(2, 3)), 0.5)
-    made = embed(load_images(folder, "--train"), {"descriptor": descriptor}, tmp_path / "cache")
+    made = embed(load_images(folder, "train"), {"descriptor": descriptor}, tmp_path / "cache")
     assert len(made.kept) == 5 and made.skipped == [["black.png", "its descriptor features are not finite"]]
 
 
@@ -265,7 +263,7 @@ def test_a_damaged_cache_is_begun_anew_and_an_unwritable_one_done_without(tmp_pa
 
 
 def test_a_cache_damaged_behind_its_head_costs_no_results(pictures, tmp_path):
-    images = load_images(pictures, "--train")
+    images = load_images(pictures, "train")
     wide = Counting()
     wide.__class__ = type("Wide", (Counting,), {"__call__": lambda self, x: x.float().flatten(1)})
     whole = embed(images, {"x": wide}, tmp_path).features["x"]
@@ -288,7 +286,7 @@ def test_large_photographs_go_through_a_few_at_a_time(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(5):
         Image.new("RGB", (3000, 2500), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
-    made = embed(load_images(tmp_path / "photos", "--train"), {"x": Watching()})
+    made = embed(load_images(tmp_path / "photos", "train"), {"x": Watching()})
     assert len(made.kept) == 5 and max(sizes) <= 16_000_000 and len(sizes) >= 3
 
 
@@ -382,7 +380,7 @@ def test_a_prompt_with_a_line_separator_is_one_prompt(tmp_path):
 
 
 def test_captions_are_prompts_with_their_sample(pictures):
-    prompts = caption_prompts(load_images(pictures, "--train"), "--train")
+    prompts = caption_prompts(load_images(pictures, "train"), "train")
     assert prompts[3].sample_id == 3 and prompts[3].source == "001_1.png" and prompts[3].text == "a green picture"
 
 
@@ -395,5 +393,5 @@ def test_any_number_of_prompts_is_drawn_evenly():
 
 
 def test_encoded_images_stay_as_they_are(pictures):
-    images = load_images(pictures, "--train")
+    images = load_images(pictures, "train")
     assert Image.open(io.BytesIO(images.encoded(0))).size == images.image(0).size

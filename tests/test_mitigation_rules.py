@@ -195,10 +195,10 @@ def test_the_detector_measures_the_first_steps_of_generation(pipeline):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": [1]}, "2 prompts and 1 seeds"),
-        ({"steps": 0}, "steps 0: must be in 1 to num_inference_steps, 50"),
-        ({"steps": 51}, "steps 51"),
-        ({"guidance_scale": 1.0}, "guidance_scale 1.0: must be over 1"),
+        ({"seeds": [1]}, "2 `prompts` and 1 `seeds`"),
+        ({"steps": 0}, "`steps` 0: must be in 1 to `num_inference_steps`, 50"),
+        ({"steps": 51}, "`steps` 51"),
+        ({"guidance_scale": 1.0}, "`guidance_scale` 1.0: must be over 1"),
     ],
 )
 def test_the_detector_refuses_what_it_cannot_measure(sd, options, message):

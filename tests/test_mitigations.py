@@ -149,5 +149,5 @@ def test_each_of_several_captions_is_chosen_as_often():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_negative_number_is_an_error(tokenizer, name):
-    with pytest.raises(UsageError, match="num_words -1: must be at least 0"):
+    with pytest.raises(UsageError, match="`num_words` -1: must be at least 0"):
         FUNCTIONS[name]("a picture", -1, random.Random(0), tokenizer)

@@ -33,7 +33,7 @@ KEYS = {
 
 
 def scored(generated, training, output, protocol=PIXEL, **options):
-    images = [load_images(folder, "--x") for folder in (generated, training)]
+    images = [load_images(folder, "x") for folder in (generated, training)]
     return score(*images, output, Tools(protocol), **options)
 
 
@@ -243,7 +243,7 @@ def test_what_is_to_be_known_of_a_clip_is_noted(training, fresh, tmp_path):
     tools.clip = SimpleNamespace(
         images=pixel_descriptor(), texts=lambda texts: (torch.rand(len(texts), 768), 0), note="a note", record={}
     )
-    scores = score(load_images(fresh, "--x"), load_images(training, "--x"), tmp_path, tools)
+    scores = score(load_images(fresh, "x"), load_images(training, "x"), tmp_path, tools)
     assert "a note" in scores["notes"] and scores["clip_score"] is not None
 
 
@@ -398,8 +398,8 @@ def test_a_report_finds_images_in_columns_of_other_names_and_counts_those_that_a
     Dataset.from_list(rows, features=Features({"picture": ImageFeature()})).save_to_disk(str(saved))
     gone = tmp_path / "gone"
     shutil.copytree(fresh, gone)
-    known = load_images(saved, "--train", image_column="picture")
-    score(load_images(gone, "--generated"), known, tmp_path / "s", Tools(PIXEL))
+    known = load_images(saved, "train", image_column="picture")
+    score(load_images(gone, "generated"), known, tmp_path / "s", Tools(PIXEL))
     model = Scored.load(tmp_path / "s", "mine")
     assert "grey squares" not in write_report([model], tmp_path / "a.html").read_text()
     (gone / "000_0.png").unlink()

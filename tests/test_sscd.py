@@ -117,9 +117,9 @@ def test_a_download_that_does_not_load_is_removed_and_never_recorded(checkpoint,
     [
         (lambda path: path.write_bytes(b"not a network"), "not a TorchScript file"),
         (lambda path: torch.save({"weight": torch.zeros(3)}, path), "not a TorchScript file"),
-        (lambda path: torch.jit.script(Network(dimensions=7)).save(str(path)), "wrong checkpoint"),
-        (lambda path: torch.jit.script(Network(scale=float("nan"))).save(str(path)), "wrong checkpoint"),
-        (lambda path: torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(str(path)), "wrong checkpoint"),
+        (lambda path: torch.jit.script(Network(dimensions=7)).save(str(path)), "is it the right file"),
+        (lambda path: torch.jit.script(Network(scale=float("nan"))).save(str(path)), "is it the right file"),
+        (lambda path: torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(str(path)), "is it the right file"),
         (lambda path: torch.jit.script(torch.nn.Linear(7, 3)).save(str(path)), "does not run on images"),
     ],
 )
@@ -133,7 +133,7 @@ def test_wrong_files_are_named(make, message, tmp_path):
 def test_unknown_names_are_told():
     with pytest.raises(DescriptorError, match="did you mean sscd_disc_mixup"):
         load_descriptor("sscd_disk_mixup")
-    with pytest.raises(DescriptorError, match="protocol scd: unknown"):
+    with pytest.raises(DescriptorError, match="`protocol` scd: unknown"):
         load_descriptor("pixel", "scd")
 
 

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def bank_buckets(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-SHARE = {"check": lambda value: 0 <= value <= 1, "wanted": "in [0, 1]"}
+SHARE: dict[str, Any] = {"check": lambda value: 0 <= value <= 1, "wanted": "in [0, 1]"}
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ class MitigationConfig:
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""
         wanted = (
             max(visits_per_shard // VISITS_PER_BUCKET, MIN_BUCKETS)
-            if self.bank_buckets == "auto"
+            if isinstance(self.bank_buckets, str)
             else self.bank_buckets
         )
         return min(wanted, num_timesteps)
@@ -273,13 +274,20 @@ class MitigationConfig:
         return asdict(self)
 
 
+def recipe_path(name: str | Path) -> Path:
+    """The file of a recipe: the path itself, or, if there is no such file, the recipe of that name in this package."""
+    path = Path(name)
+    shipped = Path(str(files("ietagc_diffusers.configs") / f"{path.stem}.yaml"))
+    return shipped if path.parent == Path() and not path.exists() and shipped.is_file() else path
+
+
 def read_recipe(path: str | Path, known_keys: Collection[str]) -> dict[str, Any]:
-    """Read a YAML recipe, whose keys are the flags' names.
+    """Read a YAML recipe, whose keys are the flags' names. ``path`` may be the name of one of the package's recipes.
 
     Returns a dict. Raises ``UsageError`` naming the file and, for an unknown key, the nearest known one.
     """
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.safe_load(recipe_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"`config` {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -261,7 +261,7 @@ class WenControl(DecidingControl):
         losses, magnitudes = objective.losses_and_magnitudes(model, drawn)
         return losses, (magnitudes,)
 
-    def decide(self, losses, levels, magnitudes):
+    def decide(self, losses, levels, magnitudes):  # type: ignore[override]  # ``measure`` returns magnitudes too
         """losses (B,), levels (B,), magnitudes (B,) -> ``Decision``."""
         filtered = ~(magnitudes < self.threshold)  # a magnitude that is not a number too
         decision = self.inner.decide(losses, levels)

@@ -1,4 +1,4 @@
-"""The rival mitigations, each usable alone: on captions, and at inference by name (``mitigate``)."""
+"""Mitigations by others, each usable by itself: on captions, and at inference by name (``mitigate``)."""
 
 from .prompts import choose_caption, random_numbers, random_words, repeat_words, replace_caption
 from .registry import MITIGATIONS, apply_mitigations, mitigate, parse_mitigation, parse_mitigations

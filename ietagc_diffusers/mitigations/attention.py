@@ -1,7 +1,7 @@
 """Rescaled cross-attention: more of it for the beginning token, none for padding."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -17,12 +17,12 @@ class RescaledAttention(Mitigation):
     """MemAttn: raise cross-attention to the beginning token and mask the padding.
 
     Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", 2024.
-    In the conditional branch the beginning token's logit is multiplied by ``scale``. In both branches the tokens behind
-    the prompt's end-of-text token get no attention, as in the authors' code: that is the padding, which in a memorized
-    prompt summarises it. With prompt_embeds, whose length is unknown, nothing is masked.
+    In the conditional branch the beginning token's logit is multiplied by ``scale``. In both branches the tokens after
+    the prompt's end-of-text token get no attention, as in the authors' code: these are the padding, which summarises a
+    memorized prompt. With prompt_embeds, whose length is unknown, nothing is masked.
 
-    The logit q k / sqrt(d) is linear in the key k, so the key is what is multiplied: every attention processor
-    (sliced, xformers, with adapters) does its work as before.
+    The logit q k / sqrt(d) is linear in the key k, so it is enough to multiply the key: every attention processor
+    (sliced, xformers, with adapters) works unchanged.
     """
 
     name: ClassVar[str] = "memattn"
@@ -30,13 +30,13 @@ class RescaledAttention(Mitigation):
     mask: bool = option(True, "Whether padding is masked.", switch)
 
     @property
-    def acts(self):
+    def acts(self) -> bool:
         return self.mask or self.scale != 1
 
-    def attach(self, unet):
+    def attach(self, unet: torch.nn.Module) -> list[Any]:
         if any(getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod") for part in unet.modules()):
             raise UsageError(
-                "mitigation memattn: acts inside the UNet, whose compiled graph would not see it; give the pipeline a "
+                "mitigation memattn: acts inside the UNet, but a compiled graph would ignore it; give the pipeline a "
                 "UNet that is not compiled"
             )
         attentions = [part for part in unet.modules() if isinstance(part, Attention) and part.is_cross_attention]
@@ -46,7 +46,7 @@ class RescaledAttention(Mitigation):
         if self.scale != 1:
             handles += [attention.to_k.register_forward_hook(self._scale_key) for attention in attentions]
         if self.mask:
-            self.bias = None
+            self.bias: torch.Tensor | None = None
             handles += [a.register_forward_pre_hook(self._mask_padding, with_kwargs=True) for a in attentions]
         return handles
 
@@ -66,7 +66,7 @@ class RescaledAttention(Mitigation):
         return args, {**kwargs, "attention_mask": bias if mask is None else bias + mask}
 
     def _padding_bias(self):
-        """(B, 1, L), 0 for the tokens of each image's prompt and ``MASKED`` behind them."""
+        """(B, 1, L): 0 for the tokens of each image's prompt, ``MASKED`` after them."""
         lengths = torch.tensor([max(counts) for counts in zip(*self._token_counts(), strict=True)])
         positions = torch.arange(self._tokenizers()[0].model_max_length)
         return torch.where(positions < lengths[:, None], 0.0, MASKED)[:, None]

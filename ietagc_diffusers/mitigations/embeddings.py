@@ -1,4 +1,4 @@
-"""Noise on the prompt's embedding at inference: GNI. In training, GN, it is ``TextToImageObjective``'s."""
+"""GNI: noise on the prompt's embedding at inference. In training (GN) the objective adds it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,14 +6,15 @@ from typing import ClassVar
 import torch
 
 from .base import Mitigation, non_negative, option
+from .call import Step
 
 
 @dataclass
 class EmbeddingNoise(Mitigation):
     """GNI: add Gaussian noise to the prompt's embedding, embedding + scale * N(0, 1).
 
-    To the conditional branch alone (the authors' code disturbs the unconditional one, too); in SDXL to the token
-    embeddings and to the pooled one, which carries the prompt as well. The noise is drawn in float32 on the host, so
+    Only the conditional branch gets noise (the authors' code adds it to the unconditional one too); in SDXL both the
+    token embeddings and the pooled one, which also carries the prompt. The noise is drawn in float32 on the host, so
     that device and dtype do not change it.
     """
 
@@ -21,10 +22,10 @@ class EmbeddingNoise(Mitigation):
     scale: float = option(0.1, "Standard deviation of the noise.", non_negative)
 
     @property
-    def acts(self):
+    def acts(self) -> bool:
         return self.scale > 0
 
-    def before_unet(self, step):
+    def before_unet(self, step: Step) -> None:
         if step.index:
             return
         generators = [torch.Generator().manual_seed(seed) for seed in self.call.seeds(self.salt)]

@@ -1,7 +1,8 @@
 """Mitigations at inference that insert words into the prompt: RT, RNA, CWR."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from random import Random
+from typing import Any, ClassVar
 
 from .base import PromptMitigation, option, whole
 from .prompts import random_numbers, random_words, repeat_words
@@ -9,12 +10,12 @@ from .prompts import random_numbers, random_words, repeat_words
 
 @dataclass
 class InsertedWords(PromptMitigation):
-    """What RT, RNA and CWR have in common."""
+    """The common part of RT, RNA and CWR."""
 
     num_words: int = option(4, "Words to insert.", whole)
 
     @property
-    def acts(self):
+    def acts(self) -> bool:
         return self.num_words > 0
 
 
@@ -24,7 +25,7 @@ class RandomWords(InsertedWords):
 
     name: ClassVar[str] = "rt"
 
-    def rewrite(self, prompt, tokenizer, rng):
+    def rewrite(self, prompt: str, tokenizer: Any, rng: Random) -> str:
         return random_words(prompt, tokenizer, self.num_words, rng)
 
 
@@ -34,7 +35,7 @@ class RandomNumbers(InsertedWords):
 
     name: ClassVar[str] = "rna"
 
-    def rewrite(self, prompt, tokenizer, rng):
+    def rewrite(self, prompt: str, tokenizer: Any, rng: Random) -> str:
         return random_numbers(prompt, self.num_words, rng)
 
 
@@ -44,5 +45,5 @@ class RepeatedWords(InsertedWords):
 
     name: ClassVar[str] = "cwr"
 
-    def rewrite(self, prompt, tokenizer, rng):
+    def rewrite(self, prompt: str, tokenizer: Any, rng: Random) -> str:
         return repeat_words(prompt, self.num_words, rng)

@@ -1,33 +1,37 @@
-"""A pipeline with mitigations: the given one's components, its class's subclass, and a chain of mitigations."""
+"""A pipeline with mitigations: a subclass of a pipeline's class, with its components and a chain of mitigations."""
 
 import functools
 import inspect
+from typing import Any
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..errors import UsageError
+from .base import Mitigation
 from .call import Call
 
 
 class MitigatedPipeline:
-    """What the classes made by ``mitigated_class`` have in common.
+    """The common part of the classes that ``mitigated_class`` makes.
 
-    mitigations: tuple of ``Mitigation``, in the order in which they were added. current_call: the running ``Call``.
+    Attributes:
+        mitigations: in the order in which they were added.
+        current_call: the running call.
     """
 
-    mitigations = ()
-    current_call = None
+    mitigations: tuple[Mitigation, ...] = ()
+    current_call: Call | None = None
 
     @property
-    def guidance_scale(self):
-        scale = super().guidance_scale
+    def guidance_scale(self) -> Any:
+        scale = super().guidance_scale  # type: ignore[misc]  # the pipeline's: subclasses derive from one
         return self.current_call.guidance_scale(scale) if self.current_call else scale
 
 
 @functools.cache
-def mitigated_class(base):
-    """A subclass of the pipeline class ``base`` that carries its name, so that ``save_pretrained`` writes what
-    ``from_pretrained`` can read.
+def mitigated_class(base: Any) -> type:
+    """A subclass of the pipeline class ``base`` with the same name, so that ``from_pretrained`` can read what
+    ``save_pretrained`` writes.
     """
     call_signature, encode_signature = inspect.signature(base.__call__), inspect.signature(base.encode_prompt)
 
@@ -50,15 +54,17 @@ def mitigated_class(base):
     return Mitigated
 
 
-def with_mitigation(pipeline, mitigation):
+def with_mitigation(pipeline: Any, mitigation: Mitigation) -> Any:
     """A new pipeline that shares ``pipeline``'s components and adds ``mitigation`` to its chain."""
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
         raise UsageError(
             f"a {type(pipeline).__name__} cannot be mitigated: "
-            "it must be a StableDiffusionPipeline or a StableDiffusionXLPipeline"
+            "give a StableDiffusionPipeline or a StableDiffusionXLPipeline"
         )
-    kind = type(pipeline) if isinstance(pipeline, MitigatedPipeline) else mitigated_class(type(pipeline))
-    mitigated = object.__new__(kind)
+    kind: Any = type(pipeline)
+    if not isinstance(pipeline, MitigatedPipeline):
+        kind = mitigated_class(kind)
+    mitigated: Any = object.__new__(kind)
     mitigated.__dict__.update(pipeline.__dict__)
     mitigated.current_call = None
     mitigated.mitigations = (*getattr(pipeline, "mitigations", ()), mitigation)

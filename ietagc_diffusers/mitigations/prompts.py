@@ -1,50 +1,53 @@
-"""Mitigations that act on captions: pure functions, every random draw from the ``rng`` they are given.
+"""Mitigations that act on captions: pure functions that take all random draws from the given ``rng``.
 
 The rules are those of Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models" (2023). Words are
-what white space parts; a caption to which nothing is added comes back as it is.
+separated by white space; a caption to which nothing is added is returned unchanged.
 """
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
 
 from ..errors import UsageError
 
-VOCABULARY = 49_400  # ids that Somepalli et al. draw from: all of CLIP's vocabulary but its very end
+VOCABULARY = 49_400  # ids that Somepalli et al. draw from: CLIP's vocabulary except its very end
 NUMBERS = 100_000
 
 
-def random_words(caption, tokenizer, num_words, rng):
+def random_words(caption: str, tokenizer: Any, num_words: int, rng: Random) -> str:
     """RT: insert ``num_words`` words at random positions, each the decoding of one random token of the vocabulary.
 
     Tokens that are special, or that decode to no word (white space, a part of a character), are drawn again. CLIP
-    reads the first 77 tokens of a caption, so what lands behind them has no effect.
+    reads the first 77 tokens of a caption, so words inserted after them have no effect.
 
     Args:
-        caption: str.
         tokenizer: a ``CLIPTokenizer``.
-        num_words: at least 0; else ``UsageError``.
-        rng: ``random.Random``.
+        num_words: at least 0.
+
+    Raises:
+        UsageError: ``num_words`` is negative, or the tokenizer decodes to no words.
     """
     return _insert(caption, _vocabulary_words(tokenizer, num_words, rng), rng)
 
 
-def random_numbers(caption, num_words, rng):
+def random_numbers(caption: str, num_words: int, rng: Random) -> str:
     """RNA: insert ``num_words`` random integers in [0, 100,000) at random positions."""
     return _insert(caption, [str(rng.randrange(NUMBERS)) for _ in range(_checked(num_words))], rng)
 
 
-def repeat_words(caption, num_words, rng):
-    """CWR: insert ``num_words`` words drawn from the caption at random positions. A caption without words stays as it
-    is.
-    """
+def repeat_words(caption: str, num_words: int, rng: Random) -> str:
+    """CWR: insert ``num_words`` words of the caption at random positions. A caption without words is not changed."""
     words = caption.split()
     return _insert(caption, [rng.choice(words) for _ in range(_checked(num_words) if words else 0)], rng)
 
 
-def replace_caption(tokenizer, num_tokens, rng):
+def replace_caption(tokenizer: Any, num_tokens: int, rng: Random) -> str:
     """RC: a caption of ``num_tokens`` words, each the decoding of one random token of the vocabulary."""
     return " ".join(_vocabulary_words(tokenizer, num_tokens, rng))
 
 
-def choose_caption(captions, rng):
-    """MC: one of ``captions``, a sequence of str; a single str is returned as it is. ``UsageError`` if it is empty."""
+def choose_caption(captions: str | Sequence[str], rng: Random) -> str:
+    """MC: one of ``captions``; a single caption is returned unchanged. ``UsageError`` if there are none."""
     if isinstance(captions, str):
         return captions
     if not captions:
@@ -52,13 +55,13 @@ def choose_caption(captions, rng):
     return rng.choice(captions)
 
 
-def _checked(num_words):
+def _checked(num_words: int) -> int:
     if num_words < 0:
-        raise UsageError(f"num_words {num_words}: must be at least 0")
+        raise UsageError(f"`num_words` {num_words}: must be at least 0")
     return num_words
 
 
-def _insert(caption, added, rng):
+def _insert(caption: str, added: list[str], rng: Random) -> str:
     if not added:
         return caption
     words = caption.split()
@@ -67,10 +70,10 @@ def _insert(caption, added, rng):
     return " ".join(words)
 
 
-def _vocabulary_words(tokenizer, num_words, rng):
+def _vocabulary_words(tokenizer: Any, num_words: int, rng: Random) -> list[str]:
     special, size = set(tokenizer.all_special_ids), min(VOCABULARY, len(tokenizer))
-    words = []
-    # A third of the tokens of the smallest vocabulary are words: this ends only where there are none.
+    words: list[str] = []
+    # A third of the tokens of the smallest vocabulary are words: draws run out only where there are none.
     for _ in range(1000 * (_checked(num_words) + 1)):
         if len(words) == num_words:
             return words
@@ -79,4 +82,4 @@ def _vocabulary_words(tokenizer, num_words, rng):
             word = tokenizer.decode([token]).strip()
             if word.isprintable() and len(word.split()) == 1 and "\ufffd" not in word:
                 words.append(word)
-    raise UsageError(f"the tokenizer decodes to no words: is it the model's own? ({type(tokenizer).__name__})")
+    raise UsageError(f"`tokenizer`: a {type(tokenizer).__name__} that decodes to no words: is it the model's own?")

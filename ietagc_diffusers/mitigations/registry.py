@@ -1,19 +1,22 @@
-"""The mitigations at inference by name, and chains of them as the command line writes them."""
+"""The mitigations at inference by name, and chains of them as text."""
 
 import difflib
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import Any
 
 from ..errors import UsageError
 from .attention import RescaledAttention
+from .base import Mitigation
 from .embeddings import EmbeddingNoise
 from .guidance import DelayedGuidance
 from .inference import RandomNumbers, RandomWords, RepeatedWords
 from .pipeline import with_mitigation
 from .wen import OptimisedPrompt
 
-# A class's fields are its options with their defaults; the first line of its docstring says what it does.
-MITIGATIONS = {
+# A class's fields are its options with their defaults; the first line of its docstring describes it.
+MITIGATIONS: dict[str, type[Mitigation]] = {
     kind.name: kind
     for kind in (
         RandomWords,
@@ -27,13 +30,13 @@ MITIGATIONS = {
 }
 
 
-def mitigate(pipeline, name, **options):
-    """A pipeline that behaves as ``pipeline`` but for the mitigation ``name``; ``pipeline`` itself stays as it is.
+def mitigate(pipeline: Any, name: str, **options: Any) -> Any:
+    """A pipeline that works as ``pipeline`` with the mitigation ``name``; ``pipeline`` itself is not changed.
 
-    The new pipeline shares the components and is of the same class (a subclass), so it takes the same arguments,
-    composes (``mitigate(mitigate(pipeline, "rt"), "gni")`` rewrites the prompt, then adds noise to its embedding) and
-    is saved as what it was: mitigations are not saved. With generators a call is reproducible: the mitigations' draws
-    derive from the generators' states, and an image with a generator of its own does not depend on its batch.
+    The new pipeline shares the components and is of a subclass, so it takes the same arguments. Mitigations compose:
+    ``mitigate(mitigate(pipeline, "rt"), "gni")`` rewrites the prompt, then adds noise to its embedding. They are not
+    saved: ``save_pretrained`` writes the original pipeline. With generators a call is reproducible: the mitigations'
+    draws are derived from the generators' states, and an image with its own generator does not depend on its batch.
 
     During a call the UNet, which both pipelines share, has hooks: do not run two calls on it at once.
 
@@ -42,12 +45,13 @@ def mitigate(pipeline, name, **options):
         name: a key of ``MITIGATIONS``.
         options: fields of ``MITIGATIONS[name]``.
 
-    Raises ``UsageError`` for an unknown name or option, naming the nearest known, or one out of range.
+    Raises:
+        UsageError: an unknown name or option (the message names the nearest known one), or an option out of range.
     """
     return with_mitigation(pipeline, _kind(name)(**_known_options(name, options)))
 
 
-def parse_mitigation(text):
+def parse_mitigation(text: str) -> tuple[str, dict[str, Any]]:
     """``"rt:num_words=4"`` -> ("rt", {"num_words": 4}); options are separated by commas. Raises ``UsageError``."""
     name, _, listed = text.strip().partition(":")
     pairs = [pair.partition("=") for pair in listed.split(",") if pair.strip()]
@@ -55,32 +59,32 @@ def parse_mitigation(text):
         if not equals:
             raise UsageError(f"mitigation {text}: '{option}' has no value: write {option.strip()}=value")
     options = _known_options(name, {option.strip(): value.strip() for option, _, value in pairs})
-    made = _kind(name)(**options)
-    return name, {option: getattr(made, option) for option in options}
+    parsed = _kind(name)(**options)
+    return name, {option: getattr(parsed, option) for option in options}
 
 
-def parse_mitigations(text):
-    """A chain, ``"rt+gni:scale=0.05"`` -> a list of (name, options); ``"none"`` is the empty one."""
+def parse_mitigations(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """A chain, ``"rt+gni:scale=0.05"`` -> a list of (name, options); ``"none"`` is the empty chain."""
     if text.strip() == "none":
         return []
     # Names begin with a letter, the exponent of 1e+1 does not.
     return [parse_mitigation(part) for part in re.split(r"\+(?=\s*[a-z])", text)]
 
 
-def apply_mitigations(pipeline, text):
+def apply_mitigations(pipeline: Any, text: str) -> Any:
     """``mitigate`` for each mitigation of the chain ``text``, in its order; ``"none"`` returns ``pipeline`` itself."""
     for name, options in parse_mitigations(text):
         pipeline = mitigate(pipeline, name, **options)
     return pipeline
 
 
-def _kind(name):
+def _kind(name: str) -> type[Mitigation]:
     if name not in MITIGATIONS:
         raise UsageError(f"mitigation '{name}': not one of {', '.join(MITIGATIONS)}{_nearest(name, MITIGATIONS)}")
     return MITIGATIONS[name]
 
 
-def _known_options(name, options):
+def _known_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     known = [entry.name for entry in fields(_kind(name))]
     for option in options:
         if option not in known:
@@ -90,6 +94,6 @@ def _known_options(name, options):
     return options
 
 
-def _nearest(word, known):
-    near = difflib.get_close_matches(word, known, n=1)
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,241 @@
+"""Flags that several commands share, and the library's values that are made of them."""
+
+import math
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ietagc_diffusers.eval.generate import Settings
+    from ietagc_diffusers.eval.image_sets import ImageSet
+    from ietagc_diffusers.eval.prompts import Prompt
+    from ietagc_diffusers.eval.score import Protocol
+
+# Copies of the library's lists, whose modules take seconds to import. A test compares them.
+SCHEDULERS = ["ddim", "ddpm", "dpm", "euler", "pndm"]
+DTYPES = ["float32", "float16", "bfloat16"]
+MAX_SIM_SCORE = 0.5  # of an SSCD descriptor; the similarity from which the papers count a copy
+DTYPE_HELP = "default: float16 on a CUDA device, otherwise float32"
+RESOLUTION_HELP = "height and width in pixels; default: what the model was trained at, if it records that"
+CACHE_HELP = "folder for computed image features, or none; default: ~/.cache/ietagc/features"
+
+
+def add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
+
+
+def add_training_images(parser: ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--train", required=required, metavar="DIR|ID", help="training images: a folder or a dataset")
+    parser.add_argument("--image_column", default="image", help="a dataset's column of images; default: image")
+    parser.add_argument(
+        "--caption_column", default="text", help="column of captions, in a dataset or metadata.jsonl; default: text"
+    )
+
+
+def add_generation(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("drawing images")
+    group.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
+    group.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; default: the captions of --train")
+    group.add_argument("--num_images", type=int, help="default: one for each prompt")
+    group.add_argument("--seed", type=int, default=0, help="of the first image; the next image has the next seed")
+    group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
+    group.add_argument("--resolution", type=int, help=RESOLUTION_HELP)
+    group.add_argument("--scheduler", choices=SCHEDULERS, help="default: the model's own")
+    group.add_argument("--negative_prompt", help="for every image")
+    group.add_argument("--mitigation", metavar="CHAIN", help="mitigations at inference, such as rt:num_words=4+gni")
+    group.add_argument("--batch_size", type=int, default=8, help="images drawn at once; default: 8")
+    group.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
+
+
+def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
+    group.add_argument(
+        "--protocol",
+        help="dcr (the paper's tables), sscd (SSCD's authors), or only a preprocessing: sscd-288, sscd-320",
+    )
+    group.add_argument(
+        "--descriptor",
+        default="auto",
+        help="sscd_disc_large or sscd_disc_mixup (downloaded if they are not here), a TorchScript file, or pixel; auto "
+        "(default) is the protocol's SSCD checkpoint if it is on this machine, otherwise pixel",
+    )
+    group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
+
+
+def add_scoring(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("scoring")
+    add_descriptor(group)
+    group.add_argument(
+        "--copy_similarity",
+        type=float,
+        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel)",
+    )
+    group.add_argument(
+        "--l2", default="iet-agc", choices=["iet-agc", "paper"], help="definition of MQ's l2 ratio; default: iet-agc"
+    )
+    group.add_argument(
+        "--pixels",
+        type=int,
+        help="size of the images for l2 distances; default: that of most generated images, at most 64",
+    )
+    group.add_argument("--clip", metavar="MODEL:TAG|FILE", help="CLIP score by open_clip, such as ViT-B-16:openai")
+    group.add_argument("--clip_preprocess", choices=["own", "dcr"], help="default: dcr with protocol dcr")
+    group.add_argument("--fid", default="pixel-8", help="inception, inception:FILE, pixel-8 (default) or none")
+    group.add_argument("--fid_antialias", action="store_true", help="shrink with antialiasing (torchmetrics' default)")
+    group.add_argument("--reference", metavar="DIR|ID", help="images for the Fréchet distance; default: --train")
+    group.add_argument("--patches", action="store_true", help="also compare crops with crops, to find local copies")
+    group.add_argument("--distinct", action="store_true", help="count exact duplicates among training images once")
+    group.add_argument(
+        "--index", default="auto", choices=["auto", "exact", "faiss"], help="nearest-neighbour search; default: auto"
+    )
+    group.add_argument("--scoring_batch_size", type=int, default=32, help="images described at once; default: 32")
+    group.add_argument(
+        "--max_memory", type=float, default=2.0, metavar="GIB", help="working memory of the search; default: 2"
+    )
+
+
+def check_positive(args: Namespace, *settings: str) -> None:
+    """Raise ``UsageError`` unless each of these that was given is over 0 and finite."""
+    for name in settings:
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"`{name}` {value}: must be more than 0, and finite")
+
+
+def check_range(args: Namespace, low: float, high: float, *settings: str) -> None:
+    """Raise ``UsageError`` unless each of these that was given lies in [low, high]."""
+    for name in settings:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # also refuses nan
+            raise UsageError(f"`{name}` {value}: must be from {low} to {high}")
+
+
+def device_of(args: Namespace) -> str:
+    """The device that was asked for, once it is known to work, or the default."""
+    import torch
+
+    if not args.device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"`device` {args.device}: {str(error).splitlines()[0]}") from error
+    return args.device
+
+
+def processes(device: str) -> tuple[Any, str]:
+    """Accelerate's ``PartialState``, and the device of this process."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not device.startswith("cuda"))
+    return state, str(state.device) if device == "cuda" else device
+
+
+def dtype_of(args: Namespace, device: str) -> str:
+    return args.dtype or ("float16" if device.startswith("cuda") else "float32")
+
+
+def settings_of(args: Namespace, device: str) -> "Settings":
+    """How images are drawn."""
+    from ietagc_diffusers.eval.generate import Settings
+
+    check_positive(args, "num_images", "num_inference_steps", "resolution", "batch_size")
+    return Settings(
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.batch_size,
+        resolution=args.resolution,
+        scheduler=args.scheduler,
+        negative_prompt=args.negative_prompt,
+        mitigation=_checked_chain(args.mitigation),
+        dtype=dtype_of(args, device),
+    )
+
+
+def _checked_chain(text: str | None) -> str | None:
+    if text is None:
+        return None
+    from ietagc_diffusers.mitigations import parse_mitigations
+
+    try:
+        parse_mitigations(text)
+    except UsageError as error:
+        raise UsageError(f"`mitigation` {text}: {error}") from error
+    return text
+
+
+def protocol_of(args: Namespace, device: str) -> "Protocol":
+    """How images are scored."""
+    from ietagc_diffusers.eval.score import Protocol
+
+    check_positive(args, "pixels", "scoring_batch_size", "max_memory")
+    check_range(args, -1, 1, "copy_similarity")
+    return Protocol(
+        name=args.protocol,
+        descriptor=args.descriptor,
+        copy_similarity=args.copy_similarity,
+        l2=args.l2,
+        pixels=args.pixels,
+        clip=args.clip,
+        clip_preprocess=args.clip_preprocess,
+        fid=args.fid,
+        fid_antialias=args.fid_antialias,
+        patches=args.patches,
+        distinct=args.distinct,
+        index=args.index,
+        device=device,
+        batch_size=args.scoring_batch_size,
+        max_memory=int(args.max_memory * 2**30),
+    )
+
+
+def cache_of(args: Namespace) -> Path | None:
+    """Where computed features are kept; None if nowhere."""
+    from ietagc_diffusers.eval.features import default_cache
+
+    if args.feature_cache == "none":
+        return None
+    return Path(args.feature_cache) if args.feature_cache else default_cache()
+
+
+def training_images(args: Namespace) -> "ImageSet":
+    from ietagc_diffusers.eval.image_sets import load_images
+
+    return load_images(args.train, "train", args.image_column, args.caption_column)
+
+
+def reference_images(args: Namespace) -> "ImageSet | None":
+    from ietagc_diffusers.eval.image_sets import load_images
+
+    return load_images(args.reference, "reference") if args.reference else None
+
+
+def prompts_of(args: Namespace, training: "ImageSet | None") -> "list[Prompt]":
+    """``num_images`` prompts: those of a file, or the captions of the training images."""
+    from ietagc_diffusers.eval.prompts import caption_prompts, choose, read_prompts
+
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    elif training is not None:
+        prompts = caption_prompts(training, "train")
+    else:
+        raise UsageError("`prompts` or `train`: give prompts, or training images whose captions are used as prompts")
+    return choose(prompts, args.num_images or len(prompts), args.seed)
+
+
+def named_folders(values: list[str], setting: str) -> list[tuple[str, str]]:
+    """[(name, folder)] of words ``NAME=DIR``. Without a name the folder's own name is used."""
+    pairs: list[tuple[str, str]] = []
+    for value in values:
+        name, equals, folder = value.partition("=")
+        if not equals or Path(value).exists():
+            name, folder = Path(value.split(",")[0]).resolve().name, value
+        if not folder:
+            raise UsageError(f"`{setting}` {value}: should be NAME=DIR")
+        if name in dict(pairs):
+            raise UsageError(f"`{setting}` {value}: two of them are named {name}: write OTHER_NAME={folder}")
+        pairs.append((name, folder))
+    return pairs

@@ -1,0 +1,28 @@
+"""``ietagc figures``."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ..errors import with_flags
+from . import common
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--scores", nargs="*", default=[], metavar="[NAME=]DIR", help="folders that score wrote (Figs. 3, 6, 7)"
+    )
+    parser.add_argument("--run", metavar="DIR", help="folder of a training run (Figs. 3, 8, 9)")
+    common.add_training_images(parser, required=False)
+    parser.add_argument("--output", default="figures", metavar="DIR", help="default: figures")
+    common.add_device(parser)
+
+
+def run(args: Namespace) -> None:
+    from ietagc_diffusers.eval.paper_figures import draw_all
+    from ietagc_diffusers.eval.report import Scored
+
+    training = common.training_images(args) if args.train else None
+    scored = [Scored.load(folder, name) for name, folder in common.named_folders(args.scores, "scores")]
+    run, output = Path(args.run) if args.run else None, Path(args.output)
+    for name, reason in draw_all(output, scored, run, training, common.device_of(args)).items():
+        print(f"{name} not drawn: {with_flags(reason, vars(args))}" if reason else output / name)

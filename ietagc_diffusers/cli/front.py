@@ -1,0 +1,85 @@
+"""``ietagc front``."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from . import common
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        dest="runs",
+        metavar="NAME=DIR[,DIR]",
+        help="a run's folder, or several of one kind with other seeds; repeat the flag for other runs",
+    )
+    parser.add_argument("--control", help="name of the plain run; default: the first")
+    parser.add_argument("--heldout", required=True, metavar="DIR|ID", help="captioned images that were not trained on")
+    common.add_training_images(parser, required=False)
+    parser.set_defaults(image_column=None, caption_column=None)  # as the run has them, where it names its training set
+    parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from")
+    parser.add_argument("--resolution", type=int, help="default: the first run's")
+    parser.add_argument("--max_images", type=int, default=1000, help="of each set; default: 1000")
+    parser.add_argument("--draws", type=int, default=3, help="noise draws for each image; default: 3")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="images at once; does not change the losses; default: 8"
+    )
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="also draw and score N images at each point")
+    parser.add_argument("--points", type=int, help="models of each run, evenly spread; default: all")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
+    parser.add_argument("--scheduler", choices=common.SCHEDULERS, help="default: the model's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the first image; default: 0")
+    parser.add_argument("--output", default="front", metavar="DIR", help="default: front")
+    common.add_scoring(parser)
+    common.add_device(parser)
+
+
+def run(args: Namespace) -> None:
+    from ietagc_diffusers.eval.front import Sampling, front, training_images
+    from ietagc_diffusers.eval.generate import Settings
+    from ietagc_diffusers.eval.image_sets import load_images
+    from ietagc_diffusers.eval.score import Tools
+
+    common.check_positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
+    device = common.device_of(args)
+    named = common.named_folders(args.runs, "run")
+    runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
+    columns = {"image_column": args.image_column, "text_column": args.caption_column}
+    columns = {name: column for name, column in columns.items() if column is not None}
+    if args.train:
+        training = load_images(args.train, "train", **columns)
+    else:
+        training = training_images(next(iter(runs.values()))[0], args.image_column, args.caption_column)
+    sampling = None
+    if args.sample:
+        settings = Settings(
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            scheduler=args.scheduler,
+            batch_size=args.batch_size,
+            dtype="float16" if device.startswith("cuda") else "float32",
+        )
+        tools = Tools(common.protocol_of(args, device))
+        sampling = Sampling(args.sample, settings, tools, common.reference_images(args), common.cache_of(args))
+    output = Path(args.output)
+    result = front(
+        runs,
+        training,
+        load_images(args.heldout, "heldout", **columns),
+        output,
+        base=args.base,
+        control=args.control,
+        resolution=args.resolution,
+        max_images=args.max_images,
+        points=args.points,
+        draws=args.draws,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=device,
+        sampling=sampling,
+    )
+    print(f"{result.markdown}\n{output}/front.png, front.csv, front.md")
