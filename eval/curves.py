@@ -5,8 +5,9 @@ Plain training stopped at any point is the control that every claim must beat.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class FrontPoint:
 
     gap: held-out minus training loss, less the base model's, which shows no memorization, only that one of the two sets
     is more difficult: a run starts at gap 0. replicate: which of the run's seeds, from 0. sampled: scores of images
-    that the model drew, or None.
+    that the model drew, if it drew any.
     """
 
     run: str
@@ -24,7 +25,7 @@ class FrontPoint:
     heldout_loss: float
     gap: float
     replicate: int = 0
-    sampled: dict | None = None
+    sampled: dict[str, Any] = field(default_factory=dict)
 
 
 Coordinate = Callable[[FrontPoint], float]
@@ -61,7 +62,7 @@ def at_loss(points: Iterable[FrontPoint], loss: float) -> float | None:
 
 def by_run(points: Iterable[FrontPoint]) -> dict[str, list[FrontPoint]]:
     """{run: its points}, of all its seeds."""
-    runs = {}
+    runs: dict[str, list[FrontPoint]] = {}
     for point in points:
         runs.setdefault(point.run, []).append(point)
     return runs
@@ -69,7 +70,7 @@ def by_run(points: Iterable[FrontPoint]) -> dict[str, list[FrontPoint]]:
 
 def replicates(points: Iterable[FrontPoint]) -> list[list[FrontPoint]]:
     """The points of one run, seed by seed."""
-    seeds = {}
+    seeds: dict[int, list[FrontPoint]] = {}
     for point in points:
         seeds.setdefault(point.replicate, []).append(point)
     return list(seeds.values())
@@ -81,7 +82,8 @@ Finder = Callable[[list[FrontPoint], float], float | None]  # at_gap or at_loss
 def over_seeds(points: Iterable[FrontPoint], find: Finder, value: float) -> list[float] | None:
     """``find(points of a seed, value)`` of each seed of a run, or None if some seed has none."""
     found = [find(seed, value) for seed in replicates(points)]
-    return None if None in found else found
+    reached = [value for value in found if value is not None]
+    return reached if len(reached) == len(found) else None
 
 
 @dataclass(frozen=True)

@@ -202,5 +202,5 @@ def write_csv(points: list[FrontPoint], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["run", "replicate", "step", "train_loss", "heldout_loss", "gap", *SAMPLED])
         for p in points:
-            sampled = [(p.sampled or {}).get(key, "") for key in SAMPLED]
+            sampled = [p.sampled.get(key, "") for key in SAMPLED]
             writer.writerow([p.run, p.replicate, p.step, p.train_loss, p.heldout_loss, p.gap, *sampled])
