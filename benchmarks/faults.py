@@ -36,8 +36,9 @@ def die():
 def arm(stage, count):
     """Make this process kill itself at the ``count``-th time that it reaches a stage."""
     from ietagc_diffusers import checkpoint
+    from ietagc_diffusers.families import stable_diffusion
     from ietagc_diffusers.method import averaging
-    from ietagc_diffusers.training import output, proxy
+    from ietagc_diffusers.training import proxy
 
     left = count
 
@@ -102,7 +103,7 @@ def arm(stage, count):
 
         checkpoint.shutil.rmtree = half_removed
     elif stage == "final save":
-        before(output.StableDiffusionPipeline, "save_pretrained")
+        before(stable_diffusion.StableDiffusionPipeline, "save_pretrained")
 
 
 def child(flags, log, stage, count, rank, world, port):
@@ -118,13 +119,13 @@ def child(flags, log, stage, count, rank, world, port):
     try:
         from accelerate.state import AcceleratorState
 
-        import train_text_to_image_ietagc as script
         from ietagc_diffusers.arguments import parse_args
+        from ietagc_diffusers.training.run import train
 
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent found
         if stage is not None:
             arm(stage, count)
-        script.train(parse_args(flags))
+        train(parse_args(flags))
         assert AcceleratorState().num_processes == world
     except BaseException:
         import traceback

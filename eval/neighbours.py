@@ -1,36 +1,53 @@
 """Exact nearest neighbours by chunked matrix products, in bounded memory."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-MARGIN = 8  # candidates beyond k: rounding of the expanded square may swap neighbours that are nearly tied
+MARGIN = 8  # candidates beyond k: rounding of the expanded square can swap neighbours that are nearly tied
 QUERY_CHUNK = 1024
 FAISS_FROM = 300_000
 FAISS_PROBES = 64
-FAISS_POINTS = 39  # training points a list, the fewest that FAISS takes without a warning
-CACHE = 2**23  # bytes: what stays in a core's cache is measured several times as fast
+FAISS_POINTS = 39  # training points for each list, the fewest without a warning of FAISS
+CACHE = 2**23  # bytes that fit into a core's cache, where measuring is several times as fast
 GIB = 2**30
 
+Found = tuple[torch.Tensor, torch.Tensor]
 
-def nearest_l2(queries, references, k=1, max_memory=2 * GIB, device="cpu", index="auto", progress=False):
+
+def nearest_l2(
+    queries: torch.Tensor,
+    references: torch.Tensor,
+    k: int = 1,
+    max_memory: int = 2 * GIB,
+    device: str | torch.device = "cpu",
+    index: str = "auto",
+    progress: bool = False,
+) -> Found:
     """The k nearest references of each query in l2.
 
-    Candidates come from the expanded square ||r||^2 - 2 q.r of vectors centred on the references' mean, in which a
-    duplicate's distance can still round to more than 0; they are measured again by subtraction.
+    Candidates come from the expanded square ||r||^2 - 2 q.r of vectors centred on the references' mean. There a
+    duplicate's distance can still round to more than 0, so candidates are measured again by subtraction.
 
     Args:
-        queries: (N, D), references: (M, D), M >= k, float32 or uint8; uint8 counts as value / 255.
-        max_memory: bytes for working memory, on top of inputs and results.
+        queries: (N, D), references: (M, D), float32 or uint8; uint8 counts as value / 255.
+        k: number of neighbours; with fewer references all of them.
+        max_memory: bytes of working memory, in addition to inputs and results.
         index: ``exact``; ``faiss``: candidates from an inverted file in memory, which can miss neighbours; ``auto``:
-            FAISS from 300,000 references on, if it is installed and its copy of them fits into ``max_memory``.
+            FAISS for 300,000 references or more, if it is installed and its copy of them fits into ``max_memory``.
+        progress: whether a progress bar is shown.
 
     Returns:
         Distances float32 (N, k), ascending, and indices (N, k), on the CPU.
+
+    Raises:
+        ImportError: ``faiss`` was asked for and is not installed.
     """
     centre = _mean(references, max_memory)
 
-    def exact(queries):
+    def exact(queries: torch.Tensor) -> torch.Tensor:
         def offset(chunk):
             return chunk.pow(2).sum(dim=1) / -2  # max of q.r - ||r||^2 / 2 is min of ||q - r||
 
@@ -44,20 +61,31 @@ def nearest_l2(queries, references, k=1, max_memory=2 * GIB, device="cpu", index
 
 
 def most_similar(
-    queries, references, k=1, exclude_self=False, groups=None, max_memory=2 * GIB, device="cpu", index="auto"
-):
-    """The k most similar references of each query by dot product; of unit vectors, the cosine.
+    queries: torch.Tensor,
+    references: torch.Tensor,
+    k: int = 1,
+    exclude_self: bool = False,
+    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    max_memory: int = 2 * GIB,
+    device: str | torch.device = "cpu",
+    index: str = "auto",
+) -> Found:
+    """The k most similar references of each query by dot product, which for unit vectors is the cosine.
 
     Args:
         exclude_self: queries are the references, and none is its own neighbour.
-        groups: (N,) and (M,) integers; references of a query's own group are no neighbours of it.
+        groups: (N,) and (M,) integers; references of a query's own group are not its neighbours. Such a search is
+            always exact.
 
-    Other arguments as for ``nearest_l2``. Returns similarities (N, k), descending, and indices (N, k).
+    Other arguments as for ``nearest_l2``.
+
+    Returns:
+        Similarities float32 (N, k), descending, and indices (N, k), on the CPU.
     """
     if exclude_self:
         groups = (torch.arange(len(queries)), torch.arange(len(references)))
 
-    def exact(queries, mask=None):
+    def exact(queries: torch.Tensor, mask: Callable | None = None) -> Found:
         return _chunked(queries, references, k, None, None, max_memory, device, False, mask)
 
     if groups is None and uses_faiss(index, references, max_memory):
@@ -72,8 +100,8 @@ def most_similar(
     return values, indices
 
 
-def uses_faiss(index, references, max_memory):
-    """Whether ``index`` means FAISS for these references."""
+def uses_faiss(index: str, references: torch.Tensor, max_memory: int) -> bool:
+    """Whether a search with ``index`` among these references uses FAISS."""
     fits = 4 * references.numel() <= max_memory
     if index == "exact" or (index == "auto" and not (len(references) >= FAISS_FROM and fits)):
         return False
@@ -86,32 +114,44 @@ def uses_faiss(index, references, max_memory):
     return True
 
 
-def _floats(vectors, centre=None, device="cpu"):
-    """A float32 copy on the device, with values of bytes divided by 255, less ``centre``."""
+def _floats(
+    vectors: torch.Tensor, centre: torch.Tensor | None = None, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """A float32 copy on the device, minus ``centre``; bytes are divided by 255."""
     copy = vectors.to(device, torch.float32, copy=True)
     if vectors.dtype == torch.uint8:
         copy.div_(255)
     return copy if centre is None else copy.sub_(centre.to(device))
 
 
-def _mean(vectors, max_memory):
+def _mean(vectors: torch.Tensor, max_memory: int) -> torch.Tensor:
     rows = max(1, max_memory // (8 * vectors.shape[1]))
     return torch.stack([_floats(chunk).sum(dim=0) for chunk in vectors.split(rows)]).sum(dim=0) / len(vectors)
 
 
-def _chunk_sizes(num_queries, num_references, dim, max_memory):
-    """Rows of queries and of references that are worked on at a time: both in two copies (float32, and their squares or
-    bytes) and their products, 4 bytes a value.
+def _chunk_sizes(num_queries: int, num_references: int, dim: int, max_memory: int) -> tuple[int, int]:
+    """How many queries and references are processed at a time. Working memory holds two copies of both (float32, and
+    their squares or bytes) and their products, at 4 bytes a value.
     """
     rows = min(QUERY_CHUNK, num_queries, max(1, max_memory // (32 * dim)))
     left = max_memory - 8 * rows * dim
     return rows, max(1, min(num_references, left // (8 * dim + 8 * rows)))
 
 
-def _chunked(queries, references, k, offset, centre, max_memory, device, progress, mask=None):
+def _chunked(
+    queries: torch.Tensor,
+    references: torch.Tensor,
+    k: int,
+    offset: Callable | None,
+    centre: torch.Tensor | None,
+    max_memory: int,
+    device: str | torch.device,
+    progress: bool,
+    mask: Callable | None = None,
+) -> Found:
     """The k references with the highest q.r + offset(r) of each query: indices and scores (N, min(k, M)), best first.
 
-    References are the outer loop, so that each chunk of them is converted once, and each query keeps a running best.
+    References are the outer loop, so that each chunk of them is converted once; the best so far of each query are kept.
     """
     k = min(k, len(references))
     rows, columns = _chunk_sizes(len(queries), len(references), queries.shape[1], max_memory)
@@ -137,12 +177,19 @@ def _chunked(queries, references, k, offset, centre, max_memory, device, progres
     return indices, best
 
 
-def _measured(queries, references, candidates, k, max_memory, device):
-    """The k nearest of each query's candidates, by subtraction."""
+def _measured(
+    queries: torch.Tensor,
+    references: torch.Tensor,
+    candidates: torch.Tensor,
+    k: int,
+    max_memory: int,
+    device: str | torch.device,
+) -> Found:
+    """The k nearest of each query's candidates, measured by subtraction."""
     on_host = torch.device(device).type == "cpu"
     budget = min(max_memory // 4, CACHE) if on_host else max_memory // 4
     rows = max(1, budget // (4 * candidates.shape[1] * queries.shape[1]))
-    # Filled in place: small results kept between large buffers would leave holes in the heap that nothing fits into.
+    # Filled in place: small results allocated between large buffers would fragment the heap.
     exact = torch.empty(candidates.shape)
     for start in range(0, len(queries), rows):
         here = slice(start, start + rows)
@@ -153,11 +200,17 @@ def _measured(queries, references, candidates, k, max_memory, device):
     return nearest.values, candidates.gather(1, nearest.indices)
 
 
-def _faiss_candidates(queries, references, k, centre, exact):
-    """The k best that FAISS finds in the inverted lists nearest to each query: (N, min(k, M)) indices, best first.
-    Without a centre the vectors are of unit length, of which the nearest are the most similar.
+def _faiss_candidates(
+    queries: torch.Tensor,
+    references: torch.Tensor,
+    k: int,
+    centre: torch.Tensor | None,
+    exact: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The k nearest that FAISS finds in the inverted lists nearest to each query: (N, min(k, M)) indices, best first.
+    Without a centre the vectors must have unit length: then the nearest are the most similar.
 
-    exact: finds them for queries whose lists hold fewer than k.
+    exact: finds the neighbours of queries whose lists hold fewer than k.
     """
     import faiss
 

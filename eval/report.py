@@ -1,13 +1,18 @@
-"""The report: one HTML file with the numbers and their intervals, the histograms, and the pictures side by side."""
+"""The report: one HTML file with the numbers and their intervals, histograms, and generated images beside their nearest
+training images.
+"""
 
 import base64
 import html
 import io
 import json
 import math
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -16,38 +21,48 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import write_text
 
 from .image_sets import BadImage
-from .patches import crop_boxes
+from .metrics import METRICS
+from .metrics.patches import crop_boxes
 from .plots import inline_svg, plot_similarities
 from .score import images_of, load_scores
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 THUMBNAIL = 160  # pixels
-COMPARED = 24
+COMPARED = 24  # rows of models side by side
+SIDES = {"generated": "generated", "train": "training"}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's scores, its nearest neighbours and the training set's own, as ``score`` left them."""
+    """A model's scores with the tables of nearest neighbours, as ``score`` wrote them."""
 
     name: str
-    scores: dict
-    nearest: dict
-    background: dict
+    scores: dict[str, Any]
+    nearest: dict[str, list]
+    background: dict[str, list]
 
     @classmethod
-    def load(cls, folder, name=None):
+    def load(cls, folder: str | Path, name: str | None = None) -> "Scored":
+        """Read a scored folder; without a name the folder's is used. Raises ``UsageError`` if a file is missing."""
         folder = Path(folder)
         return cls(name or folder.resolve().name, *load_scores(folder))
 
 
-def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""):
-    """Write the report of one or more ``Scored`` models.
+def write_report(
+    scored: list[Scored],
+    path: str | Path,
+    max_pairs: int = 200,
+    title: str | None = None,
+    verdict: tuple[bool, str] | None = None,
+    intro: str = "",
+) -> Path:
+    """Write the report of one or more models.
 
     Args:
-        max_pairs: how many of each model's pairs, most similar first, are shown, and with patches as many again, most
-            similar crops first; all are counted.
+        max_pairs: how many pairs of each model are shown, most similar first; with patches as many again, most similar
+            crops first.
         verdict: (passed, sentence) of an audit.
-        intro: HTML that goes before the numbers.
+        intro: HTML before the numbers.
 
     Returns:
         The path.
@@ -58,7 +73,7 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
     total = sum(len(model.nearest["file_name"]) for model in scored)
     patches = any("patch_similarity" in model.nearest for model in scored)
     crops = f", and the {max_pairs} with the most similar crops" if patches else ""
-    count = f"{{}} of {total:,} generated images, the {max_pairs} most similar of each model at most{crops}."
+    count = f"{{}} of {total:,} generated images: at most the {max_pairs} most similar of each model{crops}."
     data = {
         "models": [model.name for model in scored],
         "images": pictures.images,
@@ -67,9 +82,9 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
         "count": count,
     }
     first = scored[0].scores
-    of_first = f" of {scored[0].name}" if _training_sets(scored) > 1 else ""
+    of_first = f" of {scored[0].name}" if _num_training_sets(scored) > 1 else ""
     values = {
-        "title": html.escape(title or "What the model gives back"),
+        "title": html.escape(title or "Copies of training images"),
         "lead": html.escape(_lead(scored)),
         "verdict": _verdict(verdict),
         "intro": intro,
@@ -77,8 +92,9 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
         "notes": _notes(scored, pictures.num_missing),
         "histogram": inline_svg(lambda axes: plot_similarities(axes, scored), (8, 3.2)),
         "histogram_caption": html.escape(
-            f"Similarity to the nearest training image (descriptor: {first['protocol']['descriptor']}); dotted: of "
-            f"each training image{of_first} to its nearest other one; the line: over it an image counts as a copy."
+            f"Similarity to the nearest training image (descriptor: {first['protocol']['descriptor']}). Dotted: "
+            f"similarity of each training image{of_first} to the nearest other one. Vertical line: images with a "
+            "higher similarity count as copies."
         ),
         "compare": _compare_section(compare),
         "count": html.escape(count.replace("{}", str(len(pairs)))),
@@ -93,28 +109,32 @@ def write_report(scored, path, max_pairs=200, title=None, verdict=None, intro=""
 
 
 class Pictures:
-    """Thumbnails as data addresses, each image or crop once."""
+    """Thumbnails as data addresses, each image or crop once.
 
-    def __init__(self):
-        self.images, self.known, self.sets, self.num_missing = [], {}, {}, 0
+    images: [{uri, side in pixels}]; num_missing: how many images could not be read, which are shown as grey squares.
+    """
 
-    def add(self, scores, side, name, crop=None):
-        """The number of the thumbnail of an image of ``scores``, ``generated`` or ``train``, or of one of its crops;
-        that of an empty picture if the image is no longer there.
-        """
+    def __init__(self) -> None:
+        self.images: list[dict[str, Any]] = []
+        self.num_missing = 0
+        self._places: dict[tuple, int] = {}
+        self._sets: dict[str, tuple] = {}
+
+    def add(self, scores: dict[str, Any], side: str, name: str, crop: int | None = None) -> int:
+        """The index in ``images`` of an image of a side, ``generated`` or ``train``, or of one of its crops."""
         key = scores[side], name, crop
-        if key not in self.known:
-            self.known[key] = len(self.images)
+        if key not in self._places:
+            self._places[key] = len(self.images)
             self.images.append(self._thumbnail(scores, side, name, crop))
-        return self.known[key]
+        return self._places[key]
 
-    def _thumbnail(self, scores, side, name, crop):
+    def _thumbnail(self, scores: dict[str, Any], side: str, name: str, crop: int | None) -> dict[str, Any]:
         try:
             source = scores[side]
-            if source not in self.sets:
+            if source not in self._sets:
                 images = images_of(scores, side)
-                self.sets[source] = images, {name: index for index, name in enumerate(images.names)}
-            images, index = self.sets[source]
+                self._sets[source] = images, {name: index for index, name in enumerate(images.names)}
+            images, index = self._sets[source]
             image = images.image(index[name])
         except (KeyError, BadImage, UsageError):
             image, crop = Image.new("RGB", (8, 8), "grey"), None
@@ -124,18 +144,18 @@ class Pictures:
             image = image.crop((left, top, left + size, top + size))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
-        kind = "png" if max(image.size) < 100 else "jpeg"  # small pictures are cheap and suffer from JPEG
+        kind = "png" if max(image.size) < 100 else "jpeg"  # PNG of a small picture is small too, and exact
         image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
         code = base64.b64encode(buffer.getvalue()).decode()
         return {"uri": f"data:image/{kind};base64,{code}", "side": max(image.size)}
 
 
-def _number(value, digits=4):
+def _number(value: float | None, digits: int = 4) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, digits)
 
 
-def _pairs(index, model, max_pairs, pictures):
-    """The model's most similar pairs as JSON values, those with the most similar crops included."""
+def _pairs(index: int, model: Scored, max_pairs: int, pictures: Pictures) -> list[dict[str, Any]]:
+    """The model's most similar pairs and those with the most similar crops, as JSON values."""
     nearest, scores = model.nearest, model.scores
     chosen = {}
     for key in ("similarity", "patch_similarity"):
@@ -163,9 +183,9 @@ def _pairs(index, model, max_pairs, pictures):
     return pairs
 
 
-def same_prompt_and_seed(scored):
-    """[((prompt, seed), [(model, row in its table)])] for what all models with seeds drew; where the first of them
-    copies most comes first.
+def same_prompt_and_seed(scored: list[Scored]) -> list[tuple[tuple[str, int], list[tuple[Scored, int]]]]:
+    """[((prompt, seed), [(model, row of its table)])] of the images that every model with seeds drew. Those where the
+    first of these models is most similar to a training image come first.
     """
     tables = []
     for model in scored:
@@ -181,8 +201,8 @@ def same_prompt_and_seed(scored):
     return [(key, [(model, rows[key]) for model, rows in tables]) for key in shared]
 
 
-def _compare(scored, pictures):
-    """Images of the models with seeds for the same prompt and seed, as JSON values."""
+def _compare(scored: list[Scored], pictures: Pictures) -> list[dict[str, Any]]:
+    """Images of several models for the same prompt and seed, as JSON values."""
     compared = []
     for key, drawn in same_prompt_and_seed(scored)[:COMPARED]:
         if len(drawn) < 2:
@@ -198,103 +218,74 @@ def _compare(scored, pictures):
     return compared
 
 
-def _compare_section(compare):
+def _compare_section(compare: list[dict[str, Any]]) -> str:
     if not compare:
         return ""
-    text = "Rows where the first model is most similar to a training image; same prompt and seed for all models."
-    return f'<h2>The models side by side</h2><p class="muted">{text}</p><div id="compare"></div>'
+    text = (
+        "The same prompt and seed for all models, where the image of the first one is most similar to a training image."
+    )
+    return f'<h2>Models side by side</h2><p class="muted">{text}</p><div id="compare"></div>'
 
 
-def _training_sets(scored):
-    """How many different ones there are."""
+def _num_training_sets(scored: list[Scored]) -> int:
     return len({model.scores.get("train_hash", model.scores["train"]) for model in scored})
 
 
-def _lead(scored):
+def _lead(scored: list[Scored]) -> str:
     numbers = [f"{model.scores['num_generated']:,} of {model.name}" for model in scored]
     against = [f"compared with {model.scores['num_train']:,} training images" for model in scored]
-    if _training_sets(scored) == 1 and len(set(against)) == 1:
+    if _num_training_sets(scored) == 1 and len(set(against)) == 1:
         return f"Generated images: {', '.join(numbers)}; {against[0]}."
     return f"Generated images: {'; '.join(', '.join(pair) for pair in zip(numbers, against, strict=True))}."
 
 
-def _verdict(verdict):
+def _html(sentence: str) -> str:
+    """A sentence as HTML; settings in backquotes as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(sentence))
+
+
+def _verdict(verdict: tuple[bool, str] | None) -> str:
     if verdict is None:
         return ""
     passed, sentence = verdict
-    return f'<p class="verdict{"" if passed else " bad"}">{html.escape(sentence)}</p>'
+    return f'<p class="verdict{"" if passed else " bad"}">{_html(sentence)}</p>'
 
 
-def _share(value):
-    return f"{value:.1%}"
+def table_rows(scored: list[Scored]) -> Iterator[tuple[str, list[tuple[Any, Any]], Callable[[Any], str]]]:
+    """(heading, [(value or None, interval or None) of each model], formatter) of every metric that some model has."""
+    for metric in METRICS.values():
+        cells = [(metric.value(model.scores), metric.interval(model.scores)) for model in scored]
+        measured = [model for model, (value, _) in zip(scored, cells, strict=True) if value is not None]
+        if measured:
+            yield metric.heading(measured[0].scores["protocol"]), cells, metric.format
 
 
-# Row title, how to find the value and its interval in the scores, and how to show a number.
-ROWS = (
-    ("Sim Score (95th percentile) ↓", "sim_score", "{:.3f}".format),
-    ("mean similarity ↓", "sim_mean", "{:.3f}".format),
-    ("copy rate ↓", "copy_rate", _share),
-    ("training images that were copied ↓", "num_copied_train", "{:,}".format),
-    ("Sim Score of training images among themselves", "train_train_sim_score", "{:.3f}".format),
-    ("MQ 0.4 ↓", "memorized_quantity.0.4", _share),
-    ("MQ 0.5 ↓", "memorized_quantity.0.5", _share),
-    ("MQ 0.6 ↓", "memorized_quantity.0.6", _share),
-    ("memorization ratio (Gu) ↓", "memorization_ratio", _share),
-    ("local copies: patch Sim Score ↓", "patch_sim_score", "{:.3f}".format),
-    ("local copies: patch copy rate ↓", "patch_copy_rate", _share),
-    ("patch Sim Score of training images among themselves", "train_train_patch_sim_score", "{:.3f}".format),
-    ("patch copy rate of training images among themselves", "train_train_patch_copy_rate", _share),
-    ("CLIP score ↑", "clip_score", "{:.2f}".format),
-    ("FID ↓", "fid", "{:.2f}".format),
-    ("KID ↓", "kid", lambda value: f"{value[0]:.4f} ± {value[1]:.4f}"),
-    ("Fréchet distance ({features}) ↓", "frechet_distance", "{:.3f}".format),
-    ("kernel distance ({features}) ↓", "kernel_distance", lambda value: f"{value[0]:.4f} ± {value[1]:.4f}"),
-)
-
-
-def lookup(scores, key):
-    """A score by its dotted key, or None."""
-    name, _, rest = key.partition(".")
-    value = scores.get(name)
-    return value.get(rest) if rest and value is not None else value
-
-
-def table_rows(scored):
-    """(title, [(value or None, interval or None) of each model], formatter) of every metric that some model has."""
-    frechet = scored[0].scores["protocol"].get("frechet") or {}
-    for title, key, show in ROWS:
-        name, dot, rest = key.partition(".")
-        cells = [(lookup(m.scores, key), lookup(m.scores, f"{name}_ci95{dot}{rest}")) for m in scored]
-        if any(value is not None for value, _ in cells):
-            yield title.replace("{features}", frechet.get("features", "")), cells, show
-
-
-def _table(scored):
+def _table(scored: list[Scored]) -> str:
     head = "".join(f"<th>{html.escape(model.name)}</th>" for model in scored)
     lines = [f"<tr><th></th>{head}</tr>"]
-    for title, cells, show in table_rows(scored):
+    for heading, cells, show in table_rows(scored):
         shown = []
         for value, interval in cells:
             around = f"<small>{show(interval[0])} – {show(interval[1])}</small>" if interval else ""
             shown.append("<td>–</td>" if value is None else f"<td>{show(value)}{around}</td>")
-        lines.append(f"<tr><td>{html.escape(title)}</td>{''.join(shown)}</tr>")
+        lines.append(f"<tr><td>{html.escape(heading)}</td>{''.join(shown)}</tr>")
     return "".join(lines)
 
 
-def _notes(scored, num_missing):
-    """What to know of the numbers, what could not be computed, and what was left out."""
+def _notes(scored: list[Scored], num_missing: int) -> str:
+    """What to keep in mind when reading the numbers, which files were left out, and which numbers are missing."""
     lines = []
     if any(model.scores["protocol"]["descriptor"] == "pixel" for model in scored):
         lines.append(
-            "Similarity is that of the built-in pixel descriptor, which knows near-exact copies alone; it is not SSCD, "
-            "and its numbers do not compare with SSCD's. Give --descriptor sscd_disc_mixup."
+            "Similarity was measured with the built-in descriptor pixel. It detects only near-exact copies, and its "
+            "values are not comparable with those of SSCD: set `descriptor` to sscd_disc_mixup to use SSCD."
         )
     if len({json.dumps(model.scores["protocol"], sort_keys=True) for model in scored}) > 1:
-        lines.append("These models were scored under different protocols: their numbers do not compare.")
-    if _training_sets(scored) > 1:
-        lines.append("These models were scored against different training sets: their numbers do not compare.")
+        lines.append("These models were scored under different protocols: their numbers are not comparable.")
+    if _num_training_sets(scored) > 1:
+        lines.append("These models were scored against different training sets: their numbers are not comparable.")
     if num_missing:
-        lines.append(f"{num_missing} pictures are no longer where they were when they were scored: grey squares.")
+        lines.append(f"{num_missing} pictures can no longer be read and are shown as grey squares.")
     notes = {}
     for model in scored:
         for note in model.scores["notes"]:
@@ -304,18 +295,18 @@ def _notes(scored, num_missing):
         for side, skipped in model.scores["skipped"].items():
             if skipped:
                 some = "; ".join(f"{name}: {why}" for name, why in skipped[:5])
-                lines.append(f"{model.name}: {len(skipped)} of the {side} files were left out. {some}")
+                lines.append(f"{model.name}: {len(skipped)} {SIDES[side]} files were left out. {some}")
     missing = "".join(
-        f"<li>{html.escape(model.name)}: <code>{html.escape(key)}</code> {html.escape(why)}</li>"
+        f"<li>{html.escape(model.name)}: <code>{html.escape(key)}</code>: {_html(why)}</li>"
         for model in scored
         for key, why in model.scores["reasons"].items()
     )
-    shown = "".join(f'<p class="muted">{html.escape(line)}</p>' for line in lines)
+    shown = "".join(f'<p class="muted">{_html(line)}</p>' for line in lines)
     if missing:
-        shown += f"<details><summary>What was not computed, and why</summary><ul>{missing}</ul></details>"
+        shown += f"<details><summary>Numbers that were not computed</summary><ul>{missing}</ul></details>"
     return shown
 
 
-def _protocol(model):
+def _protocol(model: Scored) -> str:
     text = json.dumps(model.scores["protocol"], indent=2, ensure_ascii=False)
     return f"<details><summary>{html.escape(model.name)}</summary><pre>{html.escape(text)}</pre></details>"

@@ -55,6 +55,11 @@ def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:
     return [entry.name for entry in [*declared(MitigationConfig), *declared(kind)]]
 
 
+def known_names(kind: type[TrainingSettings] = TrainingSettings) -> set[str]:
+    """The names that messages show as flags: ours, and the launcher's that we speak of."""
+    return {*flag_names(kind), "config", "num_processes"}
+
+
 def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
     """A recipe as command-line words, so that argparse checks both alike."""
     words = []
@@ -90,6 +95,6 @@ def parse_args(argv: Sequence[str] | None = None, kind: type[TrainingSettings] =
 
 def fail(error: UsageError, kind: type[TrainingSettings] = TrainingSettings) -> NoReturn:
     """Print what is wrong, with the flags' names, and exit with 2."""
-    message = with_flags(str(error), {*flag_names(kind), "config"})
+    message = with_flags(str(error), known_names(kind))
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     raise SystemExit(2) from error

@@ -3,6 +3,7 @@ of its size.
 """
 
 import json
+from typing import Any
 
 import torch
 from diffusers import (
@@ -14,6 +15,9 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .families import StableDiffusion
+from .families.settings import BaseModelSettings
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -148,3 +152,18 @@ def random_xl_pipeline(captions, seed=0, prediction_type="epsilon"):
             ),
             scheduler=build_scheduler(prediction_type),
         )
+
+
+def family_of_pipeline(pipeline: StableDiffusionPipeline, **objective: Any) -> StableDiffusion:
+    """The family around a pipeline's parts, which it shares. ``objective``: options of ``TextToImageObjective``."""
+    return StableDiffusion(
+        BaseModelSettings(),
+        pipeline.scheduler,
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        pipeline.vae,
+        pipeline.unet,
+        "cpu",
+        torch.float32,
+        **objective,
+    )

@@ -14,10 +14,10 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import train_text_to_image_ietagc as script
 from ietagc_diffusers import testing
 from ietagc_diffusers.arguments import parse_args
-from ietagc_diffusers.training.recording import Recorder
+from ietagc_diffusers.training.callbacks import Signals
+from ietagc_diffusers.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_text_to_image_ietagc.py"
@@ -91,14 +91,14 @@ def train_here(flags, output_dir, stop_at=None):
     Returns the output folder.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    should_stop = Recorder.should_stop
+    should_stop = Signals.should_stop
     if stop_at is not None:
-        Recorder.should_stop = lambda self, ensemble: ensemble.global_step >= stop_at
+        Signals.should_stop = lambda self, run: run.global_step >= stop_at
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        script.train(parse_args([*map(str, flags), f"--output_dir={output_dir}"]))
+        train(parse_args([*map(str, flags), f"--output_dir={output_dir}"]))
     finally:
-        Recorder.should_stop = should_stop
+        Signals.should_stop = should_stop
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Path(output_dir)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ietagc_diffusers.arguments import effective_flags, parse_args
+from ietagc_diffusers.arguments import parse_args
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -42,7 +42,7 @@ def test_official_flags_have_their_defaults(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     args = parse_args(NEEDED)
     assert {name: getattr(args, name) for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS
-    assert args.mitigation == "iet-agc+" and args.method.augment_range == math.inf
+    assert args.method.mitigation == "iet-agc+" and args.method.augment_range == math.inf
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
@@ -70,7 +70,7 @@ def test_recipes_of_the_repository_parse(path):
     args = parse_args([*NEEDED, f"--config={path}"])
     defaults = parse_args(NEEDED)
     for key in yaml.safe_load(path.read_text()):
-        same_as_default = getattr(args, key) == getattr(defaults, key)
+        same_as_default = args.values()[key] == defaults.values()[key]
         assert not same_as_default, f"{key} is the default: it says nothing"
 
 
@@ -78,7 +78,7 @@ def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
     args = parse_args(
         [*NEEDED, "--hub_token=secret", "--report_to=tensorboard", "--skip_threshold=0.6", "--random_flip"]
     )
-    flags = effective_flags(args)
+    flags = args.values()
     assert "secret" not in str(flags) and flags["skip_threshold"] == 0.6 and flags["num_shards"] == 4
 
 
@@ -95,7 +95,7 @@ def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
         ([*NEEDED, "--report_to=wandb", "--hub_token=t"], "use `hf auth login` instead"),
         ([*NEEDED, "--seed=-1"], "--seed -1: must be in 0 to 2^32 - 1"),
         ([*NEEDED, "--adam_beta1=2"], "--adam_beta1 2.0: must be in [0, 1)"),
-        ([*NEEDED, "--adam_weight_decay=-1"], "--adam_weight_decay -1.0: must not be negative"),
+        ([*NEEDED, "--adam_weight_decay=-1"], "--adam_weight_decay -1.0: must be 0 or more"),
         ([*NEEDED, "--no_such_flag"], "unrecognized arguments"),
     ],
 )

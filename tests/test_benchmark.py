@@ -281,7 +281,7 @@ def test_equal_means_rank_alike_and_a_single_row_has_no_best():
     rows = [{"training": "a"}, {"training": "b"}]
     same = [result("a", 0, 0.50001, 1), result("b", 0, 0.50002, 2)]
     table = build_table("X", {"rows": rows}, ["sim_score"], same)
-    assert [row[2][0].rank for row in table.rows] == ["", ""]
+    assert [row.entries[0].rank for row in table.rows] == ["", ""]
     assert COLUMNS["clip_score"].lower is False
 
 

@@ -65,7 +65,7 @@ def test_the_most_similar_pairs_are_shown_first_and_more_on_demand(report, tmp_p
 
 def test_crops_are_shown_where_they_were_compared(report, tmp_path):
     text = dom(report, tmp_path, choose("model", 1) + choose("sort", "patch_similarity down") + CHANGED)
-    assert text.count('class="two crops') == 48 and "most similar crop, of 0" in text
+    assert text.count('class="two crops') == 48 and "most similar crops; training image: 0" in text
 
 
 def test_many_models_side_by_side_do_not_widen_a_phone_s_page(report, tmp_path):

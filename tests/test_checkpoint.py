@@ -16,7 +16,7 @@ from conftest import SCRIPT, environment, launch, train_flags, train_here, unet_
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from ietagc_diffusers import UsageError, checkpoint
+from ietagc_diffusers import RunFolder, UsageError, checkpoint
 from ietagc_diffusers.checkpoint import flatten, unflatten
 
 METHOD = [
@@ -45,7 +45,7 @@ def test_state_survives_flattening():
 
 
 def test_models_inside_are_loaded_by_diffusers(whole):
-    newest = checkpoint.complete(whole)[-1]
+    newest = RunFolder(whole).checkpoints()[-1]
     unet = UNet2DConditionModel.from_pretrained(newest / "unet_ema")
     final = UNet2DConditionModel.from_pretrained(whole / "unet")
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), final.parameters(), strict=True))
@@ -65,12 +65,12 @@ def test_models_inside_are_loaded_by_diffusers(whole):
 )
 def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path, harm):
     train_here(flags, tmp_path, stop_at=10)
-    newest, before = reversed(checkpoint.complete(tmp_path)[-2:])
+    newest, before = reversed(RunFolder(tmp_path).checkpoints()[-2:])
     assert (newest.name, before.name) == ("checkpoint-10", "checkpoint-8")
     harm(newest)
-    assert checkpoint.find("latest", tmp_path) == before
-    with pytest.raises(UsageError, match=r"--resume_from_checkpoint checkpoint-10: .*; 'latest' takes"):
-        checkpoint.find("checkpoint-10", tmp_path)
+    assert checkpoint.find("latest", RunFolder(tmp_path)) == before
+    with pytest.raises(UsageError, match=r"`resume_from_checkpoint` checkpoint-10: .*; 'latest' takes"):
+        checkpoint.find("checkpoint-10", RunFolder(tmp_path))
     train_here([*flags, "--resume_from_checkpoint=latest"], tmp_path)
     assert unet_bytes(tmp_path) == unet_bytes(whole)
 
@@ -92,7 +92,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(flags, whole, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     train_here(flags, tmp_path)
-    names = [path.name for path in checkpoint.complete(tmp_path)]
+    names = [path.name for path in RunFolder(tmp_path).checkpoints()]
     assert names == [f"checkpoint-{step}" for step in (4, 8, 16, 20, 24)]
     assert not list(tmp_path.glob("*.tmp"))
     assert "No checkpoint at step 12" in caplog.text and "No space left" in caplog.text
@@ -117,10 +117,10 @@ def test_a_signal_ends_with_a_checkpoint_and_a_word(base, pictures, tmp_path, nu
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    (saved,) = checkpoint.complete(tmp_path)
+    (saved,) = RunFolder(tmp_path).checkpoints()
     assert checkpoint.damage(saved) is None
     last = output.strip().splitlines()[-1]
-    assert last == f"Stopped at step {saved.name.split('-')[1]}; go on with --resume_from_checkpoint {saved.name}"
+    assert last == f"Stopped at step {saved.name.split('-')[1]}; continue with --resume_from_checkpoint {saved.name}"
 
 
 def test_groups_of_processes_equal_one_process_with_the_whole_batch(base, pictures, tmp_path):
@@ -168,7 +168,7 @@ def test_plain_training_is_not_resumed_in_another_order(base, pictures, tmp_path
     more = ["--resume_from_checkpoint=latest", "--train_batch_size=2"]
     done = launch([*flags, *more], tmp_path, processes=2, check=False)
     assert done.returncode != 0
-    assert "sample_order was 'StreamLoader', is 'SeededLoader'" in done.stderr
+    assert "sample_order was 'official, 0 data workers', is 'by seed and shard'" in done.stderr
 
 
 def test_diverged_training_stops_with_advice(base, pictures, tmp_path):

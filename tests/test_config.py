@@ -39,25 +39,25 @@ def test_single_flags_override_and_none_does_not():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_shards": 0}, "--num_shards 0: must be at least 1"),
-        ({"skip_threshold": -0.1}, "--skip_threshold -0.1"),
-        ({"skip_threshold": 1.5}, "--skip_threshold 1.5"),
-        ({"skip_threshold": math.nan}, "--skip_threshold nan"),
-        ({"augment_range": 0.9}, "--augment_range 0.9: must be over 1"),
-        ({"redistribute_fraction": 1.1}, "--redistribute_fraction 1.1"),
-        ({"bank_decay": 1.0}, "--bank_decay 1.0"),
-        ({"bank_buckets": 0}, "--bank_buckets 0"),
-        ({"epochs_per_round": 2, "steps_per_round": 3}, "--epochs_per_round and --steps_per_round were both given"),
-        ({"steps_per_round": 0}, "--steps_per_round 0"),
-        ({"randaugment_magnitude": 31}, "--randaugment_magnitude 31"),
-        ({"skip_threshold": 0.0}, "--augment_range inf needs a --skip_threshold over 0"),
-        ({"random_skip_rate": 0.2}, "--random_skip_rate and --random_augment_rate replace"),
-        ({"wen_threshold": 0.0}, "--wen_threshold 0.0: must be over 0"),
-        ({"wen_threshold": math.nan}, "--wen_threshold nan"),
-        ({"embedding_noise": -0.1}, "--embedding_noise -0.1: must be at least 0"),
-        ({"embedding_noise": math.inf}, "--embedding_noise inf: must be at least 0, and finite"),
-        ({"caption_mitigation": "rt", "caption_mitigation_probability": 1.5}, "--caption_mitigation_probability 1.5"),
-        ({"caption_mitigation_probability": 0.5}, "0.5: belongs to --caption_mitigation rc, rt or cwr"),
+        ({"num_shards": 0}, "`num_shards` 0: must be at least 1"),
+        ({"skip_threshold": -0.1}, "`skip_threshold` -0.1"),
+        ({"skip_threshold": 1.5}, "`skip_threshold` 1.5"),
+        ({"skip_threshold": math.nan}, "`skip_threshold` nan"),
+        ({"augment_range": 0.9}, "`augment_range` 0.9: must be over 1"),
+        ({"redistribute_fraction": 1.1}, "`redistribute_fraction` 1.1"),
+        ({"bank_decay": 1.0}, "`bank_decay` 1.0"),
+        ({"bank_buckets": 0}, "`bank_buckets` 0"),
+        ({"epochs_per_round": 2, "steps_per_round": 3}, "`epochs_per_round` and `steps_per_round` were both given"),
+        ({"steps_per_round": 0}, "`steps_per_round` 0"),
+        ({"randaugment_magnitude": 31}, "`randaugment_magnitude` 31"),
+        ({"skip_threshold": 0.0}, "`augment_range` inf needs a `skip_threshold` over 0"),
+        ({"random_skip_rate": 0.2}, "`random_skip_rate` and `random_augment_rate` replace"),
+        ({"wen_threshold": 0.0}, "`wen_threshold` 0.0: must be over 0"),
+        ({"wen_threshold": math.nan}, "`wen_threshold` nan"),
+        ({"embedding_noise": -0.1}, "`embedding_noise` -0.1: must be at least 0"),
+        ({"embedding_noise": math.inf}, "`embedding_noise` inf: must be at least 0, and finite"),
+        ({"caption_mitigation": "rt", "caption_mitigation_probability": 1.5}, "`caption_mitigation_probability` 1.5"),
+        ({"caption_mitigation_probability": 0.5}, "0.5: belongs to `caption_mitigation` rc, rt or cwr"),
         ({"caption_mitigation": "mc", "caption_mitigation_probability": 1.0}, "mc draws a caption at every visit"),
     ],
 )
@@ -82,7 +82,7 @@ def test_rivals_are_off_unless_asked_for_and_caption_mitigations_have_their_auth
 
 
 def test_unknown_preset_is_named():
-    with pytest.raises(UsageError, match="--mitigation iet-agd: not one of none, agc"):
+    with pytest.raises(UsageError, match="`mitigation` iet-agd: not one of none, agc"):
         MitigationConfig.preset("iet-agd")
 
 

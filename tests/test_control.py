@@ -11,11 +11,11 @@ from ietagc_diffusers import (
     PlainControl,
     RandomControl,
     StrengthRandAugment,
-    TextToImageObjective,
     ThresholdAwareControl,
     WenControl,
     testing,
 )
+from ietagc_diffusers.data import Batch
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,13 @@ def pipeline():
     return testing.random_pipeline(["a red picture", "a blue picture"])
 
 
+def make_objective(pipeline, **options):
+    return testing.family_of_pipeline(pipeline, **options).objective
+
+
 @pytest.fixture
 def objective(pipeline):
-    return TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler)
+    return make_objective(pipeline)
 
 
 @pytest.fixture
@@ -37,11 +41,12 @@ def model(pipeline):
 def make_batch(pipeline, size=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = pipeline.tokenizer(["a red picture"] * size, padding="max_length", return_tensors="pt").input_ids
-    return {
-        "pixel_values": torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1,
-        "input_ids": tokens,
-        "seeds": list(range(100, 100 + size)),
-    }
+    images = torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1
+    return Batch(images, {"input_ids": tokens}, seeds=list(range(100, 100 + size)))
+
+
+def draw(objective, batch):
+    return objective.draw(objective.encode(batch))
 
 
 def full_bank(average, **options):
@@ -106,7 +111,7 @@ def test_deciding_never_waits_for_the_device():
 def test_skipped_samples_have_no_part_in_the_gradient(pipeline, objective, model):
     batch = make_batch(pipeline)
     torch.manual_seed(3)
-    losses = objective.losses(model, objective.draw(batch))
+    losses = objective.losses(model, draw(objective, batch))
     median = losses.detach().median().item()
     keep = losses.detach() >= median * 0.9999
     losses[keep].mean().backward()
@@ -127,7 +132,7 @@ def test_augmented_samples_keep_noise_timestep_and_caption(pipeline, objective, 
     """By hand: encode the augmented images with the same posterior noise, run the kept samples, take the mean."""
     batch, augment = make_batch(pipeline, 8), StrengthRandAugment(20)
     torch.manual_seed(4)
-    drawn = objective.draw(batch)
+    drawn = draw(objective, batch)
     with torch.no_grad():
         losses = objective.losses(model, drawn)
     bank = full_bank(losses.median().item())
@@ -138,13 +143,13 @@ def test_augmented_samples_keep_noise_timestep_and_caption(pipeline, objective, 
     with torch.no_grad():
         for i, magnitude in enumerate(magnitudes):
             if magnitude:
-                image = augment(batch["pixel_values"][i : i + 1], [magnitude], [batch["seeds"][i]])
+                image = augment(batch.images[i : i + 1], [magnitude], [batch.seeds[i]])
                 posterior = pipeline.vae.encode(image).latent_dist
                 latent = posterior.mean + posterior.std * drawn.posterior_noise[i]
                 latents[i] = latent[0] * pipeline.vae.config.scaling_factor
     noisy = pipeline.scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
     target = pipeline.scheduler.get_velocity(latents, drawn.noise, drawn.timesteps)
-    prediction = model(noisy, drawn.timesteps, drawn.condition).sample
+    prediction = model(noisy, drawn.timesteps, **drawn.condition).sample
     kept = (prediction - target).pow(2).mean(dim=(1, 2, 3))[~decision.skip]
     kept.mean().backward()
     wanted = gradients(model)
@@ -186,8 +191,8 @@ def test_threshold_zero_is_plain_training(pipeline, objective, model):
 def test_weights_come_after_the_decision(pipeline, model):
     """min-SNR weights scale the loss, not the ratio."""
     batch = make_batch(pipeline)
-    plain = TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler)
-    weighted = TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler, snr_gamma=5.0)
+    plain = make_objective(pipeline)
+    weighted = make_objective(pipeline, snr_gamma=5.0)
     outcomes = []
     for objective in (plain, weighted):
         torch.manual_seed(1)
@@ -198,12 +203,14 @@ def test_weights_come_after_the_decision(pipeline, model):
 
 @pytest.mark.parametrize("reach", [1.0, math.inf])
 def test_nonfinite_samples_are_counted_and_left_out(pipeline, model, reach):
-    class Poisoned(TextToImageObjective):
-        def losses(self, model, drawn):
-            losses = super().losses(model, drawn)
-            return torch.cat([losses[:1] * torch.nan, losses[1:]]) if len(losses) == 6 else losses
+    objective = make_objective(pipeline)
+    whole = objective.losses
 
-    objective = Poisoned(pipeline.vae, pipeline.text_encoder, pipeline.scheduler)
+    def poisoned(model, drawn):
+        losses = whole(model, drawn)
+        return torch.cat([losses[:1] * torch.nan, losses[1:]]) if len(losses) == 6 else losses
+
+    objective.losses = poisoned
     bank = full_bank(1e-9)
     control = ThresholdAwareControl(bank, 0.8, reach, 5.0, StrengthRandAugment(5))
     controlled = control.step(model, objective, make_batch(pipeline))
@@ -218,8 +225,8 @@ class Sick(torch.nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, noisy, timesteps, condition, return_dict):
-        prediction = self.unet(noisy, timesteps, condition, return_dict=False)[0]
+    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict):
+        prediction = self.unet(noisy, timesteps, encoder_hidden_states, return_dict=False)[0]
         if len(prediction) == 6:
             prediction = prediction * torch.tensor([torch.nan, 1, 1, 1, 1, 1]).view(6, 1, 1, 1)
         return (prediction,)
@@ -234,7 +241,7 @@ def test_a_sample_that_is_not_finite_leaves_the_gradient_of_the_others(pipeline,
     }[kind]()
     batch = make_batch(pipeline)
     torch.manual_seed(0)
-    drawn = objective.draw(batch)
+    drawn = draw(objective, batch)
     objective.losses(model, drawn[1:]).mean().backward()
     wanted = gradients(model)
     model.zero_grad()
@@ -261,14 +268,14 @@ def filtering(pipeline):
     """An objective that knows the empty caption."""
     tokens = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids
     nothing = pipeline.text_encoder(tokens)[0].detach()
-    return TextToImageObjective(pipeline.vae, pipeline.text_encoder, pipeline.scheduler, unconditional=nothing)
+    return make_objective(pipeline, unconditional={"encoder_hidden_states": nothing})
 
 
 def measured(model, objective, batch, seed):
     """Losses, magnitudes, and a threshold with as many magnitudes below it as above."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        losses, magnitudes = objective.losses_and_magnitudes(model, objective.draw(batch))
+        losses, magnitudes = objective.losses_and_magnitudes(model, draw(objective, batch))
     middle = len(magnitudes) // 2
     return losses, magnitudes, magnitudes.sort().values[middle - 1 : middle + 1].mean().item()
 
@@ -277,13 +284,13 @@ def test_the_filter_of_wen_et_al_equals_a_loop_over_samples(pipeline, filtering,
     batch = make_batch(pipeline, 6)
     threshold = measured(model, filtering, batch, 5)[2]
     torch.manual_seed(5)
-    drawn = filtering.draw(batch)
+    drawn = draw(filtering, batch)
     skipped, kept = [], []
     for i, t in enumerate(drawn.timesteps):
         one, a = drawn[i : i + 1], pipeline.scheduler.alphas_cumprod[t]
         noisy = a.sqrt() * one.latents + (1 - a).sqrt() * one.noise
-        predicted = model(noisy, t, one.condition).sample
-        difference = predicted - model(noisy, t, filtering.unconditional).sample
+        predicted = model(noisy, t, **one.condition).sample
+        difference = predicted - model(noisy, t, **filtering.unconditional).sample
         skipped.append(difference.detach().norm().item() >= threshold)
         if not skipped[-1]:
             target = a.sqrt() * one.noise - (1 - a).sqrt() * one.latents
@@ -351,7 +358,7 @@ def test_a_group_s_mean_is_over_what_the_filter_leaves_in_all_its_processes(pipe
     """Two processes that meet at every sum; one of them has nothing left, and still comes."""
     batch = make_batch(pipeline, 8)
     torch.manual_seed(7)
-    drawn = filtering.draw(batch)
+    drawn = draw(filtering, batch)
     with torch.no_grad():
         losses, magnitudes = filtering.losses_and_magnitudes(model, drawn)
     order = magnitudes.argsort()

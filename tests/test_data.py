@@ -1,6 +1,5 @@
 """Rows keep their ids; bad rows are named; order and randomness are functions of the seed."""
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -13,17 +12,24 @@ from conftest import write_folder
 from PIL import Image
 
 from ietagc_diffusers import StrengthRandAugment, UsageError, testing
-from ietagc_diffusers.data import loaders
-from ietagc_diffusers.data import samples as data
+from ietagc_diffusers.data import Captions, DataSettings, TrainingSamples, image_transform, load_training_rows, loaders
+from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, pixel_hashes
+from ietagc_diffusers.families.stable_diffusion import Pixels, Tokenize
 from ietagc_diffusers.training.streams import RandomStreams
 
 
-def flags(folder, **changes):
-    defaults = {
-        "dataset_name": None, "dataset_config_name": None, "train_data_dir": str(folder), "image_column": "image",
-        "caption_column": "text", "max_train_samples": None, "cache_dir": None, "seed": 3, "on_bad_sample": "error",
-    }  # fmt: skip
-    return argparse.Namespace(**(defaults | changes))
+def settings(folder, **changes):
+    return DataSettings(**{"train_data_dir": str(folder), "seed": 3, **changes})
+
+
+def load(folder, caption_column="text", **changes):
+    """The rows, with their captions checked."""
+    return load_training_rows(settings(folder, **changes), Captions(caption_column, None, None))
+
+
+def read_as(rows, tokenizer, transform=None, column="text", skip_bad=False):
+    transform = transform or image_transform(16, True, False, "bilinear")
+    return TrainingSamples(rows, "image", Pixels(transform), Captions(column, Tokenize(tokenizer), tokenizer), skip_bad)
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +39,34 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def samples(pictures, tokenizer):
-    rows = data.load_training_rows(flags(pictures))
-    transform = data.image_transform(16, center_crop=False, random_flip=True, interpolation="lanczos")
-    return data.TrainingSamples(rows, "image", "text", tokenizer, transform)
+    rows = load(pictures)
+    transform = image_transform(16, center_crop=False, random_flip=True, interpolation="lanczos")
+    return read_as(rows, tokenizer, transform)
 
 
 def test_sample_ids_survive_selection(pictures):
-    everything = data.load_training_rows(flags(pictures))
-    assert everything[data.SAMPLE_ID] == list(range(24))
-    some = data.load_training_rows(flags(pictures, max_train_samples=9))
-    assert len(some) == 9 and len(set(some[data.SAMPLE_ID])) == 9
+    everything = load(pictures)
+    assert everything[SAMPLE_ID] == list(range(24))
+    some = load(pictures, max_train_samples=9)
+    assert len(some) == 9 and len(set(some[SAMPLE_ID])) == 9
     for row in some:
-        assert np.array_equal(row["image"], everything[row[data.SAMPLE_ID]]["image"])
+        assert np.array_equal(row["image"], everything[row[SAMPLE_ID]]["image"])
 
 
 def test_deduplication_keeps_one_row_of_each_image(pictures):
-    rows = data.load_training_rows(flags(pictures))
-    hashes = data.pixel_hashes(rows, "image")
+    rows = load(pictures)
+    hashes = pixel_hashes(rows, "image")
     assert len(rows) == 24 and len(set(hashes.tolist())) == 22
-    kept = data.deduplicate(rows, hashes)
+    kept = deduplicate(rows, hashes)
     assert len(kept) == 22
-    assert len(set(data.pixel_hashes(kept, "image").tolist())) == 22
+    assert len(set(pixel_hashes(kept, "image").tolist())) == 22
 
 
 def test_parquet_and_arrow_are_read_like_the_folder(pictures, tmp_path):
-    rows = data.load_training_rows(flags(pictures))
+    rows = load(pictures)
     (tmp_path / "parquet").mkdir()
-    rows.remove_columns(data.SAMPLE_ID).to_parquet(str(tmp_path / "parquet" / "train.parquet"))
-    again = data.load_training_rows(flags(None, dataset_name=str(tmp_path / "parquet"), train_data_dir=None))
+    rows.remove_columns(SAMPLE_ID).to_parquet(str(tmp_path / "parquet" / "train.parquet"))
+    again = load(None, dataset_name=str(tmp_path / "parquet"), train_data_dir=None)
     assert again["text"] == rows["text"]
     assert np.array_equal(again[5]["image"], rows[5]["image"])
 
@@ -69,7 +75,7 @@ def test_parquet_and_arrow_are_read_like_the_folder(pictures, tmp_path):
     ("spoil", "message"),
     [
         (lambda f: [p.unlink() for p in f.iterdir()], "the folder is empty"),
-        (lambda f: (f / "metadata.jsonl").unlink(), "--caption_column text: not a column"),
+        (lambda f: (f / "metadata.jsonl").unlink(), "`caption_column` text: not a column"),
         (lambda f: rewrite(f, 2, text=None), "row 2 has no caption in column 'text'"),
         (lambda f: rewrite(f, 2, file_name="absent.png"), "row 2: its image file"),
     ],
@@ -78,7 +84,7 @@ def test_bad_folders_are_named_before_training(tmp_path, spoil, message):
     folder = write_folder(tmp_path / "pictures", 4)
     spoil(folder)
     with pytest.raises(UsageError) as error:
-        data.load_training_rows(flags(folder))
+        load(folder)
     assert message in str(error.value)
 
 
@@ -90,19 +96,19 @@ def rewrite(folder, row, **changes):
 
 def test_absent_folder_and_wrong_columns_are_named(pictures, tmp_path):
     with pytest.raises(UsageError, match="no such folder"):
-        data.load_training_rows(flags(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="--image_column photo: not a column of the dataset, which has image"):
-        data.load_training_rows(flags(pictures, image_column="photo"))
-    with pytest.raises(UsageError, match="--image_column label: holds"):
-        data.load_training_rows(flags(pictures, image_column="label"))
-    with pytest.raises(UsageError, match="--caption_column label: should hold strings"):
-        data.load_training_rows(flags(pictures, caption_column="label"))
+        load(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="`image_column` photo: not a column of the dataset, which has image"):
+        load(pictures, image_column="photo")
+    with pytest.raises(UsageError, match="`image_column` label: holds"):
+        load(pictures, image_column="label")
+    with pytest.raises(UsageError, match="`caption_column` label: should hold strings"):
+        load(pictures, caption_column="label")
 
 
 def test_a_saved_shard_is_a_dataset_that_keeps_its_ids(pictures, tmp_path):
-    data.load_training_rows(flags(pictures)).select([3, 9]).save_to_disk(tmp_path / "shard")
-    rows = data.load_training_rows(flags(None, dataset_name=str(tmp_path / "shard"), train_data_dir=None))
-    assert rows[data.SAMPLE_ID] == [3, 9]
+    load(pictures).select([3, 9]).save_to_disk(tmp_path / "shard")
+    rows = load(None, dataset_name=str(tmp_path / "shard"), train_data_dir=None)
+    assert rows[SAMPLE_ID] == [3, 9]
 
 
 def test_seeded_samples_leave_the_device_s_stream_alone(samples, monkeypatch):
@@ -120,9 +126,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):
     folder = write_folder(tmp_path / "pictures", 5)
     whole = (folder / "003_0.png").read_bytes()
     (folder / "003_0.png").write_bytes(whole[: len(whole) // 2])
-    rows = data.load_training_rows(flags(folder))
-    transform = data.image_transform(16, True, False, "bilinear")
-    samples = data.TrainingSamples(rows, "image", "text", tokenizer, transform)
+    rows = load(folder)
+    samples = read_as(rows, tokenizer)
     with pytest.raises(UsageError, match=r"row 3 \(.*003_0.png\): the image does not decode"):
         samples.__getitems__([1, 3, 4])
     for workers in (0, 2):
@@ -135,15 +140,14 @@ def test_bad_rows_are_replaced_from_their_shard(tmp_path, tokenizer):
     folder = write_folder(tmp_path / "pictures", 8)
     (folder / "003_0.png").write_bytes(b"not an image")
     rewrite(folder, 5, text=None)
-    rows = data.load_training_rows(flags(folder, on_bad_sample="skip"))
-    transform = data.image_transform(16, True, False, "bilinear")
-    samples = data.TrainingSamples(rows, "image", "text", tokenizer, transform, skip_bad=True)
+    rows = load(folder, on_bad_sample="skip")
+    samples = read_as(rows, tokenizer, skip_bad=True)
     shard = np.array([1, 3, 5, 6])
     both = [loaders.SeededLoader(samples, 4, workers, [3, 0], shard) for workers in (0, 2)]
     for _ in range(4):
         (batch, _), (other, _) = (loader.next() for loader in both)
-        assert set(batch["samples"].tolist()) <= {1, 6} and len(batch["samples"]) == 4
-        assert {row for row, _ in batch["bad"]} == {3, 5}
+        assert set(batch.samples.tolist()) <= {1, 6} and len(batch.samples) == 4
+        assert {row for row, _ in batch.bad} == {3, 5}
         assert_same([batch], [other])
     with pytest.raises(UsageError, match="bad, and so were 1,000 others"):
         samples.of_shard(np.array([3, 5])).__getitems__([(3, 0)])
@@ -155,30 +159,31 @@ def test_any_kind_of_image_becomes_rgb(tmp_path, tokenizer, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     Image.new("I;16" if mode == "I;16" else mode, (20, 31)).save(folder / f"odd.{suffix}")
     rewrite(folder, 0, file_name=f"odd.{suffix}")
-    rows = data.load_training_rows(flags(folder))
-    samples = data.TrainingSamples(rows, "image", "text", tokenizer, data.image_transform(16, True, False, "bilinear"))
-    assert samples.__getitems__([0, 1])["pixel_values"].shape == (2, 3, 16, 16)
+    rows = load(folder)
+    samples = read_as(rows, tokenizer)
+    assert samples.__getitems__([0, 1]).images.shape == (2, 3, 16, 16)
 
 
 def test_lists_of_captions_are_drawn_from(pictures, tokenizer, samples):
-    rows = data.load_training_rows(flags(pictures))
+    rows = load(pictures)
     several = [["a red picture", "a blue picture", "a green picture"]] * len(rows)
     rows = rows.remove_columns("text").add_column("text", several)
-    drawn = data.TrainingSamples(rows, "image", "text", tokenizer, samples.transform)
-    tokens = drawn.__getitems__([(0, seed) for seed in range(30)])["input_ids"]
+    drawn = read_as(rows, tokenizer)
+    tokens = drawn.__getitems__([(0, seed) for seed in range(30)]).inputs["input_ids"]
     assert len({tuple(t) for t in tokens.tolist()}) == 3
-    assert torch.equal(tokens[:4], drawn.__getitems__([(0, seed) for seed in range(4)])["input_ids"])
+    assert torch.equal(tokens[:4], drawn.__getitems__([(0, seed) for seed in range(4)]).inputs["input_ids"])
 
 
 def mitigated(samples, name, probability=1.0):
     changed = copy(samples)
-    changed.caption_mitigation, changed.caption_mitigation_probability = name, probability
+    changed.condition = copy(samples.condition)
+    changed.condition.mitigation, changed.condition.probability = name, probability
     return changed
 
 
 def captions_of(samples, seeds, row=0):
-    tokens = samples.__getitems__([(row, seed) for seed in seeds])["input_ids"]
-    return samples.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    tokens = samples.__getitems__([(row, seed) for seed in seeds]).inputs["input_ids"]
+    return samples.condition.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def test_caption_mitigations_add_repeat_and_replace(samples):
@@ -188,10 +193,10 @@ def test_caption_mitigations_add_repeat_and_replace(samples):
     assert len({tuple(sorted(added.elements())) for added in repeated}) > 3
     drawn = mitigated(samples, "rt")
     for seed in range(40):
-        words = drawn._caption("a red picture", random.Random(seed)).split()
+        words = drawn.condition.draw("a red picture", random.Random(seed)).split()
         assert len(words) == 5 and not original - Counter(words)
     drawn = mitigated(samples, "rc")
-    replaced = {drawn._caption("a red picture", random.Random(seed)) for seed in range(40)}
+    replaced = {drawn.condition.draw("a red picture", random.Random(seed)) for seed in range(40)}
     assert len(replaced) == 40 and all(len(caption.split()) == 4 for caption in replaced)
 
 
@@ -201,9 +206,11 @@ def test_a_caption_mitigation_acts_on_its_share_of_visits_and_on_captions_alone(
     plain, off, on, again = (
         s.__getitems__(keys) for s in (samples, mitigated(samples, name, 0.0), *[mitigated(samples, name, 0.1)] * 2)
     )
-    assert torch.equal(off["input_ids"], plain["input_ids"]) and torch.equal(on["input_ids"], again["input_ids"])
-    assert torch.equal(on["pixel_values"], plain["pixel_values"])
-    share = (on["input_ids"] != plain["input_ids"]).any(dim=1).float().mean().item()
+    assert torch.equal(off.inputs["input_ids"], plain.inputs["input_ids"]) and torch.equal(
+        on.inputs["input_ids"], again.inputs["input_ids"]
+    )
+    assert torch.equal(on.images, plain.images)
+    share = (on.inputs["input_ids"] != plain.inputs["input_ids"]).any(dim=1).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.04)
 
 
@@ -213,19 +220,23 @@ def test_without_several_captions_or_a_mitigation_the_process_s_stream_is_left_a
     samples.__getitems__([0, 1, 2])
     assert random.getstate() == before
     drawn = mitigated(samples, "rc", 0.5)
-    tokens = [random.seed(4) or drawn.__getitems__(list(range(24)))["input_ids"] for _ in range(2)]
+    tokens = [random.seed(4) or drawn.__getitems__(list(range(24))).inputs["input_ids"] for _ in range(2)]
     assert torch.equal(*tokens) and random.getstate() != before
 
 
 def test_mc_asks_for_several_captions(pictures):
-    rows = data.load_training_rows(flags(pictures))
-    with pytest.raises(UsageError, match="--caption_column text holds strings: name a column of lists"):
-        data.require_several_captions(rows, "text")
+    rows = load(pictures)
+
+    def check(rows, column):
+        Captions(column, None, None, mitigation="mc").check(rows)
+
+    with pytest.raises(UsageError, match="`caption_column` text holds strings: name a column of lists"):
+        check(rows, "text")
     single = rows.add_column("captions", [[caption] for caption in rows["text"]])
-    with pytest.raises(UsageError, match="no row of --caption_column captions has more than one"):
-        data.require_several_captions(single, "captions")
+    with pytest.raises(UsageError, match="no row of `caption_column` captions has more than one"):
+        check(single, "captions")
     several = rows.add_column("captions", [["a"], *[["a", "b"]] * (len(rows) - 1)])
-    data.require_several_captions(several, "captions")
+    check(several, "captions")
 
 
 def make_loader(samples, workers=0, shard=None, **group):
@@ -239,8 +250,8 @@ def take(loader, batches):
 
 def assert_same(first, second):
     for a, b in zip(first, second, strict=True):
-        assert torch.equal(a["samples"], b["samples"]) and torch.equal(a["pixel_values"], b["pixel_values"])
-        assert a.get("seeds") == b.get("seeds")
+        assert torch.equal(a.samples, b.samples) and torch.equal(a.images, b.images)
+        assert a.seeds == b.seeds
 
 
 def test_seeded_batches_do_not_depend_on_workers_or_on_the_stream(samples):
@@ -252,7 +263,7 @@ def test_seeded_batches_do_not_depend_on_workers_or_on_the_stream(samples):
 
 def test_batches_are_full_and_each_epoch_sees_each_sample_once(samples):
     loader = make_loader(samples)
-    seen = torch.cat([batch["samples"] for batch in take(loader, 24)]).tolist()
+    seen = torch.cat([batch.samples for batch in take(loader, 24)]).tolist()
     assert len(seen) == 120  # five epochs of 24
     epochs = [seen[start : start + 24] for start in range(0, 120, 24)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
@@ -261,7 +272,7 @@ def test_batches_are_full_and_each_epoch_sees_each_sample_once(samples):
 
 def test_a_shard_smaller_than_a_batch_fills_it(samples):
     (batch,) = take(make_loader(samples, shard=np.array([3, 8])), 1)
-    assert len(batch["samples"]) == 5 and set(batch["samples"].tolist()) == {3, 8}
+    assert len(batch.samples) == 5 and set(batch.samples.tolist()) == {3, 8}
 
 
 def test_reading_in_blocks_changes_nothing(samples, monkeypatch):
@@ -307,9 +318,9 @@ def test_group_members_share_each_batch(samples):
     for _ in range(5):
         whole, _ = single.next()
         parts = [member.next() for member in members]
-        assert torch.equal(whole["samples"], torch.cat([part["samples"] for part, _ in parts]))
-        assert torch.equal(whole["pixel_values"], torch.cat([part["pixel_values"] for part, _ in parts]))
-        assert all(part["batch_rows"] == len(whole["samples"]) for part, _ in parts)
+        assert torch.equal(whole.samples, torch.cat([part.samples for part, _ in parts]))
+        assert torch.equal(whole.images, torch.cat([part.images for part, _ in parts]))
+        assert all(part.share[1] == len(whole.samples) for part, _ in parts)
 
 
 def test_a_new_shard_starts_a_new_epoch_and_the_same_one_does_not(samples):
@@ -319,5 +330,5 @@ def test_a_new_shard_starts_a_new_epoch_and_the_same_one_does_not(samples):
     assert loader.state_dict() == {"first_epoch": 0, "taken": 1}
     loader.set_samples(np.arange(6, 18))
     assert loader.state_dict() == {"first_epoch": 1, "taken": 0}
-    seen = torch.cat([batch["samples"] for batch in take(loader, 12)])
+    seen = torch.cat([batch.samples for batch in take(loader, 12)])
     assert sorted(seen[:12].tolist()) == list(range(6, 18))

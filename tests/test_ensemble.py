@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ietagc_diffusers import (
-    Callbacks,
+    Callback,
     IterativeEnsemble,
     Layout,
     MitigationConfig,
@@ -15,7 +15,9 @@ from ietagc_diffusers import (
     Proxy,
     Rounds,
     ShardPlan,
+    Weights,
 )
+from ietagc_diffusers.data import Batch
 from ietagc_diffusers.training.streams import RandomStreams
 
 N, WIDTH = 24, 3
@@ -26,8 +28,10 @@ TARGETS = INPUTS.sum(1, keepdim=True).cos()
 class Regression:
     """An objective on rows of INPUTS: no images, no timesteps, but noise from the stream."""
 
-    def draw(self, batch):
-        rows = batch["samples"]
+    def encode(self, batch):
+        return batch.samples
+
+    def draw(self, rows):
         return _Rows(INPUTS[rows] + 0.1 * torch.randn(len(rows), WIDTH), TARGETS[rows])
 
     def plain_loss(self, model, drawn):
@@ -52,7 +56,7 @@ class Cycle:
         rows = np.take(self.shard_samples, range(self.position, self.position + 4), mode="wrap")
         self.position += 4
         rows = torch.from_numpy(rows)
-        return {"samples": rows, "pixel_values": rows, "input_ids": rows, "bad": []}, False
+        return Batch(images=rows, samples=rows), False
 
     def set_samples(self, shard_samples):
         self.shard_samples = shard_samples
@@ -71,14 +75,24 @@ def make_proxy(model, shard, samples, streams):
     return proxy
 
 
-def make_run(num_shards=3, steps=12, per_round=2, callbacks=None, **config):
+class Linear:
+    """A family of one linear layer."""
+
+    denoiser_name = "linear"
+
+    def __init__(self, model):
+        self.denoiser = model
+
+
+def make_run(num_shards=3, steps=12, per_round=2, **config):
     config = MitigationConfig.preset("iet", num_shards=num_shards, steps_per_round=per_round, **config)
     model, streams = make_model(), RandomStreams()
     plan = ShardPlan.split(N, num_shards, seed=1)
     proxies = {k: make_proxy(model, k, plan.shards[k], streams) for k in range(num_shards)}
     rounds = Rounds.plan(config, steps, 6, 25)
+    weights = Weights(Linear(model), num_shards > 1)
     return IterativeEnsemble(
-        model, model, proxies, Regression(), plan, rounds, config, Layout(num_shards), streams, 1, callbacks=callbacks
+        model, weights, proxies, Regression(), plan, rounds, config, Layout(num_shards), streams, seed=1
     )
 
 
@@ -95,7 +109,7 @@ def test_a_run_equals_separate_trainings_averaged_by_hand():
             model.load_state_dict(weights)
             streams.set(states[k])
             for _ in range(2):
-                loss = Regression().plain_loss(model, Regression().draw(proxy.loader.next()[0]))
+                loss = Regression().plain_loss(model, Regression().draw(proxy.loader.next()[0].samples))
                 proxy.optimizer.zero_grad()
                 loss.backward()
                 proxy.optimizer.step()
@@ -103,7 +117,7 @@ def test_a_run_equals_separate_trainings_averaged_by_hand():
             states[k] = streams.get()
         stacked = {name: torch.stack([m.state_dict()[name].double() for m in models]) for name in weights}
         weights = {name: value.mean(0).float() for name, value in stacked.items()}
-    for name, value in run.unet.state_dict().items():
+    for name, value in run.model.state_dict().items():
         assert torch.equal(value, weights[name])
 
 
@@ -180,10 +194,10 @@ def test_only_one_proxy_is_on_the_device(num_shards, monkeypatch):
 
 
 def test_a_stop_is_honoured_at_each_step():
-    class Stop(Callbacks):
-        def should_stop(self, ensemble):
-            return ensemble.global_step == 5
+    class Stop(Callback):
+        def should_stop(self, run):
+            return run.global_step == 5
 
-    run = make_run(callbacks=Stop())
-    assert not run.run()
+    run = make_run()
+    assert not run.run([Stop()])
     assert run.global_step == 5 and run.progress == [2, 2, 1]

@@ -254,11 +254,11 @@ def test_a_damaged_cache_is_begun_anew_and_an_unwritable_one_done_without(tmp_pa
     cache.connection.close()
     (path,) = tmp_path.glob("*.sqlite")
     path.write_bytes(b"rubbish" * 1000)
-    with pytest.warns(UserWarning, match="not kept this time"):
+    with pytest.warns(UserWarning, match="not cached in this run"):
         assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {}
     assert FeatureCache(tmp_path, {"a": 1}).get([b"key"]) == {} and path.with_suffix(".damaged").exists()
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="not kept"):
+    with pytest.warns(UserWarning, match="not cached"):
         FeatureCache(tmp_path / "file" / "cache", {"a": 1}).put({b"key": np.ones(3, np.float32)})
 
 
@@ -271,7 +271,7 @@ def test_a_cache_damaged_behind_its_head_costs_no_results(pictures, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2 :] = b"x" * (len(data) - len(data) // 2)
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match="not kept this time"):
+    with pytest.warns(UserWarning, match="not cached in this run"):
         assert torch.equal(embed(images, {"x": wide}, tmp_path).features["x"], whole)
 
 

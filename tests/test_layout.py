@@ -19,7 +19,7 @@ def test_other_numbers_are_refused_with_those_that_fit(shards, processes):
     with pytest.raises(UsageError) as error:
         Layout(shards, processes, 0)
     message = str(error.value)
-    assert f"--num_processes {processes} does not fit --num_shards {shards}" in message
+    assert f"`num_processes` {processes} does not fit `num_shards` {shards}" in message
     listed = [int(word) for word in message.split("that do: ")[1].split(", ")]
     assert listed == valid_process_counts(shards, max(16, 2 * processes))
     assert all(shards % w == 0 or w % shards == 0 for w in listed) and shards in listed

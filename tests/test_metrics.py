@@ -6,14 +6,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from ietagc_diffusers.eval import fid
-from ietagc_diffusers.eval.clip_score import ClipScorer, clip_scores
 from ietagc_diffusers.eval.features import Pixels
-from ietagc_diffusers.eval.fid import PooledPixels, frechet_distance, kernel_distance, load_inception
-from ietagc_diffusers.eval.memorized_quantity import l2_ratio, memorized_quantity
-from ietagc_diffusers.eval.neighbours import most_similar
-from ietagc_diffusers.eval.patches import PatchDescriptor, most_similar_crops
-from ietagc_diffusers.eval.similarity import bootstrap_interval, copy_rate, share_interval, sim_score
+from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_distances
+from ietagc_diffusers.eval.metrics.base import mean
+from ietagc_diffusers.eval.metrics.clip_score import ClipScorer, clip_scores
+from ietagc_diffusers.eval.metrics.frechet import PooledPixels, frechet_distance, kernel_distance, load_inception
+from ietagc_diffusers.eval.metrics.intervals import bootstrap_interval, wilson_interval
+from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorized_quantity
+from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_crops
+from ietagc_diffusers.eval.metrics.similarity import is_copy, sim_score
+from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
 from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image
 
@@ -28,14 +30,46 @@ def pictures(seed, n, size=20):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+def test_every_metric_finds_what_it_wrote_under_a_name_of_its_own():
+    metrics = [metric for kind in KINDS for metric in kind.metrics]
+    assert [metric.name for metric in metrics] == list(METRICS)
+    assert len({metric.title for metric in metrics}) == len(metrics)
+    hits, two_sets = [(features(0, 50, 1)[:, 0] > 0).float()], [features(1, 20), features(2, 20)]
+    for metric in metrics:
+        values = two_sets if metric in frechet.Frechet.metrics else hits
+        scores = metric.of(*values)
+        assert list(scores) == metric.keys and metric.value(scores) == metric.statistic(*values)
+        assert (metric.interval(scores) is None) == (metric.interval_by is None)
+        assert metric.value({}) is metric.interval({}) is metric.number({}) is None
+        assert metric.value(dict.fromkeys(metric.keys)) is None
+
+
+def test_metrics_are_shown_with_their_unit_and_direction():
+    assert METRICS["copy_rate"].format(0.1234) == "12.3%" and METRICS["clip_score"].format(29.876) == "29.88"
+    assert METRICS["kid"].format([0.01, 0.002]) == "0.0100 ± 0.0020"
+    assert METRICS["num_copied_train"].format(1234) == "1,234"
+    protocol = {"frechet": {"features": "pixel-8"}}
+    shown = {name: metric.heading(protocol) for name, metric in METRICS.items()}
+    assert shown["frechet_distance"] == "Fréchet distance (pixel-8) ↓" and shown["clip_score"] == "CLIP score ↑"
+    assert shown["train_train_sim_score"] == "Sim Score of training images among themselves"
+
+
+def test_the_distance_between_distributions_is_that_of_the_features_that_were_used():
+    other = {"frechet_distance": 2.0, "kernel_distance": [0.5, 0.1]}
+    assert measured_distances({"fid": None, "kid": None} | other) == (2.0, 0.5)
+    assert measured_distances({"fid": 9.0, "kid": [0.2, 0.1]} | dict.fromkeys(other)) == (9.0, 0.2)
+    assert measured_distances(dict.fromkeys(("fid", "kid", *other))) == (None, None)
+
+
 def test_identical_sets_are_copies():
     images = pictures(0, 60)
     descriptors = pixel_descriptor()(images)
     similarity, indices = most_similar(descriptors, descriptors)
-    assert sim_score(similarity) == pytest.approx(1, abs=1e-5) and copy_rate(similarity, 0.5) == 1
+    assert sim_score(similarity) == pytest.approx(1, abs=1e-5) and mean(is_copy(similarity, 0.5)) == 1
     assert torch.equal(indices[:, 0], torch.arange(60))
     flat = Pixels(20)(images)
-    assert memorized_quantity(l2_ratio(flat, flat)) == {"0.4": 1, "0.5": 1, "0.6": 1}
+    ratios = l2_ratio(*nearest_l2(flat, flat, 50), flat, "iet-agc")
+    assert memorized_quantity(ratios)["memorized_quantity"] == {"0.4": 1, "0.5": 1, "0.6": 1}
 
 
 def test_sim_score_is_the_95th_percentile():
@@ -56,9 +90,9 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
 def test_the_interval_of_a_share_holds_it_95_times_in_100():
     rng = np.random.default_rng(0)
     for share, n in ((0.02, 200), (0.3, 50)):
-        held = [low <= share <= high for low, high in (share_interval(rng.random(n) < share) for _ in range(2000))]
+        held = [low <= share <= high for low, high in (wilson_interval(rng.random(n) < share) for _ in range(2000))]
         assert 0.93 < np.mean(held) < 0.98
-    low, high = share_interval(np.zeros(100))
+    low, high = wilson_interval(np.zeros(100))
     assert low == 0 and high == pytest.approx(0.037, abs=0.001)  # nothing seen is not nothing
 
 
@@ -113,7 +147,7 @@ def inception_file(tmp_path_factory):
     """Random weights in the shape of FID's."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
 
-    path = tmp_path_factory.mktemp("inception") / fid.INCEPTION_FILE
+    path = tmp_path_factory.mktemp("inception") / frechet.INCEPTION_FILE
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
         patch.setattr(Extractor, "load_state_dict", lambda self, state: None)
@@ -128,7 +162,7 @@ def test_inception_is_torch_fidelity_s_network_and_no_other(inception_file, monk
 
     with pytest.raises(UsageError, match="its SHA-256 is"):
         load_inception(inception_file)
-    monkeypatch.setattr(fid, "INCEPTION_SHA256", "")
+    monkeypatch.setattr(frechet, "INCEPTION_SHA256", "")
     extractor, images = load_inception(inception_file), pictures(9, 2, 40)
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file))(images)[0]
     torch.testing.assert_close(extractor(images), theirs)
@@ -142,7 +176,7 @@ def test_inception_that_cannot_be_had_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with pytest.raises(UsageError, match=r"cannot be reached.*--fid inception:FILE"):
+    with pytest.raises(UsageError, match=r"cannot be reached.*`fid` inception:FILE"):
         load_inception()
     with pytest.raises(UsageError, match="no such file"):
         load_inception(tmp_path / "absent.pth")
@@ -192,13 +226,13 @@ def test_openai_s_weights_get_their_own_gelu(monkeypatch, model, quick):
 def test_weights_from_a_file_are_advised_by_the_name_that_has_their_gelu(monkeypatch, clip_weights):
     assert ClipScorer("tiny-clip", str(clip_weights)).note is None
     monkeypatch.setattr(open_clip, "list_models", lambda: ["tiny-clip", "tiny-clip-quickgelu", "ViT-B-16"])
-    assert "--clip tiny-clip-quickgelu:FILE" in ClipScorer("tiny-clip", str(clip_weights)).note
+    assert "`clip` tiny-clip-quickgelu:FILE" in ClipScorer("tiny-clip", str(clip_weights)).note
 
     def unreachable(*_, **__):
         raise OSError("no route")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", unreachable)
-    with pytest.raises(UsageError, match=r"give --clip ViT-B-16-quickgelu:FILE"):
+    with pytest.raises(UsageError, match=r"use `clip` ViT-B-16-quickgelu:FILE"):
         ClipScorer("ViT-B-16", "openai")
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
-from ietagc_diffusers.eval.memorized_quantity import l2_ratio, memorization_ratio, memorized_quantity
+from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorization_ratio, memorized_quantity
 from ietagc_diffusers.eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
+
+from ietagc_diffusers.errors import UsageError
 
 KIB = 2**10
 
@@ -129,6 +131,10 @@ def test_faiss_is_taken_of_itself_only_for_many_vectors_that_fit():
         assert uses_faiss("auto", many(300_000, 512), 2**30) and uses_faiss("faiss", many(3, 8), 1)
 
 
+def ratios_of(generated, training, protocol):
+    return l2_ratio(*nearest_l2(generated, training, 50), training, protocol)
+
+
 def brute_force(generated, training, protocol):
     distances = torch.cdist(generated.double(), training.double()).numpy()
     order = np.argsort(distances, axis=1)[:, :50]
@@ -144,22 +150,23 @@ def brute_force(generated, training, protocol):
 @pytest.mark.parametrize("protocol", ["iet-agc", "paper", "gu"])
 def test_ratios_are_their_protocol_s_formula(protocol):
     generated, training = points(4, 9), points(5, 70)
-    made = l2_ratio(generated, training, protocol).numpy()
-    np.testing.assert_allclose(made, brute_force(generated, training, protocol), rtol=1e-4)
+    ratios = ratios_of(generated, training, protocol).numpy()
+    np.testing.assert_allclose(ratios, brute_force(generated, training, protocol), rtol=1e-4)
 
 
 @pytest.mark.parametrize("protocol", ["iet-agc", "paper", "gu"])
 def test_a_copy_has_ratio_zero_and_a_fresh_image_does_not(protocol):
     training = points(5, 70)
-    ratios = l2_ratio(torch.cat([training[:4], points(6, 4)]), training, protocol)
+    ratios = ratios_of(torch.cat([training[:4], points(6, 4)]), training, protocol)
     assert not ratios[:4].any() and (ratios[4:] > 0.2).all()
 
 
 def test_quantities_count_at_or_under_and_gu_counts_under():
-    assert memorized_quantity(torch.tensor([0.1, 0.4, 0.45, 0.9])) == {"0.4": 0.5, "0.5": 0.75, "0.6": 0.75}
-    assert memorization_ratio(torch.tensor([0.1, 1 / 3, 0.4, 0.2])) == 0.5
+    quantity = memorized_quantity(torch.tensor([0.1, 0.4, 0.45, 0.9]))["memorized_quantity"]
+    assert quantity == {"0.4": 0.5, "0.5": 0.75, "0.6": 0.75}
+    assert memorization_ratio(torch.tensor([0.1, 1 / 3, 0.4, 0.2]))["memorization_ratio"] == 0.5
 
 
 def test_an_unknown_protocol_is_refused():
-    with pytest.raises(ValueError, match="protocol l3"):
-        l2_ratio(points(0, 2), points(1, 3), "l3")
+    with pytest.raises(UsageError, match="`l2` l3"):
+        ratios_of(points(0, 2), points(1, 3), "l3")

@@ -108,7 +108,7 @@ def test_config_repeats_the_run_and_a_resumed_one_of_other_rivals_is_refused(bas
 
 
 def test_a_column_of_strings_is_not_several_captions(base, pictures, tmp_path):
-    with pytest.raises(UsageError, match="--caption_column text holds strings: name a column of lists"):
+    with pytest.raises(UsageError, match="`caption_column` text holds strings: name a column of lists"):
         train_here(train_flags(base, pictures, "--caption_mitigation=mc"), tmp_path)
 
 

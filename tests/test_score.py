@@ -16,12 +16,16 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from ietagc_diffusers.eval.audit import Limits, judge, write_card
 from ietagc_diffusers.eval.image_sets import NO_IMAGE, load_images
+from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric
+from ietagc_diffusers.eval.metrics.base import mean
+from ietagc_diffusers.eval.metrics.clip_score import ClipScore
+from ietagc_diffusers.eval.metrics.intervals import wilson_interval
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
-from ietagc_diffusers.eval.similarity import share_interval
 from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image, ImageOps
 
+from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 
@@ -47,6 +51,27 @@ def fresh(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
 
 
+class Sharpness(Kind):
+    """Mean difference of neighbouring pixels in the generated images."""
+
+    metrics = (Metric("sharpness", "sharpness", mean, "bootstrap", lower=False, digits=1),)
+
+    def measure(self, sets):
+        side = sets.pixels
+        pixels = sets.generated.features["pixels"].float().view(-1, 3, side, side)
+        values = pixels.diff(dim=3).abs().mean(dim=(1, 2, 3))
+        return Measured(self.metrics[0].of(values), columns={"sharpness": values.tolist()})
+
+
+def test_a_metric_is_one_class_and_one_registration(training, fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr("ietagc_diffusers.eval.score.KINDS", [*KINDS, Sharpness])
+    monkeypatch.setitem(METRICS, "sharpness", Sharpness.metrics[0])
+    scores = scored(fresh, training, tmp_path / "s")
+    low, high = scores["sharpness_ci95"]
+    assert low < scores["sharpness"] < high and len(load_scores(tmp_path / "s")[1]["sharpness"]) == 12
+    assert "<td>sharpness ↑</td>" in write_report([Scored.load(tmp_path / "s")], tmp_path / "r.html").read_text()
+
+
 def test_the_training_set_itself_is_all_copies(training, tmp_path):
     scores = scored(training, training, tmp_path)
     assert scores["sim_score"] == pytest.approx(1) and scores["copy_rate"] == 1 and scores["num_copied_train"] >= 60
@@ -58,7 +83,7 @@ def test_the_training_set_itself_is_all_copies(training, tmp_path):
 def test_fresh_images_are_no_copies_and_every_metric_has_a_value_or_a_reason(training, fresh, tmp_path):
     scores = scored(fresh, training, tmp_path)
     assert scores["copy_rate"] == 0 and scores["memorized_quantity"]["0.4"] == 0
-    assert scores.keys() >= KEYS
+    assert scores.keys() >= KEYS and scores["version"] == __version__
     for key, value in scores.items():
         assert value is not None or scores["reasons"].get(key.removesuffix("_ci95")), key
     assert scores["sim_score_ci95"][0] <= scores["sim_score"] <= scores["sim_score_ci95"][1]
@@ -81,7 +106,7 @@ def test_duplicates_hide_copies_from_the_gu_ratio_unless_they_count_once(trainin
         image = Image.open(training / f"{number:03d}_0.png")
         Image.fromarray((np.asarray(image) * 0.98).astype(np.uint8)).save(copies / f"{number}.png")
     hidden = scored(copies, training, tmp_path / "a")
-    assert hidden["memorization_ratio"] == 0.25 and any("--distinct" in note for note in hidden["notes"])
+    assert hidden["memorization_ratio"] == 0.25 and any("`distinct`" in note for note in hidden["notes"])
     distinct = scored(copies, training, tmp_path / "b", Protocol(descriptor="pixel", distinct=True))
     assert distinct["memorization_ratio"] == 1 and distinct["num_train"] == 60
 
@@ -196,7 +221,7 @@ def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatc
     def few(index, references, max_memory):
         return len(references) > 500
 
-    monkeypatch.setattr("ietagc_diffusers.eval.score.uses_faiss", few)
+    monkeypatch.setattr("ietagc_diffusers.eval.protocol.uses_faiss", few)
     protocol = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))["protocol"]
     assert protocol["searches"] == {"descriptor": "exact", "l2": "exact", "patches": "faiss"}
     assert protocol["neighbours"] == "exact"
@@ -237,10 +262,11 @@ def test_innocent_images_hold_no_local_copies(tmp_path):
     assert 0.5 < scores["patch_copy_similarity"] < 0.999
 
 
-def test_what_is_to_be_known_of_a_clip_is_noted(training, fresh, tmp_path):
+def test_warnings_about_clip_are_among_the_notes(training, fresh, tmp_path):
     assert "ViT-B-16-quickgelu:FILE" in scored(fresh, training, tmp_path)["reasons"]["clip_score"]
     tools = Tools(PIXEL)
-    tools.clip = SimpleNamespace(
+    clip = next(kind for kind in tools.kinds if isinstance(kind, ClipScore))
+    clip.scorer = SimpleNamespace(
         images=pixel_descriptor(), texts=lambda texts: (torch.rand(len(texts), 768), 0), note="a note", record={}
     )
     scores = score(load_images(fresh, "x"), load_images(training, "x"), tmp_path, tools)
@@ -403,7 +429,7 @@ def test_a_report_finds_images_in_columns_of_other_names_and_counts_those_that_a
     model = Scored.load(tmp_path / "s", "mine")
     assert "grey squares" not in write_report([model], tmp_path / "a.html").read_text()
     (gone / "000_0.png").unlink()
-    assert "1 pictures are no longer where they were" in write_report([model], tmp_path / "b.html").read_text()
+    assert "1 pictures can no longer be read" in write_report([model], tmp_path / "b.html").read_text()
 
 
 def test_models_of_different_training_sets_are_told_apart(training, fresh, tmp_path):
@@ -422,10 +448,10 @@ def scores_of(copies, n, sim=0.4, flat=0, skipped=0, unread=0, notes=0, local=0,
     """Scores of ``n`` images and 100 training files, of which ``unread`` cannot be read."""
     return {
         "patch_copy_rate": local / n,
-        "patch_copy_rate_ci95": share_interval(np.arange(n) < local),
+        "patch_copy_rate_ci95": wilson_interval(np.arange(n) < local),
         "num_files": {"generated": n + skipped, "train": 100},
         "copy_rate": copies / n,
-        "copy_rate_ci95": share_interval(np.arange(n) < copies),
+        "copy_rate_ci95": wilson_interval(np.arange(n) < copies),
         "num_generated": n,
         "sim_score": sim,
         "num_of_one_colour": flat,
@@ -440,21 +466,21 @@ def scores_of(copies, n, sim=0.4, flat=0, skipped=0, unread=0, notes=0, local=0,
 @pytest.mark.parametrize(
     ("scores", "limits", "exit_code", "words"),
     [
-        (scores_of(0, 1000), Limits(0.01), 0, "Passed by descriptor sscd_disc_mixup, copies over 0.5: 0 of 1000"),
-        (scores_of(0, 1000, descriptor="pixel"), Limits(0.01), 0, "near-exact copies alone"),
-        (scores_of(1, 100), Limits(0.01), 0, "The interval reaches over the limit"),
+        (scores_of(0, 1000), Limits(0.01), 0, "Passed (descriptor sscd_disc_mixup, copies over 0.5): 0 of 1000"),
+        (scores_of(0, 1000, descriptor="pixel"), Limits(0.01), 0, "only near-exact copies"),
+        (scores_of(1, 100), Limits(0.01), 0, "over the limit: generate about 380 or more images"),
         (scores_of(2, 100), Limits(0.01), 3, "2 of 100 images are copies"),
-        (scores_of(0, 100, flat=6), Limits(0.01), 3, "6 images are of one colour"),
+        (scores_of(0, 100, flat=6), Limits(0.01), 3, "6 images are a single flat colour"),
         (scores_of(0, 100, flat=2, skipped=2), Limits(0.01), 0, "Passed"),
-        (scores_of(0, 90, skipped=10), Limits(0.01), 3, "the model is broken"),
-        (scores_of(0, 100, unread=60), Limits(0.01), 3, "so many training images cannot be read"),
-        (scores_of(0, 100, unread=60), Limits(0.01), 3, "Left out, since they cannot be read: 60 of 100 training"),
-        (scores_of(0, 99, skipped=1, unread=5), Limits(0.01), 0, "read: 1 of 100 generated images, 5 of 100 training"),
+        (scores_of(0, 90, skipped=10), Limits(0.01), 3, "a broken model proves nothing"),
+        (scores_of(0, 100, unread=60), Limits(0.01), 3, "more than 5% of the training images are unreadable"),
+        (scores_of(0, 100, unread=60), Limits(0.01), 3, "Left out as unreadable: 60 of 100 training"),
+        (scores_of(0, 99, skipped=1, unread=5), Limits(0.01), 0, "1 of 100 generated images, 5 of 100 training"),
         (scores_of(0, 500, notes=60), Limits(0.01), 0, "limit 1.0%."),
-        (scores_of(0, 100, local=3), Limits(0.01, patch_copy_rate=0.02), 3, "3 of 100 images hold local copies: 3.0%"),
+        (scores_of(0, 100, local=3), Limits(0.01, patch_copy_rate=0.02), 3, "3 of 100 images contain local copies"),
         (scores_of(0, 100, local=3), Limits(0.01), 0, "Passed"),
         (scores_of(0, 1000, 0.6), Limits(0.01, 0.5), 3, "Sim Score 0.600, limit 0.500"),
-        (scores_of(50, 100), Limits(None, 0.5), 0, "0.5: Sim Score"),
+        (scores_of(50, 100), Limits(None, 0.5), 0, "0.5): Sim Score"),
         (scores_of(0, 50), Limits(0.0), 0, "Passed"),
     ],
 )
@@ -504,7 +530,7 @@ def test_the_card_carries_the_last_audit(tmp_path):
     (tmp_path / "new").mkdir()
     write_card(tmp_path / "new", "### only\n")
     assert (tmp_path / "new" / "README.md").read_text().startswith("<!-- memorization audit -->\n## only\n")
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         write_card("owner/model", "")
 
 
@@ -515,7 +541,7 @@ def test_audit_measures_the_distance_to_the_reference_and_limits_local_copies(au
     assert main(flags) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["protocol"]["frechet_reference"] == str(fresh)
-    assert "hold local copies" in (tmp_path / "summary.md").read_text()
+    assert "contain local copies" in (tmp_path / "summary.md").read_text()
 
 
 def test_audit_says_what_it_left_out_and_fails_if_that_is_much(audited, training, tmp_path, capsys):
@@ -528,13 +554,13 @@ def test_audit_says_what_it_left_out_and_fails_if_that_is_much(audited, training
     assert main([*flags, "--train", str(tmp_path / "training"), "--output", str(tmp_path / "out")]) == 3
     assert "43 of 63 training images" in capsys.readouterr().out
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "44 training files were left out, 1 of them no images." in summary
+    assert "44 training files were left out (not images: 1)." in summary
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--card", "--model", "owner/model"], "--card: owner/model is no folder"),
+        (["--card", "--model", "owner/model"], "--card: owner/model is not a folder"),
         (["--output", __file__], "is a file; give a folder"),
         (["--max_patch_copy_rate", "0.1"], "add --patches"),
         (["--reference", "nowhere"], "--reference nowhere"),
@@ -564,7 +590,7 @@ def test_a_model_that_draws_black_does_not_pass(base, training, tmp_path, capsys
     flags = ["audit", "--model", str(tmp_path / "broken"), "--train", str(training), "--output", str(tmp_path / "out")]
     flags += ["--num_images", "4", "--num_inference_steps", "1", "--descriptor", "pixel", "--feature_cache", "none"]
     assert main(flags) == 3
-    assert "4 images are of one colour" in capsys.readouterr().out
+    assert "4 images are a single flat colour" in capsys.readouterr().out
 
 
 def test_audit_exits_with_2_before_it_draws(audited, tmp_path, capsys):
@@ -574,5 +600,7 @@ def test_audit_exits_with_2_before_it_draws(audited, tmp_path, capsys):
 
 
 def test_unknown_protocols_are_refused():
-    with pytest.raises(UsageError, match="--fid x"):
-        Tools(Protocol(descriptor="pixel", fid="x"))
+    with pytest.raises(UsageError, match="`fid` x"):
+        Protocol(descriptor="pixel", fid="x")
+    with pytest.raises(UsageError, match="`l2` gu: must be iet-agc or paper"):
+        Protocol(l2="gu")

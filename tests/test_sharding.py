@@ -41,7 +41,7 @@ def test_groups_stay_together_through_splits_and_moves():
 
 
 def test_more_shards_than_samples_is_an_error():
-    with pytest.raises(UsageError, match="--num_shards 4: more than the 3 training samples"):
+    with pytest.raises(UsageError, match="`num_shards` 4: more than the 3 training samples"):
         ShardPlan.split(3, 4, seed=0)
     with pytest.raises(UsageError, match="more than the 2 groups"):
         ShardPlan.split(6, 3, seed=0, groups=[0, 0, 0, 1, 1, 1])

@@ -197,10 +197,10 @@ def test_two_processes_equal_one(base, pictures, method_run, tmp_path):
 def test_a_resumed_run_of_other_flags_is_refused(base, pictures, tmp_path):
     flags = train_flags(base, pictures, *METHOD)
     train_here(flags, tmp_path, stop_at=4)
-    with pytest.raises(UsageError, match=r"skip_threshold was 0.9, is 0.8.*--resume_allow"):
+    with pytest.raises(UsageError, match=r"skip_threshold was 0.9, is 0.8.*`resume_allow"):
         train_here([*flags, "--skip_threshold=0.8", "--resume_from_checkpoint=latest"], tmp_path)
     for name, message in (("num_shards", "cannot change within a run"), ("skip_treshold", "not among")):
-        with pytest.raises(UsageError, match=f"--resume_allow {name}: {message}"):
+        with pytest.raises(UsageError, match=f"`resume_allow` {name}: {message}"):
             train_here([*flags, "--resume_from_checkpoint=latest", "--resume_allow", name], tmp_path)
     allowed = ["--skip_threshold=0.8", "--resume_from_checkpoint=latest", "--resume_allow", "skip_threshold"]
     assert rounds(train_here([*flags, *allowed], tmp_path))[-1]["global_step"] == 24
@@ -276,13 +276,13 @@ def test_controls_run(base, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_shards=30"], "--num_shards 30: more than the 24 training samples"),
-        (["--pretrained_model_name_or_path={empty}"], "--pretrained_model_name_or_path"),
+        (["--num_shards=30"], "`num_shards` 30: more than the 24 training samples"),
+        (["--pretrained_model_name_or_path={empty}"], "`pretrained_model_name_or_path`"),
         (["--enable_xformers_memory_efficient_attention"], "needs a CUDA device"),
         (["--use_8bit_adam"], "bitsandbytes is not installed"),
-        (["--lr_scheduler=wavy"], "--lr_scheduler wavy"),
-        (["--dream_training"], "--dream_training works with prediction type epsilon alone"),
-        (["--label_column=kind"], "--label_column kind: not a column"),
+        (["--lr_scheduler=wavy"], "`lr_scheduler` wavy"),
+        (["--dream_training"], "`dream_training` works only with prediction type epsilon"),
+        (["--label_column=kind"], "`label_column` kind: not a column"),
     ],
 )
 def test_wrong_use_is_named_before_training(base, pictures, tmp_path, flags, message):

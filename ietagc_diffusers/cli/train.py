@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from ..arguments import fail, flag_names, parse_args
+from ..arguments import fail, known_names, parse_args
 from ..errors import UsageError, with_flags
 from ..training.callbacks import Diverged
 from ..training.run import train
@@ -13,7 +13,7 @@ from ..training.settings import TrainingSettings
 def main(argv: Sequence[str] | None = None, kind: type[TrainingSettings] = TrainingSettings) -> None:
     """Train as the command line says. Wrong use exits with 2, diverged training with 1."""
     settings = parse_args(argv, kind)
-    names = {*flag_names(kind), "config"}
+    names = known_names(kind)
     try:
         train(settings, say=lambda text: print(with_flags(text, names), flush=True))
     except UsageError as error:

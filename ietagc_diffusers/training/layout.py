@@ -28,7 +28,7 @@ class Layout:
         if num_shards % num_processes and num_processes % num_shards:
             counts = ", ".join(map(str, valid_process_counts(num_shards, max(16, 2 * num_processes))))
             raise UsageError(
-                f"--num_processes {num_processes} does not fit --num_shards {num_shards}: "
+                f"`num_processes` {num_processes} does not fit `num_shards` {num_shards}: "
                 f"one must divide the other. Numbers of processes that do: {counts}"
             )
         self.num_shards = num_shards

@@ -1,0 +1,112 @@
+"""MQ: how many generated images are much nearer to one training image than to its neighbourhood (eq. 12, 13), and Gu et
+al.'s memorization ratio.
+"""
+
+from functools import reduce
+from typing import Any
+
+import torch
+
+from ietagc_diffusers.errors import UsageError
+
+from ..neighbours import nearest_l2
+from .base import ImageSets, Kind, Measured, Metric, mean, missing
+
+THRESHOLDS = (0.4, 0.5, 0.6)
+NUM_NEIGHBOURS = 50
+GU_RATIO = 1 / 3
+TINY = 1e-12
+
+MQ = {
+    threshold: Metric(
+        f"mq_{threshold}",
+        f"MQ {threshold}",
+        mean,
+        "wilson",
+        digits=1,
+        percent=True,
+        key=f"memorized_quantity.{threshold}",
+    )
+    for threshold in THRESHOLDS
+}
+MEMORIZATION_RATIO = Metric(
+    "memorization_ratio", "memorization ratio", mean, "wilson", digits=1, percent=True, detail="Gu"
+)
+
+
+def l2_ratio(distances: torch.Tensor, indices: torch.Tensor, training: torch.Tensor, protocol: str) -> torch.Tensor:
+    """The l2 ratio of each generated image; 0 is an exact copy.
+
+    Args:
+        distances, indices: (N, K) of the K nearest training images, K from 2 to 50, as ``nearest_l2`` returns them.
+        training: (M, D) pixels, float32 in [0, 1] or uint8.
+        protocol: ``iet-agc``, as the released code: squared l2 to the nearest training image over the mean squared l2
+            to the K nearest (the nearest included), in [0, 1];
+            ``paper``, as eq. 12 is printed: l2 to the nearest, x_bar, over the mean l2 from x_bar to the K training
+            images that are nearest to the generated image;
+            ``gu`` (Gu et al.): l2 to the nearest over l2 to the second nearest, in [0, 1].
+
+    Returns:
+        float32 (N,).
+    """
+    if protocol == "gu":
+        return distances[:, 0] / distances[:, 1].clamp(min=TINY)
+    if protocol == "iet-agc":
+        squared = distances.double().pow(2)
+        return (squared[:, 0] / squared.mean(dim=1).clamp(min=TINY)).float()
+    if protocol == "paper":
+        around = torch.stack([_spread(training, row) for row in indices])
+        return distances[:, 0] / around.clamp(min=TINY)
+    raise UsageError(f"`l2` {protocol}: must be iet-agc, paper or gu")
+
+
+def _spread(training: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+    """Mean l2 from the first of ``neighbours`` to all of them, itself included."""
+    near = training[neighbours]
+    near = near.float() / 255 if near.dtype == torch.uint8 else near
+    return (near - near[0]).norm(dim=1).mean()
+
+
+# Both shares are float32 means, as in the scores that earlier versions wrote.
+
+
+def memorized_quantity(ratios: torch.Tensor) -> dict[str, Any]:
+    """The share of l2 ratios (N,) at or under each threshold, with intervals: entries of ``scores.json``."""
+    each = [metric.of((ratios <= threshold).float()) for threshold, metric in MQ.items()]
+    return reduce(lambda left, right: {key: left[key] | right[key] for key in left}, each)
+
+
+def memorization_ratio(ratios: torch.Tensor) -> dict[str, Any]:
+    """Gu et al.'s share of ratios (N,) under 1/3, with its interval: entries of ``scores.json``."""
+    return MEMORIZATION_RATIO.of((ratios < GU_RATIO).float())
+
+
+class L2(Kind):
+    """Distances between the pixels of each generated image and its nearest training images."""
+
+    metrics = (*MQ.values(), MEMORIZATION_RATIO)
+
+    def measure(self, sets: ImageSets) -> Measured:
+        generated, training = (x.features["pixels"] for x in (sets.generated, sets.training))
+        num_training = len(training)
+        about = Measured(
+            protocol={
+                "l2": self.protocol.l2,
+                "l2_neighbours": min(NUM_NEIGHBOURS, num_training),
+                "l2_pixels": sets.pixels,
+            },
+            searches={"l2": self.protocol.search(training)},
+        )
+        if num_training < 2:
+            return about | missing(self.metrics, "needs two training images")
+        found = nearest_l2(generated, training, NUM_NEIGHBOURS, progress=True, **self.protocol.search_options)
+        ratios, gu_ratios = (l2_ratio(*found, training, protocol) for protocol in (self.protocol.l2, "gu"))
+        few = (
+            f"MQ compares with all {num_training} training images, which are fewer than {NUM_NEIGHBOURS}: l2 ratios "
+            "are higher than with more",
+        )
+        return about | Measured(
+            memorized_quantity(ratios) | memorization_ratio(gu_ratios),
+            columns={"l2_ratio": ratios.tolist(), "gu_ratio": gu_ratios.tolist()},
+            notes=few if num_training < NUM_NEIGHBOURS else (),
+        )

@@ -1,0 +1,94 @@
+"""The protocol of a score: what is measured, and with what. Numbers are comparable only under the same protocol."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from ietagc_diffusers.sscd import Descriptor
+from ietagc_diffusers.sscd.descriptor import protocol_of
+
+from ietagc_diffusers.errors import UsageError
+
+from .image_sets import MIN_EDGE
+from .neighbours import GIB, uses_faiss
+
+CHOICES = {
+    "l2": ("iet-agc", "paper"),
+    "clip_preprocess": (None, "own", "dcr"),
+    "index": ("auto", "exact", "faiss"),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured, and with what.
+
+    Args:
+        name: ``dcr`` or ``sscd``, or a preprocessing of ``sscd.PREPROCESS``; None: that of the descriptor's checkpoint,
+            or ``dcr``.
+        descriptor: see ``sscd.load_descriptor``.
+        copy_similarity: an image whose similarity is higher counts as a copy; None: the descriptor's own threshold.
+        l2: ``iet-agc`` or ``paper``: the l2 ratio of MQ. Gu et al.'s ratio is always measured too.
+        pixels: side of the images whose l2 distances are measured; None: the small edge that most generated images
+            have, at most 64.
+        clip: open_clip's ``MODEL:TAG`` or ``MODEL:FILE``; None: no CLIP score.
+        clip_preprocess: ``own`` or ``dcr``; None: ``dcr`` under protocol ``dcr``, else ``own``.
+        fid: features of the Fréchet distance: ``inception``, ``inception:FILE``, ``pixel-8``, or ``none``.
+        fid_antialias: whether Inception's images are shrunk with antialiasing.
+        patches: whether crops are compared too.
+        distinct: whether exact duplicates among the training images count once, so that a copy of a duplicated image
+            has a second neighbour to be compared with.
+        index: search for neighbours, see ``eval.neighbours``.
+        device: where networks and searches run.
+        batch_size: images that are described at a time.
+        max_memory: bytes of working memory of a search.
+
+    Raises:
+        UsageError: a value that is not one of those above.
+    """
+
+    name: str | None = None
+    descriptor: str = "auto"
+    copy_similarity: float | None = None
+    l2: str = "iet-agc"
+    pixels: int | None = None
+    clip: str | None = None
+    clip_preprocess: str | None = None
+    fid: str = "pixel-8"
+    fid_antialias: bool = False
+    patches: bool = False
+    distinct: bool = False
+    index: str = "auto"
+    device: str = "cpu"
+    batch_size: int = 32
+    max_memory: int = 2 * GIB
+
+    def __post_init__(self) -> None:
+        if self.pixels is not None and self.pixels < MIN_EDGE:
+            raise UsageError(f"`pixels` {self.pixels}: must be at least {MIN_EDGE}: a single pixel shows nothing")
+        if self.fid.partition(":")[0] not in ("inception", "pixel-8", "none"):
+            raise UsageError(f"`fid` {self.fid}: must be inception, inception:FILE, pixel-8 or none")
+        for setting, choices in CHOICES.items():
+            value = getattr(self, setting)
+            if value not in choices:
+                raise UsageError(f"`{setting}` {value}: must be {' or '.join(filter(None, choices))}")
+        if self.index == "faiss" and find_spec("faiss") is None:
+            raise UsageError("`index` faiss: is not installed; pip install faiss-cpu")
+
+    @property
+    def resolved_name(self) -> str:
+        """The name, or what the descriptor makes of None."""
+        return self.name or protocol_of(self.descriptor)
+
+    def copy_threshold(self, descriptor: Descriptor) -> float:
+        """The similarity above which an image counts as a copy."""
+        return descriptor.copy_similarity if self.copy_similarity is None else self.copy_similarity
+
+    @property
+    def search_options(self) -> dict:
+        """For ``nearest_l2`` and ``most_similar``."""
+        return {"device": self.device, "index": self.index, "max_memory": self.max_memory}
+
+    def search(self, vectors: torch.Tensor) -> str:
+        """How the neighbours among these vectors are found: ``exact`` or ``faiss``."""
+        return "faiss" if uses_faiss(self.index, vectors, self.max_memory) else "exact"
