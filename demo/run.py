@@ -18,8 +18,9 @@ from ietagc_diffusers.eval import benchmark
 from ietagc_diffusers.eval.calibrate import calibrate
 from ietagc_diffusers.eval.front import Front, front
 from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored
-from ietagc_diffusers.eval.score import Protocol, Tools, score
+from ietagc_diffusers.eval.score import Tools, score
 from ietagc_diffusers.sscd import pixel_descriptor
 
 from demo import page

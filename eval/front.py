@@ -8,6 +8,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -21,13 +22,19 @@ from .curves import FrontPoint, table
 from .generate import Settings, generate, model_hash, trained_resolution
 from .image_sets import BadImage, ImageSet, content_hash, load_images
 from .losses import Losses, Measured, captioned, measure, saved_models, weights_hash
+from .metrics import METRICS, measured_distances
 from .plots import plot_front, plot_sampled, png
 from .prompts import Prompt, caption_prompts, choose
 from .score import SCORES, Tools, score
 
-# Scores that are compared, with their titles, and those that are only written down.
-COMPARED = {"sim_score": "Sim Score", "copy_rate": "copy rate", "memorized_quantity_0.4": "MQ 0.4"}
+# Columns of front.csv: scores that runs are compared by, and the two distances.
+COMPARED = {
+    "sim_score": METRICS["sim_score"],
+    "copy_rate": METRICS["copy_rate"],
+    "memorized_quantity_0.4": METRICS["mq_0.4"],
+}
 SAMPLED = (*COMPARED, "frechet", "kernel")
+TITLES = {column: metric.title for column, metric in COMPARED.items()}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Front:
     @property
     def markdown(self) -> str:
         """Each run against the control."""
-        return table(self.points, self.control, COMPARED)
+        return table(self.points, self.control, TITLES)
 
     def write(self, output: Path) -> None:
         """Write front.csv, front.png and front.md into a folder."""
@@ -49,7 +56,7 @@ class Front:
         write_text(output / "front.md", self.markdown)
 
     def _picture(self) -> Figure:
-        panels = list(COMPARED.items()) if self.points[0].sampled else []
+        panels = list(TITLES.items()) if self.points[0].sampled else []
         figure, axes = plt.subplots(1, 1 + len(panels), figsize=(7.5 + 4.5 * len(panels), 4.6), squeeze=False)
         plot_front(axes[0, 0], self.points, self.control)
         for panel, (key, title) in zip(axes[0, 1:], panels, strict=True):
@@ -158,8 +165,15 @@ def _sampled(
 ) -> Measured:
     """``measured``, each point with scores of images that its model drew; finished ones are kept."""
     tools, reference = sampling.tools, sampling.reference
-    conditions = [asdict(sampling.settings), asdict(tools.protocol), tools.descriptor.identity, model_hash(base)]
-    conditions += [[asdict(prompt) for prompt in prompts], _contents(training), reference and _contents(reference)]
+    conditions: list[Any] = [
+        asdict(sampling.settings),
+        asdict(tools.protocol),
+        tools.descriptor.identity,
+        model_hash(base),
+        [asdict(prompt) for prompt in prompts],
+        _contents(training),
+        reference and _contents(reference),
+    ]
     found = []
     for point, denoiser in measured:
         name = "base" if denoiser is None else f"{point.run}-{point.replicate}-{point.step}".replace("/", "_")
@@ -176,15 +190,9 @@ def _sampled(
 
 
 def _of_scores(scores: dict) -> dict:
-    """Those in ``SAMPLED``; the distances are Inception's where it measured them."""
-    inception = scores["fid"] is not None
-    return {
-        "sim_score": scores["sim_score"],
-        "copy_rate": scores["copy_rate"],
-        "memorized_quantity_0.4": (scores["memorized_quantity"] or {}).get("0.4"),
-        "frechet": scores["fid"] if inception else scores["frechet_distance"],
-        "kernel": ((scores["kid"] if inception else scores["kernel_distance"]) or [None])[0],
-    }
+    """Those in ``SAMPLED``."""
+    distances = zip(("frechet", "kernel"), measured_distances(scores), strict=True)
+    return {column: metric.value(scores) for column, metric in COMPARED.items()} | dict(distances)
 
 
 def _contents(images: ImageSet) -> list:

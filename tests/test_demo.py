@@ -10,8 +10,9 @@ from diffusers import StableDiffusionPipeline
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.curves import FrontPoint
 from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored
-from ietagc_diffusers.eval.score import Protocol, Tools, score
+from ietagc_diffusers.eval.score import Tools, score
 
 from demo import page
 from demo.pictures import CAPTIONS, fresh_pictures, training_pictures, write_sets
