@@ -100,7 +100,7 @@ def calibrate(
     if len(kept) * false_positives < 1:
         setting, images = ("train", training) if innocent is None else ("innocent", innocent)
         raise UsageError(
-            f"`{setting}` {images.source}: {len(kept)} innocent images are too few for `false_positives` "
+            f"`{setting}` {images.source}: {len(kept)} images are too few for `false_positives` "
             f"{false_positives:g}: at least {1 / false_positives:.0f} are needed"
         )
     threshold = threshold_over(kept, false_positives)

@@ -76,9 +76,9 @@ def test_without_them_training_images_are_compared_with_each_other_and_near_dupl
 
 
 def test_too_few_images_and_no_share_are_refused(pictures, innocent):
-    with pytest.raises(UsageError, match=r"40 innocent images are too few for `false_positives` 0\.01: at least 100"):
+    with pytest.raises(UsageError, match=r"40 images are too few for `false_positives` 0\.01: at least 100"):
         calibrate(pixel_descriptor(), loaded(pictures), innocent)
-    with pytest.raises(UsageError, match=r"`train` .*22 innocent images are too few"):
+    with pytest.raises(UsageError, match=r"`train` .*22 images are too few"):
         calibrate(pixel_descriptor(), loaded(pictures))
     for share in (0, 1, float("nan")):
         with pytest.raises(UsageError, match="`false_positives`"):

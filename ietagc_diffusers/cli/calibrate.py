@@ -16,7 +16,8 @@ each training image is compared with the others; near duplicates are left out. G
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    common.add_training_images(parser)
+    parser.add_argument("--train", required=True, metavar="DIR|ID", help="training images: a folder or a dataset")
+    parser.add_argument("--image_column", default="image", help="a dataset's column of images; default: image")
     parser.add_argument(
         "--innocent",
         metavar="DIR|ID",
@@ -41,9 +42,9 @@ def run(args: Namespace) -> None:
     from ..files import check_output, write_json
 
     check_output(args.output, "output", file=True)
-    innocent = load_images(args.innocent, "innocent") if args.innocent else None
+    training = load_images(args.train, "train", args.image_column)
+    innocent = load_images(args.innocent, "innocent", args.image_column) if args.innocent else None
     descriptor = load_descriptor(args.descriptor, args.protocol, common.device_of(args))
-    training = common.training_images(args)
     result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, asdict(result))
