@@ -157,4 +157,5 @@ def decode(rows: Dataset, image_column: str, index: int) -> Image.Image:
 
 def _image_path(rows, image_column, row) -> Any:
     """Where a row's image came from, for messages, or None."""
-    return rows.cast_column(image_column, ImageFeature(decode=False))[int(row)][image_column].get("path")
+    stored = rows.cast_column(image_column, ImageFeature(decode=False))[int(row)][image_column]
+    return stored and stored.get("path")
