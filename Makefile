@@ -15,7 +15,7 @@ demo-controls: $(VENV)/.ready
 	$(RUN) -m demo.run --controls
 
 benchmark-demo: $(VENV)/.ready
-	$(RUN) -m demo.run --pictures --folder runs/benchmark-demo/data
+	$(RUN) -m demo.pictures runs/benchmark-demo/data
 	$(RUN) -m ietagc_diffusers benchmark --config configs/benchmark_demo.yaml --jobs 2
 
 test: $(VENV)/.ready

@@ -61,7 +61,7 @@ class Family(ABC):
     Attributes:
         denoiser: the trained module.
         objective: ``Objective``.
-        dtype: of the frozen parts and of the images.
+        device: of all parts; dtype: of the frozen parts and of the images.
     """
 
     name: ClassVar[str]  # as reports call it
@@ -71,6 +71,7 @@ class Family(ABC):
 
     denoiser: torch.nn.Module
     objective: Objective
+    device: torch.device
     dtype: torch.dtype
 
     @classmethod
@@ -86,10 +87,17 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load_frozen(cls, base: str, prediction_type: str | None = None, device: torch.device | str = "cpu") -> "Family":
+    def load_frozen(
+        cls,
+        base: str,
+        prediction_type: str | None = None,
+        device: torch.device | str = "cpu",
+        setting: str = "pretrained_model_name_or_path",
+    ) -> "Family":
         """Load all but the denoiser, in float32, to compute losses of denoisers that come from elsewhere.
 
-        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's.
+        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's; ``setting`` names the base in
+        messages.
         """
 
     @classmethod

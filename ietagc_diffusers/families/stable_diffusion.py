@@ -125,17 +125,19 @@ class StableDiffusion(Family):
             )
 
     @classmethod
-    def load_frozen(cls, base, prediction_type=None, device="cpu"):
-        return cls(
+    def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
+        family = cls(
             BaseModelSettings(pretrained_model_name_or_path=str(base)),
-            _scheduler(base, prediction_type),
-            _part(CLIPTokenizer, base, "tokenizer"),
-            _part(CLIPTextModel, base, "text_encoder", dtype=torch.float32),
-            _part(AutoencoderKL, base, "vae", dtype=torch.float32),
+            _scheduler(base, prediction_type, setting=setting),
+            _part(CLIPTokenizer, base, "tokenizer", setting=setting),
+            _part(CLIPTextModel, base, "text_encoder", setting=setting, dtype=torch.float32),
+            _part(AutoencoderKL, base, "vae", setting=setting, dtype=torch.float32),
             None,
             device,
             torch.float32,
         )
+        family.vae.enable_slicing()  # one image at a time: its encoder has the widest activations
+        return family
 
     @classmethod
     def load_denoiser(cls, folder, subfolder=None, **options):
@@ -221,7 +223,7 @@ def _scheduler(base, prediction_type, **options):
     return scheduler
 
 
-def _part(kind, base, subfolder, **options):
+def _part(kind, base, subfolder, setting="pretrained_model_name_or_path", **options):
     try:
         return kind.from_pretrained(base, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
@@ -230,5 +232,5 @@ def _part(kind, base, subfolder, **options):
         if options.get("variant") is None and any(Path(base, subfolder).glob("*.fp16.*")):
             hint = "; it has weights of the variant fp16 only: set `variant` to fp16"
         raise UsageError(
-            f"`pretrained_model_name_or_path` {base}: no {kind.__name__} in its subfolder '{subfolder}'{hint}: {reason}"
+            f"`{setting}` {base}: no {kind.__name__} in its subfolder '{subfolder}'{hint}: {reason}"
         ) from error
