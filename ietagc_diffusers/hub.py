@@ -10,6 +10,7 @@ from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
 from . import __version__
+from .errors import UsageError
 from .run_folder import RunFolder
 from .training.settings import TrainingSettings
 
@@ -19,7 +20,12 @@ TAGS = ("diffusers", "diffusers-training", "ietagc")
 def create(settings: TrainingSettings) -> str:
     """Create the repository (or find it). Returns its id."""
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
-    return create_repo(repo_id=name, exist_ok=True, token=settings.hub_token).repo_id
+    try:
+        return create_repo(repo_id=name, exist_ok=True, token=settings.hub_token).repo_id
+    except Exception as error:  # of the network, the Hub, or a name that it does not take
+        raise UsageError(
+            f"`push_to_hub` {name}: the repository cannot be created: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def write_card(

@@ -69,7 +69,7 @@ def test_a_broken_image_is_named_or_different_from_all_others(folder, tmp_path):
     rows, cache = load(folder), tmp_path / "hashes.sqlite"
     with pytest.raises(UsageError, match=r"row 0 .*does not decode"):
         hashes.pixel_hashes(rows, "image", cache)
-    found = hashes.pixel_hashes(rows, "image", cache, skip_bad=True)
+    found = hashes.pixel_hashes(rows, "image", cache, allow_bad=True)
     assert len(np.unique(found)) == 10  # 7 images, one of them twice, and two broken ones
 
 

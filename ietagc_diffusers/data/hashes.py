@@ -107,12 +107,12 @@ class PixelHashes:
 
 
 def pixel_hashes(
-    rows: Dataset, image_column: str, cache: Path | None = None, skip_bad: bool = False, progress: bool = True
+    rows: Dataset, image_column: str, cache: Path | None = None, allow_bad: bool = False, progress: bool = True
 ) -> np.ndarray:
     """Int64 (N,): equal for rows whose images decode to the same RGB pixels.
 
     Images are decoded in threads; with ``cache`` (see ``default_cache``) each only once, whatever the run. Raises
-    ``UsageError`` for an image that does not decode; with ``skip_bad`` it is taken for different from all others.
+    ``UsageError`` for an image that does not decode; with ``allow_bad`` it is taken for different from all others.
     """
     images = rows.select_columns([image_column])
     stored = stored_hashes(images, image_column, "Reading images" if progress else None)
@@ -121,7 +121,7 @@ def pixel_hashes(
         try:
             image = decode(images, image_column, row)
         except UsageError:
-            if not skip_bad:
+            if not allow_bad:
                 raise
             return None
         return digest(f"{image.size}".encode(), image.tobytes())

@@ -157,6 +157,7 @@ class SeededLoader:
                 )
             )
             batch = _next(self._batches)
+        batch = self.samples.received(batch)
         if self.group_size > 1:
             first = self.group_rank * self.batch_size
             share = slice(first, first + self.batch_size), self.batch_size * self.group_size

@@ -14,7 +14,8 @@ from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
 Image = Any  # PIL's
-View = Callable[[Image], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Tensors = dict[str, torch.Tensor]
+View = Callable[[Image], tuple[torch.Tensor, Tensors]]
 
 
 class Objective(ABC):
@@ -29,6 +30,14 @@ class Objective(ABC):
     @abstractmethod
     def num_levels(self) -> int:
         """T: how many noise levels there are."""
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor) -> Tensors:
+        """What is the same at each visit of images (B, 3, H, W): named tensors (B, ...), which a cache may keep."""
+
+    @abstractmethod
+    def encode_inputs(self, inputs: Tensors) -> Tensors:
+        """The same of what the model is told of them besides (a batch's ``inputs``)."""
 
     @abstractmethod
     def encode(self, batch: Batch) -> Any:
@@ -61,7 +70,7 @@ class Family(ABC):
     Attributes:
         denoiser: the trained module.
         objective: ``Objective``.
-        dtype: of the frozen parts and of the images.
+        device: of all parts; dtype: of the frozen parts and of the images.
     """
 
     name: ClassVar[str]  # as reports call it
@@ -71,6 +80,7 @@ class Family(ABC):
 
     denoiser: torch.nn.Module
     objective: Objective
+    device: torch.device
     dtype: torch.dtype
 
     @classmethod
@@ -86,10 +96,17 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load_frozen(cls, base: str, prediction_type: str | None = None, device: torch.device | str = "cpu") -> "Family":
+    def load_frozen(
+        cls,
+        base: str,
+        prediction_type: str | None = None,
+        device: torch.device | str = "cpu",
+        setting: str = "pretrained_model_name_or_path",
+    ) -> "Family":
         """Load all but the denoiser, in float32, to compute losses of denoisers that come from elsewhere.
 
-        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's.
+        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's; ``setting`` names the base in
+        messages.
         """
 
     @classmethod
@@ -106,6 +123,16 @@ class Family(ABC):
         """What the model is told of a training row."""
 
     @abstractmethod
+    def encoder_marks(self) -> dict[str, dict[str, str]]:
+        """What stands for all that ``encode_images`` and ``encode_inputs`` depend on, by "images" and "inputs"."""
+
+    @abstractmethod
+    def rest(self, images: bool, inputs: bool) -> None:
+        """Move the encoders of images or of inputs, which will not be needed, to the host. They come back for as long
+        as images are drawn.
+        """
+
+    @abstractmethod
     def view(self, settings: DataSettings) -> View:
         """What one visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view."""
 
@@ -115,7 +142,18 @@ class Family(ABC):
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
-        """The base's pipeline with the denoiser as it is now."""
+        """The base's pipeline with the denoiser as it is now. Raises ``UsageError`` if it cannot be assembled."""
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the pipeline as diffusers loads it: the denoiser first, so that it is there whatever happens to the
+        rest, and model_index.json last, so that it is there only if all else is.
+        """
+        self.denoiser.save_pretrained(folder / self.denoiser_name)
+        pipeline = self.pipeline()
+        for name, part in pipeline.components.items():
+            if name != self.denoiser_name and part is not None:
+                part.save_pretrained(folder / name)
+        pipeline.save_config(folder)
 
     @abstractmethod
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:

@@ -1,9 +1,11 @@
 """Stable Diffusion 1.x and 2.x: a UNet on VAE latents, told the caption by one CLIP text encoder."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import Compose
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..data import Batch, Captions, DataSettings, image_transform
+from ..data import Batch, Captions, DataSettings, fixed_transforms, image_transform
 from ..errors import UsageError
 from .base import WEIGHTS_FILE, Family, Image
 from .settings import BaseModelSettings
@@ -23,12 +25,20 @@ VALIDATION_STEPS = 20
 
 @dataclass(frozen=True)
 class Pixels:
-    """A view that tells the model nothing but its pixels."""
+    """A view that tells the model nothing but its pixels.
+
+    ``fixed``: what the transform shows without chance, the image and perhaps its mirror image; () where that is more.
+    """
 
     transform: Compose
+    fixed: tuple[Compose, ...] = ()
 
     def __call__(self, image: Image) -> tuple[torch.Tensor, Tensors]:
         return self.transform(image), {}
+
+    def draw(self) -> int:
+        """Which of the fixed views a visit shows, by the draw that the transform makes."""
+        return int(torch.rand(1) < 0.5) if len(self.fixed) > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class StableDiffusion(Family):
         self.tokenize = Tokenize(tokenizer)
         self.tokenizer, self.text_encoder, self.vae, self.denoiser = tokenizer, text_encoder, vae, denoiser
         self.device, self.dtype = torch.device(device), dtype
+        self.resting: list[torch.nn.Module] = []  # parts that wait on the host
         for frozen in (vae, text_encoder):
             frozen.requires_grad_(False)
             frozen.to(device, dtype=dtype)
@@ -95,23 +106,49 @@ class StableDiffusion(Family):
             dream_detail_preservation=settings.dream_detail_preservation if settings.dream_training else None,
             embedding_noise=(config and config.embedding_noise) or 0.0,
         )
+        family._check_parts()
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
             family.objective.unconditional = family.encode_text(family.tokenize([""]))
         return family
 
+    def _check_parts(self):
+        """Raise ``UsageError`` where the parts of the base do not fit one another."""
+        base = f"`pretrained_model_name_or_path` {self.settings.pretrained_model_name_or_path}"
+        unet, vae, text = self.denoiser.config, self.vae.config, self.text_encoder.config
+        for what, found, wanted in (
+            ("the UNet takes latents of {} channels, the VAE makes {}", unet.in_channels, vae.latent_channels),
+            ("the UNet predicts {} channels, the VAE's latents have {}", unet.out_channels, vae.latent_channels),
+            ("the UNet takes embeddings of width {}, the text encoder makes {}", unet.cross_attention_dim,
+             text.hidden_size),
+        ):  # fmt: skip
+            if found != wanted:
+                raise UsageError(f"{base}: {what.format(found, wanted)}: not a base for text-to-image training")
+        if len(self.tokenizer) > text.vocab_size:
+            raise UsageError(
+                f"{base}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder {text.vocab_size}: they "
+                "belong to different models"
+            )
+        if not 0 < self.tokenizer.model_max_length <= text.max_position_embeddings:
+            raise UsageError(
+                f"{base}: tokenizer_config.json gives model_max_length {self.tokenizer.model_max_length:,}; the text "
+                f"encoder reads {text.max_position_embeddings} tokens: set it to that"
+            )
+
     @classmethod
-    def load_frozen(cls, base, prediction_type=None, device="cpu"):
-        return cls(
+    def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
+        family = cls(
             BaseModelSettings(pretrained_model_name_or_path=str(base)),
-            _scheduler(base, prediction_type),
-            _part(CLIPTokenizer, base, "tokenizer"),
-            _part(CLIPTextModel, base, "text_encoder", dtype=torch.float32),
-            _part(AutoencoderKL, base, "vae", dtype=torch.float32),
+            _scheduler(base, prediction_type, setting=setting),
+            _part(CLIPTokenizer, base, "tokenizer", setting=setting),
+            _part(CLIPTextModel, base, "text_encoder", setting=setting, dtype=torch.float32),
+            _part(AutoencoderKL, base, "vae", setting=setting, dtype=torch.float32),
             None,
             device,
             torch.float32,
         )
+        family.vae.enable_slicing()  # one image at a time: its encoder has the widest activations
+        return family
 
     @classmethod
     def load_denoiser(cls, folder, subfolder=None, **options):
@@ -139,42 +176,71 @@ class StableDiffusion(Family):
         )
 
     def view(self, settings: DataSettings) -> Pixels:
-        return Pixels(
-            image_transform(
-                settings.resolution, settings.center_crop, settings.random_flip, settings.image_interpolation_mode
-            )
-        )
+        size, flip, mode = settings.resolution, settings.random_flip, settings.image_interpolation_mode
+        fixed = fixed_transforms(size, flip, mode) if settings.center_crop else ()
+        return Pixels(image_transform(size, settings.center_crop, flip, mode), fixed)
+
+    def encoder_marks(self):
+        with TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            files = sorted(path.read_bytes() for path in Path(folder).iterdir())
+        precision = {"precision": str(self.dtype)}
+        tokenizer = hashlib.blake2b(b"".join(files), digest_size=8).hexdigest()
+        return {
+            "images": precision | {"vae": _mark(self.vae)},
+            "inputs": precision | {"text_encoder": _mark(self.text_encoder), "tokenizer": tokenizer},
+        }
+
+    def rest(self, images, inputs):
+        self.resting = [*([self.vae] if images else []), *([self.text_encoder] if inputs else [])]
+        for part in self.resting:
+            part.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def batch(self, images, texts):
         return Batch(images, self.tokenize(texts))
 
     def pipeline(self):
         s = self.settings
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            s.pretrained_model_name_or_path,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.denoiser,
-            revision=s.revision,
-            variant=s.variant,
-            cache_dir=s.cache_dir,
-        )
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                s.pretrained_model_name_or_path,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                tokenizer=self.tokenizer,
+                unet=self.denoiser,
+                revision=s.revision,
+                variant=s.variant,
+                cache_dir=s.cache_dir,
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"`pretrained_model_name_or_path` {s.pretrained_model_name_or_path}: its pipeline cannot be assembled: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
         # What the denoiser was trained to predict, which need not be what the base's did.
         pipeline.scheduler.register_to_config(prediction_type=self.objective.scheduler.config.prediction_type)
         return pipeline
 
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
+        resting = self.resting
+        for part in resting:
+            part.to(self.device)
         pipeline = self.pipeline()
         pipeline.safety_checker = None
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator(device=self.device).manual_seed(seed)
         half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
-            return [
-                pipeline(prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
-                for prompt in prompts
-            ]
+        try:
+            with torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
+                return [
+                    pipeline(prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
+                    for prompt in prompts
+                ]
+        finally:
+            for part in resting:
+                part.to("cpu")
 
     def save_denoiser(self, folder: Path, tensors: Tensors, more: dict[str, Any] | None = None) -> None:
         config = json.loads(self.denoiser.to_json_string())
@@ -191,11 +257,25 @@ def _scheduler(base, prediction_type, **options):
     return scheduler
 
 
-def _part(kind, base, subfolder, **options):
+def _mark(module):
+    """A hash of a module's configuration and weights, wherever they came from."""
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    about = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _part(kind, base, subfolder, setting="pretrained_model_name_or_path", **options):
     try:
         return kind.from_pretrained(base, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        hint = ""
+        if options.get("variant") is None and any(Path(base, subfolder).glob("*.fp16.*")):
+            hint = "; it has weights of the variant fp16 only: set `variant` to fp16"
         raise UsageError(
-            f"`pretrained_model_name_or_path` {base}: no {kind.__name__} in its subfolder '{subfolder}': {reason}"
+            f"`{setting}` {base}: no {kind.__name__} in its subfolder '{subfolder}'{hint}: {reason}"
         ) from error

@@ -16,11 +16,11 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import is_xformers_available
 
 from ..data.conditions import Condition
-from ..data.hashes import default_cache, pixel_hashes
+from ..data.hashes import default_cache, pixel_hashes, stored_hashes
+from ..data.latent_cache import cache_samples
 from ..data.loaders import SeededLoader, StreamLoader
 from ..data.rows import deduplicate, label_values, load_training_rows
 from ..data.samples import TrainingSamples
-from ..data.settings import DataSettings
 from ..errors import UsageError
 from ..families import Family, family_of
 from ..method.augmentation import StrengthRandAugment
@@ -76,22 +76,51 @@ def moving_average(family: Family, settings: OptimizationSettings, device: torch
 
 
 def load_rows(
-    settings: DataSettings, condition: Condition, accelerator: Accelerator
+    settings: TrainingSettings, condition: Condition, accelerator: Accelerator
 ) -> tuple[Dataset, np.ndarray | None]:
     """The training rows, de-duplicated on request, and their groups of duplicates or None."""
     with accelerator.main_process_first():
         rows = load_training_rows(settings, condition)
     if not (settings.deduplicate or settings.group_duplicates):
         return rows, None
-    hashes = None
-    if accelerator.is_main_process:
-        hashes = pixel_hashes(rows, settings.image_column, default_cache(), settings.replaces_bad_samples)
-    hashes = broadcast_object_list([hashes])[0]
+    column, bad = settings.image_column, settings.replaces_bad_samples
+    hashes = _of_main(accelerator, lambda: pixel_hashes(rows, column, default_cache(), bad))
     num_images = len(np.unique(hashes))
     logger.info(f"{len(rows)} rows show {num_images} different images")
     if settings.deduplicate:
-        return deduplicate(rows, hashes), None
+        rows = deduplicate(rows, hashes)
+        if len(rows) < settings.method.num_shards:
+            raise UsageError(
+                f"`num_shards` {settings.method.num_shards}: more than the {len(rows)} different images that "
+                "`deduplicate` left"
+            )
+        return rows, None
     return rows, hashes if num_images < len(rows) else None
+
+
+def _of_main(accelerator, compute):
+    """What the main process computes, on all of them."""
+    return broadcast_object_list([compute() if accelerator.is_main_process else None])[0]
+
+
+def _cached(samples, rows, settings, accelerator, family, layout):
+    """The samples, read from the cache of latents; encoders that have nothing left to do leave the device."""
+    keys = _of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
+    samples = cache_samples(
+        samples,
+        settings.cache_latents,
+        keys,
+        rows,
+        family.objective,
+        family.encoder_marks(),
+        settings.train_batch_size,
+        accelerator.device,
+        settings.replaces_bad_samples,
+        layout,
+    )
+    method = settings.method
+    family.rest(images=not (method.augments or method.random_augment_rate), inputs=samples.texts is not None)
+    return samples
 
 
 def optimizer_factory(
@@ -196,7 +225,7 @@ class ProxyBuilder:
             self._schedule(optimizer),
             len(self.samples),
             settings.gradient_accumulation_steps,
-            settings.max_grad_norm,
+            settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
         )
         if not self.official:
             proxy.streams_state = self.streams.fresh([settings.seed, shard])
@@ -222,6 +251,15 @@ class ProxyBuilder:
             raise UsageError(f"`lr_scheduler` {name}: {error}") from error
 
 
+def _warn_of_small_shards(plan, batch):
+    smallest = min(map(len, plan.shards))
+    if plan.num_shards > 1 and smallest < batch:
+        logger.warning(
+            f"The smallest of {plan.num_shards} shards has {smallest} samples, a batch {batch}: pictures are repeated "
+            f"within a batch. Fewer shards (`num_shards`) or a smaller batch (`train_batch_size`) avoid it"
+        )
+
+
 def build_run(
     settings: TrainingSettings,
     accelerator: Accelerator,
@@ -238,9 +276,10 @@ def build_run(
     plan = ShardPlan.split(len(rows), config.num_shards, settings.seed, labels, groups)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    samples = TrainingSamples(
-        rows, settings.image_column, family.view(settings), condition, settings.replaces_bad_samples
-    )
+    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition)
+    if settings.cache_latents is not None:
+        samples = _cached(samples, rows, settings, accelerator, family, layout)
+    _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     weights = Weights(family, config.num_shards > 1, average, settings.offload_ema)

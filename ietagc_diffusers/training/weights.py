@@ -122,7 +122,7 @@ class Weights:
     def save_pipeline(self, folder: Path) -> None:
         """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one."""
         with self.averaged():
-            self.family.pipeline().save_pretrained(folder)
+            self.family.save_pipeline(folder)
 
     def save(self, folder: Path) -> None:
         """Write theta_hat, each set as a folder that diffusers loads; the moving average's as ``EMAModel`` does."""

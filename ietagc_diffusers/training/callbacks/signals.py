@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import torch
 
+from ...errors import UsageError
 from ..ensemble import Callback
 from .checkpoints import Checkpoints
 
 
 class Signals(Callback):
-    """SIGTERM or SIGINT on any process stops the run after its step; says where it can be resumed.
+    """SIGTERM, SIGINT or a fault on any process stops the run after its step; says where it can be resumed.
 
     Args:
         checkpoints: which write one on the stop.
@@ -21,6 +22,7 @@ class Signals(Callback):
     def __init__(self, checkpoints: Checkpoints, every: int, say: Callable[[str], None]):
         self.checkpoints, self.every, self.say = checkpoints, every, say
         self.received: int | None = None
+        self.fault: UsageError | None = None
         self.questions = 0
 
     def on_start(self, run):
@@ -32,13 +34,18 @@ class Signals(Callback):
             raise SystemExit(130)
         self.received = number
 
+    def stop(self, fault: UsageError) -> None:
+        """Stop the run after this step as a signal would, because of a fault that ends it."""
+        self.fault = self.fault or fault
+
     def should_stop(self, run):
+        wanted = self.received is not None or self.fault is not None
         if run.layout.num_processes == 1:
-            return self.received is not None
+            return wanted
         self.questions += 1
         if self.questions % self.every:
             return False
-        return run.layout.total(torch.tensor([float(self.received is not None)])).item() > 0
+        return run.layout.total(torch.tensor([float(wanted)])).item() > 0
 
     def on_stop(self, run):
         if run.layout.is_main:
