@@ -1,12 +1,13 @@
-"""Encodings on disk: what a frozen model makes of each image and of each text, computed once and read at each visit.
+"""Encodings on disk: what the frozen models make of each image and each text, computed once and read at each visit.
 
-A cache holds what ``Objective.encode`` would give, so that everything random is still drawn at each visit. Encodings lie
-in safetensors files that are mapped into memory, keyed by what they are of: an image by its file's content, a text by
-itself. A folder for each mark (the weights of the encoder, its precision, the view) keeps them apart.
+A cache holds what ``Objective.encode_images`` and ``encode_inputs`` give; everything random is still drawn at each
+visit. Encodings lie in safetensors files that are mapped into memory, by key: an image's is the hash of its file, a
+text's the hash of the text. Each set of encoder weights, precision and view has a folder of its own.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -17,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..errors import UsageError
-from ..files import check_output, write_json
+from ..files import check_output, read_json, write_json
 from .batch import Batch, Tensors
 from .hashes import batched, digest, in_threads
 from .rows import decode
 from .samples import TrainingSamples
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 FILE_ITEMS = 512  # of a file: what an interruption loses at most, for each process
 ABANDONED = 3600  # seconds after which a file that nobody finished is removed
 FORMAT = 1  # of the files; a change makes older caches stale
@@ -57,7 +57,7 @@ class Store:
 
     def __init__(self, folder: Path, kind: str, mark: dict[str, Any], processes: Any = None):
         self.processes = processes or Processes()
-        self.mark = mark
+        self.kind, self.mark = kind, mark
         self.identity = hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest()
         self.folder = folder / f"{kind}-{self.identity}"
         self.files: dict[str, Tensors] = {}
@@ -69,22 +69,25 @@ class Store:
         self.processes.barrier()
         self._open()
 
+    @property
+    def is_main(self) -> bool:
+        return self.processes.process_index == 0
+
     def _make_folder(self):
-        others = [path for path in self.folder.parent.glob(f"{self.folder.name.split('-')[0]}-*/mark.json")]
-        if not self.folder.exists():
-            for path in others:
-                mark = json.loads(path.read_text())
-                changed = ", ".join(key for key in self.mark if self.mark[key] != mark.get(key))
-                logger.info(f"{path.parent} was made with other values of {changed}: {self.folder} is made beside it")
+        if self.is_main and not self.folder.exists():
+            for path in self.folder.parent.glob(f"{self.kind}-*/mark.json"):
+                mark = read_json(path)
+                changed = ", ".join(name for name, value in self.mark.items() if value != mark.get(name))
+                logger.info(f"{path.parent} was made with other {changed}: {self.folder} is made beside it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.processes.process_index == 0:
+            if self.is_main:
                 write_json(self.folder / "mark.json", self.mark)
         except OSError as error:
             raise UsageError(f"`cache_latents` {self.folder.parent}: {error.strerror}") from error
 
     def _remove_unfinished(self):
-        if self.processes.process_index == 0:
+        if self.is_main:
             for path in self.folder.glob("*.part"):
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink(missing_ok=True)
@@ -95,7 +98,7 @@ class Store:
         for path in tqdm(mine, f"Checking {self.folder.name}", leave=False, disable=len(mine) < 10):
             fault = self._fault(path)
             if fault:
-                logger.warning(f"{path} {fault}: what it held is computed again", main_process_only=False)
+                logger.warning(f"{path} {fault}: what it held is computed again")
                 path.unlink(missing_ok=True)
 
     def _fault(self, path):
@@ -147,9 +150,8 @@ class Store:
         mine = [missing[start : start + size] for start in range(0, len(missing), size)][rank::several]
         bar = tqdm(total=sum(map(len, mine)), desc=title, disable=rank > 0 or not mine)
         for number, some in enumerate(mine):
-            made = zip(some, make([item for _, item in some]), strict=True)
             rows = []
-            for (key, _), tensors in made:
+            for (key, _), tensors in zip(some, make([item for _, item in some]), strict=True):
                 if tensors is not None:
                     rows.append((key, tensors))
                 bar.update()
@@ -178,7 +180,8 @@ class Store:
 
     def _check_room(self, need):
         free = shutil.disk_usage(self.folder).free
-        logger.info(f"{self.folder} will take {need / 1e9:.2f} GB, of {free / 1e9:.1f} GB free")
+        if self.is_main:
+            logger.info(f"{self.folder} will take {need / 1e9:.2f} GB, of {free / 1e9:.1f} GB free")
         if need > free:
             raise UsageError(
                 f"`cache_latents` {self.folder.parent}: needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -223,24 +224,28 @@ class StableDiffusion(Family):
         pipeline.scheduler.register_to_config(prediction_type=self.objective.scheduler.config.prediction_type)
         return pipeline
 
-    def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
-        resting = self.resting
-        for part in resting:
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Within it the resting parts are on the device."""
+        for part in self.resting:
             part.to(self.device)
-        pipeline = self.pipeline()
-        pipeline.safety_checker = None
-        pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        half = self.dtype != torch.float32
         try:
-            with torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
-                return [
-                    pipeline(prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
-                    for prompt in prompts
-                ]
+            yield
         finally:
-            for part in resting:
+            for part in self.resting:
                 part.to("cpu")
+
+    def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
+        half = self.dtype != torch.float32
+        with self._awake(), torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
+            pipeline = self.pipeline()
+            pipeline.safety_checker = None
+            pipeline.set_progress_bar_config(disable=True)
+            generator = torch.Generator(device=self.device).manual_seed(seed)
+            return [
+                pipeline(prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
+                for prompt in prompts
+            ]
 
     def save_denoiser(self, folder: Path, tensors: Tensors, more: dict[str, Any] | None = None) -> None:
         config = json.loads(self.denoiser.to_json_string())
