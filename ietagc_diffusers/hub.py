@@ -43,7 +43,7 @@ def write_card(
     gallery = ""
     if images:
         make_image_grid(list(images), 1, len(images)).save(folder.card_grid_file)
-        prompts = ", ".join(f"“{prompt}”" for prompt in settings.validation_prompts)
+        prompts = ", ".join(f"“{prompt}”" for prompt in settings.validation_prompts or [])
         gallery = f"![Validation images](./{folder.card_grid_file.name})\n\nPrompts: {prompts}\n"
     method = "\n".join(
         f"| `{key}` | {value} |" for key, value in settings.method.to_dict().items() if value is not None

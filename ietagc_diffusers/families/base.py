@@ -69,7 +69,7 @@ class Family(ABC):
     denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
     tags: ClassVar[tuple[str, ...]]  # of the model card
 
-    denoiser: torch.nn.Module
+    denoiser: Any  # a diffusers model: a torch.nn.Module with a configuration
     objective: Objective
     device: torch.device
     dtype: torch.dtype

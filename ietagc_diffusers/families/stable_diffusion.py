@@ -50,6 +50,7 @@ class StableDiffusion(Family):
     pipelines = (StableDiffusionPipeline,)
     denoiser_name = "unet"
     tags = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image")
+    objective: TextToImageObjective
 
     def __init__(
         self,

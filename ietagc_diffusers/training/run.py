@@ -96,12 +96,13 @@ def _trackers(report_to):
     return report_to
 
 
-def agree_on_seed(settings: TrainingSettings) -> None:
-    """Draw the seed if none was given, the same on all processes, and start all streams from it."""
+def agree_on_seed(settings: TrainingSettings) -> int:
+    """Draw the seed if none was given, the same on all processes, and start all streams from it. Returns it."""
     if settings.seed is None:
         settings.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
         logger.info(f"Seed {settings.seed} was drawn")
     set_seed(settings.seed)
+    return settings.seed
 
 
 def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int) -> None:
@@ -134,8 +135,8 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
     folder = RunFolder(settings.output_dir)
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
-    agree_on_seed(settings)
-    repo_id = None
+    seed = agree_on_seed(settings)
+    repo_id = ""
     if accelerator.is_main_process:
         try:
             folder.records.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
             settings.validation_prompts,
             settings.validation_epochs,
             budget.steps_per_epoch,
-            settings.seed,
+            seed,
         )
     sample_ids = rows[SAMPLE_ID]
     progress = Progress(accelerator.is_local_main_process)
