@@ -42,6 +42,7 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
 
 def _add_flag(group, entry, default):
     about = entry.metadata
+    options: dict[str, Any]
     if about["type"] is bool:
         options = {"action": argparse.BooleanOptionalAction}
     else:

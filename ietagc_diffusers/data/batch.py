@@ -1,6 +1,7 @@
 """A batch of training samples."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ class Batch:
     Args:
         images: float32 (B, 3, H, W) in [-1, 1].
         inputs: what else the model is told of them: named tensors (B, ...), as the family made them.
-        samples: int64 (B,), their numbers among the training rows.
+        samples: int64 (B,), their numbers among the training rows; empty where they are none of them.
         seeds: B integers on the host, of whatever is drawn for a sample later (augmentation); None in the official
             order, which draws from the process's streams.
         bad: [row, reason] of each row that was replaced.
@@ -24,9 +25,9 @@ class Batch:
             drawn for the whole, so that the draws do not depend on the sharing.
     """
 
-    images: torch.Tensor
+    images: Any  # a tensor, or what gives one when it is indexed by rows
     inputs: Tensors = field(default_factory=dict)
-    samples: torch.Tensor | None = None
+    samples: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     seeds: list[int] | None = None
     bad: list = field(default_factory=list)
     share: tuple[slice, int] | None = None

@@ -85,7 +85,7 @@ def _check_output_outside(folder, settings):
         )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -95,7 +95,7 @@ class TrainingSamples(torch.utils.data.Dataset):
 
     def _read_or_replace(self, row, seed):
         """Returns image, condition, the row they are of, and [row, reason] for each that was bad."""
-        bad = []
+        bad: list[list] = []
         rng = random.Random(seed)
         for candidate in itertools.chain([row], (int(rng.choice(self.pool)) for _ in range(REPLACEMENTS))):
             try:
@@ -137,7 +137,7 @@ class TrainingSamples(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         seeded = isinstance(keys[0], tuple)
-        pairs = keys if seeded else [(row, row) for row in keys]
+        pairs: list[tuple[int, int]] = [key if isinstance(key, tuple) else (key, key) for key in keys]
         images, values, rows, bad = zip(*(self._read_or_replace(row, seed) for row, seed in pairs), strict=True)
         seeds = [seed if seeded else None for _, seed in pairs]
         with torch.random.fork_rng(devices=[], enabled=seeded):
@@ -146,6 +146,6 @@ class TrainingSamples(torch.utils.data.Dataset):
         return Batch(
             **self._images(shown, list(drawn)),
             samples=torch.tensor(rows),
-            seeds=seeds if seeded else None,
+            seeds=[seed for _, seed in pairs] if seeded else None,
             bad=[entry for entries in bad for entry in entries],
         )

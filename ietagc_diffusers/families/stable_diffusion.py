@@ -61,6 +61,7 @@ class StableDiffusion(Family):
     pipelines = (StableDiffusionPipeline,)
     denoiser_name = "unet"
     tags = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image")
+    objective: TextToImageObjective
 
     def __init__(
         self,
@@ -81,7 +82,9 @@ class StableDiffusion(Family):
         self.resting: list[torch.nn.Module] = []  # parts that wait on the host
         for frozen in (vae, text_encoder):
             frozen.requires_grad_(False)
-            frozen.to(device, dtype=dtype)
+            frozen.to(device)
+            if frozen.dtype != dtype:  # diffusers warns of a cast even where there is none
+                frozen.to(dtype=dtype)
         self.objective = TextToImageObjective(vae, self.encode_text, scheduler, dtype, **objective)
 
     @classmethod

@@ -270,6 +270,8 @@ def build_run(
     groups: np.ndarray | None,
 ) -> tuple[IterativeEnsemble, Budget]:
     """Everything of the run, at its first step."""
+    if settings.seed is None:
+        raise ValueError("a run is built from a seed")
     config = settings.method
     layout = Layout(config.num_shards, accelerator.num_processes, accelerator.process_index, accelerator.device)
     labels = label_values(rows, settings.label_column)

@@ -80,7 +80,7 @@ def _check_launch():
         if str_to_bool(os.environ.get(f"ACCELERATE_{variable}", "false")):
             raise UsageError(
                 f"accelerate is configured for {name}, which shards the model over processes; here each process trains "
-                "whole models. Launch without it: `accelerate launch --multi_gpu`, or another `accelerate config`"
+                "whole models. Launch without it, for example with another `accelerate config`"
             )
 
 
@@ -96,12 +96,13 @@ def _trackers(report_to):
     return report_to
 
 
-def agree_on_seed(settings: TrainingSettings) -> None:
-    """Draw the seed if none was given, the same on all processes, and start all streams from it."""
+def agree_on_seed(settings: TrainingSettings) -> int:
+    """Draw the seed if none was given, the same on all processes, and start all streams from it. Returns it."""
     if settings.seed is None:
         settings.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
         logger.info(f"Seed {settings.seed} was drawn")
     set_seed(settings.seed)
+    return settings.seed
 
 
 def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int) -> None:
@@ -115,8 +116,8 @@ def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget
     logger.info(f"  Gradient Accumulation steps = {settings.gradient_accumulation_steps}")
     logger.info(f"  Total optimization steps = {rounds.total_steps}")
     logger.info(
-        f"  Mitigation {settings.method.mitigation}: {rounds.num_shards} shards, {rounds.num_rounds} rounds of "
-        f"{rounds.steps_per_round} steps per proxy"
+        f"  {settings.method.mitigation}: {num_rows} samples in {rounds.num_shards} shards, {rounds.num_rounds} rounds "
+        f"of {rounds.steps_per_round} steps per proxy"
     )
 
 
@@ -134,8 +135,8 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
     folder = RunFolder(settings.output_dir)
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
-    agree_on_seed(settings)
-    repo_id = None
+    seed = agree_on_seed(settings)
+    repo_id = ""
     if accelerator.is_main_process:
         try:
             folder.records.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
             settings.validation_prompts,
             settings.validation_epochs,
             budget.steps_per_epoch,
-            settings.seed,
+            seed,
         )
     sample_ids = rows[SAMPLE_ID]
     progress = Progress(accelerator.is_local_main_process)
