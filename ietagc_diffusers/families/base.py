@@ -1,5 +1,6 @@
 """A family: everything that is particular to one kind of model."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,6 +136,7 @@ class Family(ABC):
             if name != self.denoiser_name and part is not None:
                 part.save_pretrained(folder / name)
         pipeline.save_config(folder)
+        _name_places(folder)
 
     @abstractmethod
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
@@ -143,3 +145,17 @@ class Family(ABC):
     @abstractmethod
     def save_denoiser(self, folder: Path, tensors: dict[str, torch.Tensor], more: dict[str, Any] | None = None) -> None:
         """Write weights as diffusers loads them, without changing the module. ``more``: keys for its configuration."""
+
+
+def place_name(place: str) -> str:
+    """A path of this machine as its last part; anything else, such as a Hub id, as it is."""
+    return Path(place).resolve().name if Path(place).exists() else place
+
+
+def _name_places(folder):
+    """Configurations say where a part came from: not with paths of this machine, which would go to the Hub."""
+    for path in [folder / "model_index.json", *folder.glob("*/*.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        where = config.get("_name_or_path") if isinstance(config, dict) else None
+        if isinstance(where, str) and place_name(where) != where:
+            path.write_text(json.dumps(config | {"_name_or_path": place_name(where)}, indent=2, sort_keys=True) + "\n")

@@ -70,7 +70,9 @@ class StableDiffusion(Family):
         self.device, self.dtype = torch.device(device), dtype
         for frozen in (vae, text_encoder):
             frozen.requires_grad_(False)
-            frozen.to(device, dtype=dtype)
+            frozen.to(device)
+            if frozen.dtype != dtype:  # diffusers warns of a cast even where there is none
+                frozen.to(dtype=dtype)
         self.objective = TextToImageObjective(vae, self.encode_text, scheduler, dtype, **objective)
 
     @classmethod

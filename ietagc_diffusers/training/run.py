@@ -80,7 +80,7 @@ def _check_launch():
         if str_to_bool(os.environ.get(f"ACCELERATE_{variable}", "false")):
             raise UsageError(
                 f"accelerate is configured for {name}, which shards the model over processes; here each process trains "
-                "whole models. Launch without it: `accelerate launch --multi_gpu`, or another `accelerate config`"
+                "whole models. Launch without it, for example with another `accelerate config`"
             )
 
 
@@ -116,8 +116,8 @@ def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget
     logger.info(f"  Gradient Accumulation steps = {settings.gradient_accumulation_steps}")
     logger.info(f"  Total optimization steps = {rounds.total_steps}")
     logger.info(
-        f"  Mitigation {settings.method.mitigation}: {rounds.num_shards} shards, {rounds.num_rounds} rounds of "
-        f"{rounds.steps_per_round} steps per proxy"
+        f"  {settings.method.mitigation}: {num_rows} samples in {rounds.num_shards} shards, {rounds.num_rounds} rounds "
+        f"of {rounds.steps_per_round} steps per proxy"
     )
 
 
