@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UsageError, with_flags
@@ -24,6 +25,7 @@ class FlagParser(argparse.ArgumentParser):
 def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
     parser = FlagParser(
+        prog=program(),
         description="Fine-tune Stable Diffusion without memorizing the training set (IET-AGC+).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -96,5 +98,13 @@ def parse_args(argv: Sequence[str] | None = None, kind: type[TrainingSettings] =
 def fail(error: UsageError, kind: type[TrainingSettings] = TrainingSettings) -> NoReturn:
     """Print what is wrong, with the flags' names, and exit with 2."""
     message = with_flags(str(error), known_names(kind))
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    print(f"{program()}: error: {message}", file=sys.stderr)
     raise SystemExit(2) from error
+
+
+def program() -> str:
+    """The program as it was called: a training script, ``ietagc train`` or ``python -m ietagc_diffusers train``."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"python -m {called.parent.name} train"
+    return called.name if called.suffix == ".py" else f"{called.name} train"

@@ -73,7 +73,7 @@ def unflatten(state: Any, tensors: dict[str, torch.Tensor]) -> State:
 
 
 def _save_state(path, state):
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     rest = flatten(state, tensors)
     if tensors:
         # Shared storage is not allowed in safetensors.

@@ -73,6 +73,21 @@ def test_words_for_training_are_passed_on_untouched(monkeypatch):
     assert main(["train", *words]) == 0 and given == [words]
 
 
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("/venv/bin/ietagc", "ietagc train"),
+        ("/site-packages/ietagc_diffusers/__main__.py", "python -m ietagc_diffusers train"),
+        ("train_text_to_image_ietagc.py", "train_text_to_image_ietagc.py"),
+    ],
+)
+def test_training_names_the_program_as_it_was_called(called, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--num_shards", "0"])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"{name}: error: --num_shards 0: ")
+
+
 def test_wrong_use_is_one_line_that_names_flags_and_only_flags(capsys, tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n")
     wrong = ["--prompts", str(tmp_path / "p.txt"), "--mitigation", "rt:num_words=-1"]

@@ -25,7 +25,7 @@ COMMANDS = {
     "detect": "find memorized prompts without the training images (Wen et al.)",
     "benchmark": "train and score a matrix of runs, and write the paper's tables",
 }
-TRAIN = "train"  # has its own parser: recipes and the launcher's flags come before it
+TRAIN = "train"  # has its own parser, which also reads recipes
 WRONG_USE, INTERRUPTED = 2, 130
 DESCRIPTION = "Fine-tune diffusion models without memorizing the training set, and measure what a model reproduces."
 

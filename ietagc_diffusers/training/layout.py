@@ -4,6 +4,8 @@ W processes, K shards. W <= K: each process owns K / W shards and trains them on
 K processes train one shard together. Anything else is an error.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -40,7 +42,7 @@ class Layout:
         self.size = num_processes // num_groups
         self.rank = process_index % self.size
         self.shards = self.groups[process_index // self.size]
-        self._group = None
+        self._group: Any = None
         if self.size > 1:
             for leader in range(0, num_processes, self.size):
                 group = dist.new_group(list(range(leader, leader + self.size)))
