@@ -46,6 +46,8 @@ def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
     family = kind.load(settings, accelerator.device, dtype, settings.method)
     if settings.enable_xformers_memory_efficient_attention:
         _use_xformers(family.denoiser, accelerator.device)
+    if settings.channels_last:
+        family.denoiser.to(memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     return family
@@ -134,12 +136,14 @@ def optimizer_factory(
             raise UsageError("`use_8bit_adam`: bitsandbytes is not installed; `pip install bitsandbytes`") from error
     else:
         optimizer_class = torch.optim.AdamW
+    fused = {"fused": True} if settings.fused_adam else {}
     return lambda: optimizer_class(
         parameters,
         lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
+        **fused,
     )
 
 
@@ -284,6 +288,8 @@ def build_run(
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    if settings.compile:
+        model = torch.compile(model)
     weights = Weights(family, config.num_shards > 1, average, settings.offload_ema)
     build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams)
     run = IterativeEnsemble(
