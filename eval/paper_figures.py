@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families import family_of
@@ -123,7 +124,7 @@ def fig7(scored: list[Scored]) -> Figure:
         raise UsageError("`scores`: the models share no prompt and seed")
     sets = {}
 
-    def image(scores, side, name):
+    def image(scores: dict[str, Any], side: str, name: str) -> Image.Image:
         source = scores[side]
         if source not in sets:
             sets[source] = images_of(scores, side)

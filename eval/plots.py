@@ -159,7 +159,7 @@ def plot_sampled(
     axes.legend(fontsize=8)
 
 
-def _at_equal_steps(seeds):
+def _at_equal_steps(seeds: list[list[FrontPoint]]) -> list[list[list[FrontPoint]]]:
     """Groups of seeds whose points are averaged: all of them, at the steps that they share, or each by itself if they
     share only the base.
     """

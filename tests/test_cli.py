@@ -7,14 +7,14 @@ from dataclasses import MISSING, fields
 
 import pytest
 from conftest import ROOT, environment
-from ietagc_diffusers.eval.detect import Detection
-from ietagc_diffusers.eval.generate import DTYPES, SCHEDULERS, Settings
-from ietagc_diffusers.eval.score import Protocol
 
 import ietagc_diffusers
 from ietagc_diffusers.arguments import flag_names
 from ietagc_diffusers.cli import COMMANDS, build_parser, common, main
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval.detect import Detection
+from ietagc_diffusers.eval.generate import DTYPES, SCHEDULERS, Settings
+from ietagc_diffusers.eval.score import Protocol
 from ietagc_diffusers.method.config import read_recipe, recipe_path
 
 SLOW = {"torch", "numpy", "diffusers", "transformers", "datasets", "accelerate", "matplotlib", "PIL"}

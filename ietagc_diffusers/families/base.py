@@ -171,7 +171,7 @@ def place_name(place: str) -> str:
     return Path(place).resolve().name if Path(place).exists() else place
 
 
-def _name_places(folder):
+def _name_places(folder: Path) -> None:
     """Configurations say where a part came from: not with paths of this machine, which would go to the Hub."""
     for path in [folder / "model_index.json", *folder.glob("*/*.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))
