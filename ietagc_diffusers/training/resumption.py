@@ -54,12 +54,17 @@ def base_mark(base: str) -> str:
 
 
 def resume(settings: TrainingSettings, run: IterativeEnsemble, marks: dict[str, Any], folder: RunFolder) -> bool:
-    """Go to the checkpoint that is wanted, if any. Returns whether there was one."""
-    if not settings.resume_from_checkpoint:
-        return False
-    path = checkpoint.find(settings.resume_from_checkpoint, folder)
+    """Go to the checkpoint that is wanted, if any. Returns whether there was one.
+
+    A new run sets aside what another left in its folder.
+    """
+    path = None
+    if settings.resume_from_checkpoint:
+        path = checkpoint.find(settings.resume_from_checkpoint, folder, marks)
+        if path is None:
+            logger.warning("No checkpoint yet: starting a new run")
     if path is None:
-        logger.warning("No checkpoint yet: starting a new run")
+        _begin(run, marks, folder, settings.pretrained_model_name_or_path)
         return False
     fixed = settings.shaping(Resume.FIXED) | set(FIXED_MARKS)
     for name in settings.resume_allow:
@@ -70,6 +75,20 @@ def resume(settings: TrainingSettings, run: IterativeEnsemble, marks: dict[str, 
     found = checkpoint.Checkpoint(path)
     checkpoint.check_fingerprint(found.fingerprint, marks, settings.resume_allow)
     run.resume(found)
+    if run.layout.is_main:
+        checkpoint.continues(folder, found.fingerprint, marks)
     run.layout.barrier()  # none may step, and in time remove this checkpoint, while another still reads it
     logger.info(f"Resuming from {path} at step {run.global_step}")
     return True
+
+
+def _begin(run, marks, folder, base):
+    """A new run in this folder."""
+    own, base = [path.resolve() for path in [folder.path, *folder.belongings()]], Path(base)
+    if base.is_dir() and (base.resolve() == own[0] or set(own[1:]) & {base.resolve(), *base.resolve().parents}):
+        raise UsageError(f"`output_dir` {folder.path}: holds the base model, which it would overwrite; give another")
+    if run.layout.is_main:
+        aside = checkpoint.begins(folder, marks)
+        if aside is not None:
+            logger.warning(f"{folder.path} held another run: its checkpoints, records and pipeline are now in {aside}")
+    run.layout.barrier()

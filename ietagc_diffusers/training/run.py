@@ -138,7 +138,7 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         if accelerator.is_main_process:
             if settings.save_shards:
                 records.save_shards(run, rows, folder)
-            run.weights.save_pipeline(folder.path)
+            checkpoints.save_pipeline(run)
             if validation:
                 validation.draw(run)
             if settings.push_to_hub:
