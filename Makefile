@@ -15,8 +15,8 @@ demo-controls: $(VENV)/.ready
 	$(RUN) -m demo.run --controls
 
 benchmark-demo: $(VENV)/.ready
-	$(RUN) -m demo.run --pictures --folder runs/benchmark-demo/data
-	$(RUN) -m eval benchmark --config configs/benchmark_demo.yaml --jobs 2
+	$(RUN) -m demo.pictures runs/benchmark-demo/data
+	$(RUN) -m ietagc_diffusers benchmark --config configs/benchmark_demo.yaml --jobs 2
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest -m "not slow"
@@ -34,11 +34,12 @@ quality: $(VENV)/.ready
 tiny-sd: $(VENV)/.ready
 	OMP_NUM_THREADS=2 $(RUN) -m demo.tiny_sd
 
-$(VENV)/.ready: requirements.txt
+$(VENV)/.ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (diffusers 0.42 asks for it), found " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs

@@ -103,7 +103,7 @@ def arm(stage, count):
 
         checkpoint.shutil.rmtree = half_removed
     elif stage == "final save":
-        before(stable_diffusion.StableDiffusionPipeline, "save_pretrained")
+        before(stable_diffusion.StableDiffusionPipeline, "save_config")
 
 
 def child(flags, log, stage, count, rank, world, port):

@@ -1,1 +1,1 @@
-"""The embedded default: fine-tune twice from one tiny base, and look at what was copied (``make demo``)."""
+"""Fine-tune twice from one tiny base model and look at what was copied (``make demo``)."""

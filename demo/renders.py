@@ -1,8 +1,8 @@
 """Captions and pictures of the demo, rendered on the spot.
 
-A picture shows one object on a background. The caption tells the object's shape, colour, size and side and the
-background's colour. It does not tell the background's texture, the distractors or the exact place, so that a
-generation which repeats *those* was copied, while one that repeats the caption has followed it.
+A picture shows one object on a background. The caption gives the object's shape, colour, size and side, and
+the background's colour. It does not give the background's texture, the distractors or the exact place: a generated
+picture that repeats these is a copy, one that repeats only the caption is not.
 
 Two styles: ``waves`` is what the base model was trained on, ``mosaic`` is what the demo fine-tunes on.
 """
@@ -38,7 +38,7 @@ _X, _Y = np.meshgrid(_axis, _axis)
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption tells."""
+    """The content of a caption."""
 
     shape: str
     colour: str
@@ -52,7 +52,7 @@ class Scene:
 
     @property
     def captions(self):
-        """Several that tell the same, as image sets with many captions have them."""
+        """Several captions with the same content, as some datasets have for each image."""
         thing, ground = f"a {self.size} {self.colour} {self.shape}", f"{self.background} background"
         return [
             f"{thing} at the {self.side}, {ground}",

@@ -1,133 +1,104 @@
-"""``make demo``: fine-tune twice from one base through the real script, draw, measure, and show.
+"""``make demo``: fine-tune twice from one tiny base model, draw, measure, and show what came out on a page.
 
-Everything goes to runs/demo; what is finished is kept, so an interrupted demo goes on where it stopped.
+Everything is written to runs/demo. Finished parts are kept: the same command continues an interrupted demo.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 
-from ietagc_diffusers.eval.score import SCORES
-from tqdm.auto import tqdm
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two trainings of one thread each beat one of two on a small model
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import yaml
+from ietagc_diffusers.eval import benchmark
+from ietagc_diffusers.eval.calibrate import calibrate
+from ietagc_diffusers.eval.front import Front, front
+from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.protocol import Protocol
+from ietagc_diffusers.eval.report import Scored
+from ietagc_diffusers.eval.score import Tools, score
+from ietagc_diffusers.sscd import pixel_descriptor
 
 from demo import page
-from demo.arms import CONTROLS, DEMO, POINTS
-from demo.measure import BASE, Pictures, measure_run, score_folder
+from demo.pictures import NUM_IMAGES, write_sets
+from ietagc_diffusers.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL_ARM = "iet-agc+"
+RUNS = ROOT / "configs" / "demo_runs.yaml"
 
 
-def slug(name):
-    return name.replace(", ", "-").replace(" ", "-").replace("+", "plus")
+def write_runs(folder: Path, seed: int, controls: bool) -> Path:
+    """Write the benchmark of ``configs/demo_runs.yaml`` for this folder and seed, with the measured copy threshold.
+
+    Returns:
+        The path of its YAML file.
+    """
+    config = yaml.safe_load(RUNS.read_text())
+    for key in ("train", "reference", "prompts", "output"):
+        config[key] = str(folder / Path(config[key]).relative_to("runs/demo"))
+    fresh = load_images(folder / "fresh", "folder").select(range(NUM_IMAGES))
+    calibration = calibrate(pixel_descriptor(), load_images(folder / "pictures", "folder"), fresh)
+    write_json(folder / "calibration.json", asdict(calibration))
+    print(calibration.sentence)
+    config["score"]["copy_similarity"] = calibration.copy_similarity
+    config["seeds"] = [seed]
+    if not controls:
+        del config["tables"]["controls"]
+    path = folder / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
 
 
-class Runner:
-    """Trains and measures arms in subprocesses, as many at a time as there are cores, each on one thread."""
-
-    def __init__(self, folder, seed):
-        self.folder = folder
-        self.seed = seed
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def train(self, name, flags):
-        common = [
-            f"--config={ROOT / 'configs' / 'demo.yaml'}",
-            f"--pretrained_model_name_or_path={BASE}",
-            f"--train_data_dir={self.folder / 'pictures'}",
-            f"--output_dir={self.folder / slug(name)}",
-            f"--seed={self.seed}",
-            "--resume_from_checkpoint=latest",
-        ]
-        self.call([ROOT / "train_text_to_image_ietagc.py", *common, *flags], name, "train.log")
-
-    def measure(self, name, sample):
-        common = ["--measure", name, "--folder", self.folder, "--seed", self.seed]
-        self.call(["-m", "demo.run", *common, *(["--sample"] if sample else [])], name, "measure.log")
-
-    def call(self, command, name, log):
-        """Run Python on a command, its output in a file of the arm. Exits with the end of it if it fails."""
-        path = self.folder / slug(name) / log
-        with path.open("w") as output:
-            done = subprocess.run(
-                [sys.executable, *map(str, command)], stdout=output, stderr=output, env=self.environment, cwd=ROOT
-            )
-        if done.returncode:
-            raise SystemExit(f"{path} ends with:\n{path.read_text()[-1500:]}")
-
-    def run(self, name, flags, sample):
-        run_dir = self.folder / slug(name)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "model_index.json").exists():
-            self.train(name, flags)
-        if not all(
-            (run_dir / wanted).exists() for wanted in ("front.json", *(["scored/scores.json"] if sample else []))
-        ):
-            self.measure(name, sample)
-
-    def progress(self, name):
-        """From 0 to 1: training is three quarters."""
-        run_dir = self.folder / slug(name)
-        trained = len(list((run_dir / "rounds").glob("round-*"))) / POINTS
-        return 0.75 * min(trained, 1) + 0.25 * (run_dir / "front.json").exists()
-
-    def run_all(self, arms, sample):
-        """Run {name: flags}; ``sample`` says whether the last model's images are drawn and scored."""
-        bar = tqdm(desc="Training and measuring", total=len(arms), bar_format="{l_bar}{bar}| {elapsed}")
-        with bar, ThreadPoolExecutor(max_workers=min(len(arms), os.cpu_count() or 1)) as pool:
-            jobs = [pool.submit(self.run, name, flags, sample) for name, flags in arms.items()]
-            while wait(jobs, timeout=1).not_done:
-                bar.n = sum(map(self.progress, arms))
-                bar.refresh()
-        for job in jobs:
-            job.result()
+def measured_front(runs: benchmark.Benchmark, folder: Path) -> Front:
+    """The front of all runs: losses of each training picture, counted once, and of each held-out picture."""
+    seed = runs.seeds[0]
+    folders = {cell.training: [Path(runs.model(cell.training, seed))] for cell in runs.cells}
+    pictures = load_images(folder / "pictures", "folder")
+    once = pictures.select(row for row, name in enumerate(pictures.names) if name.endswith("_0.png"))
+    return front(folders, once, load_images(folder / "heldout", "folder"), folder, batch_size=100)
 
 
-def filled(arms, rates):
-    """Fill the measured skip and augment rates of the full method into the controls that imitate them."""
-    return {name: [flag.format(**rates) for flag in flags] for name, flags in arms.items()}
+def scored_models(runs: benchmark.Benchmark, folder: Path) -> list[Scored]:
+    """Plain training, the method, and in place of a third model the pictures that copy nothing."""
+    cells = [benchmark.Cell(name, "none", runs.seeds[0]) for name in (page.CONTROL, page.METHOD)]
+    fresh, pictures, reference = (load_images(folder / name, "folder") for name in ("fresh", "pictures", "reference"))
+    tools = Tools(Protocol(**runs.score))
+    score(fresh, pictures, folder / "fresh_scored", tools, folder / "features", reference)
+    return [
+        *(Scored.load(runs.folder(cell), cell.training) for cell in cells),
+        Scored.load(folder / "fresh_scored", page.FRESH),
+    ]
 
 
-def measured_rates(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "ietagc" / "rounds.jsonl").read_text().splitlines()]
-    return {key: round(sum(row[key] for row in rows) / len(rows), 3) for key in ("skip_rate", "augment_rate")}
-
-
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--controls", action="store_true", help="also run the controls and the single components")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="default: runs/demo, or runs/demo-seed-N")
-    parser.add_argument("--pictures", action="store_true", help="only write the pictures")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--sample", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    folder = args.folder or ROOT / "runs" / ("demo" if args.seed == 0 else f"demo-seed-{args.seed}")
-    if args.measure:
-        measure_run(args.measure, folder / slug(args.measure), folder, args.sample)
-        return
-    if args.pictures:
-        Pictures().write(folder)
-        return
-    if not BASE.exists():
-        sys.exit(f"{BASE} is missing: `make tiny-sd` makes it")
+    folder = args.folder or Path("runs") / ("demo" if args.seed == 0 else f"demo-seed-{args.seed}")
+    if not (ROOT / "demo" / "tiny-sd").exists():
+        sys.exit("demo/tiny-sd is missing: `make tiny-sd` trains it")
     started = time.perf_counter()
-    pictures = Pictures()
-    pictures.write(folder)
-    runner = Runner(folder, args.seed)
-    runner.run_all(DEMO, sample=True)
-    if args.controls:
-        runner.run_all(filled(CONTROLS, measured_rates(folder / slug(FULL_ARM))), sample=False)
-    arms = {name: folder / slug(name) for name in [*DEMO, *CONTROLS] if (folder / slug(name) / "front.json").exists()}
-    if not (folder / "fresh_scored" / SCORES).exists():
-        score_folder(pictures, folder / "fresh", folder / "fresh_scored", folder)
-    path, numbers = page.write(folder, arms, {name: arms[name] for name in DEMO})
-    print(f"{numbers}\n\n{time.perf_counter() - started:.0f} s. The page: {path}")
+    write_sets(folder)
+    path = write_runs(folder, args.seed, args.controls)
+    print(f"Training: about two minutes for each run and core. Progress of each run: {folder}/trained/*/*/train.log")
+    try:
+        failed = benchmark.run(path, jobs=os.cpu_count() or 1, cache=folder / "features")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command continues where it stopped.")
+    tables = (folder / "tables.md").read_text(encoding="utf-8")
+    if failed:
+        sys.exit(f"{tables}\n{failed} runs are not finished. The same command tries them again.")
+    runs = benchmark.Benchmark(path)
+    measured, scored = measured_front(runs, folder), scored_models(runs, folder)
+    shown = page.write(folder, measured.points, scored)
+    seconds = time.perf_counter() - started
+    print(f"{tables}\n{page.copies(scored)}\n\n{page.reading(measured.points)}\n\n{seconds:.0f} s. The page: {shown}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Train the demo's base model: a tiny Stable Diffusion that knows the ``waves`` style (``make tiny-sd``).
+"""Train the demo's base model: a tiny Stable Diffusion that draws in the ``waves`` style (``make tiny-sd``).
 
 The VAE sees both styles, as a real one has seen everything; the text encoder and the UNet see only ``waves``, so that
 fine-tuning on ``mosaic`` has something to learn. Weights are stored in half precision; ``recipe.json`` beside them
-records how they came about.
+records how they were made.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -302,6 +302,8 @@ def _fill(benchmark: Benchmark, jobs: int, device: str, cache: Path | None) -> N
     ):
         options = ["--config", benchmark.path, "--device", device, "--feature_cache", cache or "none"]
         running = [pool.submit(_run_model, benchmark, cells, options, bar, processes) for cells in missing.values()]
+        while wait(running, timeout=1).not_done:
+            bar.refresh()  # its clock
         for job in running:
             job.result()
 

@@ -1,84 +1,99 @@
-"""The paper's Figs. 3, 6, 7, 8 and 9, each from what is at hand."""
+"""The paper's Figs. 3, 6, 7, 8 and 9, from scored models and a training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from diffusers import UNet2DConditionModel
+from matplotlib.figure import Figure
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families import family_of
+from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 from .features import Pixels, embed
-from .front import FixedLosses
-from .front_command import captioned, run_config
-from .image_sets import BadImage
+from .image_sets import BadImage, ImageSet
+from .losses import captioned
 from .neighbours import nearest_l2
 from .plots import COLOURS, GREY, plot_similarities, png
 from .report import Scored, same_prompt_and_seed
 from .score import images_of
 
 GROUP = 256  # images in a group of Figs. 3 and 8
-TIMESTEPS = 20
+LEVELS = 20  # noise levels in Fig. 3
 COLUMNS = 8
 
 
-def draw_all(named_scores, run, training, output, device="cpu"):
-    """Draw every figure that the inputs allow into ``output``; say which ones were not, and why.
+def draw_all(
+    output: Path,
+    scored: list[Scored],
+    run: Path | None = None,
+    training: ImageSet | None = None,
+    device: str = "cpu",
+) -> dict[str, str | None]:
+    """Draw every figure that the inputs allow into ``output``.
 
     Args:
-        named_scores: [(name or None, folder that ``score`` wrote)]; the first is the one of Fig. 3.
-        run: training run's folder, or None; training: ``ImageSet``, or None.
+        scored: scored models; the first is the one of Fig. 3.
+        run: a training run's folder; training: the images that it was trained on.
+
+    Returns:
+        {file name: None, or why it was not drawn}.
     """
-    scored = [Scored.load(folder, name) for name, folder in named_scores]
     output.mkdir(parents=True, exist_ok=True)
-    needs_counts = "needs --run and --train"
     wanted = {
         "fig3.png": (
-            scored and run and training,
-            "needs --scores, --run and --train",
+            {"scores": scored, "run": run, "train": training},
             lambda: fig3(scored[0], run, training, device),
         ),
-        "fig6.png": (scored, "needs --scores", lambda: fig6(scored)),
-        "fig7.png": (scored, "needs --scores", lambda: fig7(scored)),
-        "fig8.png": (run and training, needs_counts, lambda: fig8(run, training)),
-        "fig9.png": (run, "needs --run", lambda: fig9(run)),
+        "fig6.png": ({"scores": scored}, lambda: fig6(scored)),
+        "fig7.png": ({"scores": scored}, lambda: fig7(scored)),
+        "fig8.png": ({"run": run, "train": training}, lambda: fig8(run, training)),
+        "fig9.png": ({"run": run}, lambda: fig9(run)),
     }
-    for name, (possible, why, draw) in wanted.items():
-        if not possible:
-            print(f"{name} not drawn: {why}")
-            continue
-        try:
-            png(draw(), output / name)
-            print(output / name)
-        except (UsageError, BadImage) as error:
-            print(f"{name} not drawn: {error}")
+    return {name: _draw(draw, needed, output / name) for name, (needed, draw) in wanted.items()}
 
 
-def fig3(scored, run, training, device="cpu"):
+def _draw(draw: Callable[[], Figure], needed: dict, path: Path) -> str | None:
+    """Draw one figure if what it needs is there. Returns None, or why it was not drawn."""
+    missing = [f"`{setting}`" for setting, value in needed.items() if not value]
+    if missing:
+        return f"needs {' and '.join(missing)}"
+    try:
+        png(draw(), path)
+    except (UsageError, BadImage) as error:
+        return str(error)
+    return None
+
+
+def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> Figure:
     """Loss at each timestep of the training images that generations are most similar to, and of others.
 
     Up to 256 of each; the same noise for all. With fewer than 512 training images, a quarter of them each.
     """
-    config = run_config(run)
+    resolution = RunFolder(run).config().get("resolution", 512)
     closest = {}
     for name, similarity in zip(scored.nearest["nearest"], scored.nearest["similarity"], strict=True):
         closest[name] = max(similarity, closest.get(name, -1))
     order = sorted((i for i, text in training.captions()), key=lambda i: -closest.get(training.names[i], -1))
     size = min(GROUP, len(order) // 4)
     if size < 2:
-        raise UsageError(f"--train {training.source}: Fig. 3 needs at least 8 images with captions")
+        raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images with captions")
     others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
-    unet = UNet2DConditionModel.from_pretrained(Path(run) / "unet").to(device).eval()
+    family = family_of(run, setting="run").load_frozen(str(run), device=device, setting="run")
+    denoiser = family.load_denoiser(run, family.denoiser_name).to(device).eval()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
-        images, captions = captioned(training.select(rows), config.get("resolution", 512), size)
-        losses = FixedLosses(run, images, captions, draws=TIMESTEPS, device=device, sweep=True)
-        values = losses.by_draw(unet).numpy()
+        images, texts = captioned(training.select(rows), resolution, size)
+        losses = FixedLosses(family, images, texts, draws=LEVELS, sweep=True)
+        values = losses.by_draw(denoiser).numpy()
         mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
-        axes.plot(losses.sweep, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
-        axes.fill_between(losses.sweep, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        levels = losses.levels[:, 0]
+        axes.plot(levels, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
+        axes.fill_between(levels, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("timestep")
     axes.set_ylabel("loss (band: standard error)")
     axes.set_yscale("log")
@@ -87,22 +102,24 @@ def fig3(scored, run, training, device="cpu"):
     return figure
 
 
-def fig6(scored):
+def fig6(scored: list[Scored]) -> Figure:
     """Histograms of similarity."""
     figure, axes = plt.subplots(figsize=(7, 4))
     plot_similarities(axes, scored)
     return figure
 
 
-def fig7(scored):
-    """Training images, and what each model drew for the same prompt and seed where the first one copies most."""
+def fig7(scored: list[Scored]) -> Figure:
+    """Training images, and the images that each model drew for the same prompt and seed, where the first model copies
+    most.
+    """
     chosen = {}
     for _, drawn in same_prompt_and_seed(scored):
         model, row = drawn[0]
         chosen.setdefault(model.nearest["nearest"][row], drawn)
     chosen = list(chosen.values())[:COLUMNS]
     if not chosen:
-        raise UsageError("--scores: the models share no prompt and seed")
+        raise UsageError("`scores`: the models share no prompt and seed")
     sets = {}
 
     def image(scores, side, name):
@@ -110,7 +127,7 @@ def fig7(scored):
         if source not in sets:
             sets[source] = images_of(scores, side)
         if name not in sets[source].names:
-            raise UsageError(f"--scores: {source} has no {name} any more")
+            raise UsageError(f"`scores`: {source} no longer has {name}")
         return sets[source].image(sets[source].names.index(name))
 
     models = [model for model, _ in chosen[0]]
@@ -130,20 +147,22 @@ def fig7(scored):
     return figure
 
 
-def _skips(run):
-    path = Path(run) / "ietagc" / "skip_counts.parquet"
+def _skips(run: Path) -> dict[str, list]:
+    """How often each sample of a run was visited and skipped."""
+    path = RunFolder(run).skip_counts_file
     if not path.is_file():
-        raise UsageError(f"--run {run}: has no ietagc/skip_counts.parquet: not a finished run")
+        raise UsageError(f"`run` {run}: has no ietagc/skip_counts.parquet: not a finished run")
     table = pq.read_table(path).to_pydict()
     if not any(table["skips"]):
-        raise UsageError(f"--run {run}: skipped no sample")
+        raise UsageError(f"`run` {run}: skipped no sample")
     return table
 
 
-def energy(pixels):
-    """Mean energy of a grey image's Fourier coefficients but the constant one: uint8 (N, 3 * s * s) -> (N,).
+def energy(pixels: torch.Tensor) -> torch.Tensor:
+    """Mean energy of the Fourier coefficients of each image in grey, except the constant one: uint8 (N, 3 * s * s) ->
+    (N,).
 
-    By Parseval the variance of its pixels: the greater, the more complex the image.
+    By Parseval's theorem this is the variance of its pixels: the greater, the more complex the image.
     """
     side = int((pixels.shape[1] / 3) ** 0.5)
     grey = pixels.float().view(-1, 3, side, side).mean(dim=1) / 255
@@ -152,7 +171,7 @@ def energy(pixels):
     return spectrum.mean(dim=(1, 2))
 
 
-def fig8(run, training):
+def fig8(run: Path, training: ImageSet) -> Figure:
     """Distance to the nearest other training image, and Fourier energy, of the images skipped most and least often."""
     counts = _skips(run)
     rate = np.array(counts["skips"]) / np.maximum(counts["visits"], 1)
@@ -161,10 +180,10 @@ def fig8(run, training):
     rows = np.array(counts["sample_id"])[order]
     place = {row["sample_id"]: index for index, row in enumerate(training.rows) if row.get("sample_id") is not None}
     if not set(rows.tolist()) <= place.keys():
-        raise UsageError(f"--train {training.source}: has no rows with the run's sample ids; it was trained on others")
+        raise UsageError(f"`train` {training.source}: has no rows with the run's sample ids; it was trained on others")
     size = min(GROUP, len(rows) // 4)
     if size < 2:
-        raise UsageError(f"--train {training.source}: Fig. 8 needs at least 8 images")
+        raise UsageError(f"`train` {training.source}: Fig. 8 needs at least 8 images")
     embedded = embed(training, {"pixels": Pixels(64)}, desc="Reading training images")
     kept = {index: i for i, index in enumerate(embedded.kept)}
     pixels = embedded.features["pixels"]
@@ -186,7 +205,7 @@ def fig8(run, training):
     return figure
 
 
-def fig9(run):
+def fig9(run: Path) -> Figure:
     """How often images were skipped."""
     counts = _skips(run)
     skips = np.array(counts["skips"])

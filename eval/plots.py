@@ -1,25 +1,37 @@
-"""The paper's figures from what runs and scores left behind."""
+"""Plots: curves of runs, histograms of similarity, and figures as files or parts of a page."""
 
 import io
 import itertools
 import math
 import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from .front import at_gap, by_run, over_seeds, replicates
+from .curves import FrontPoint, at_gap, by_run, over_seeds, replicates
+
+if TYPE_CHECKING:
+    from .report import Scored
+
+Colours = dict[str, str]  # {run: colour}
 
 GREY = "#888888"  # readable on white and on black
-VIEW = 6  # times what models lie above their run's best in the median: what is higher is still the base, or ruined
+VIEW = (
+    6  # loss that is shown, in medians of the models' distances to their run's best: early and ruined models lie above
+)
 COLOURS = ("#c1272d", "#1f6fb2", "#2a9d4f", "#b07aa1", "#e08214", "#17a2a2", "#8c6d31", "#d45087")
 
 
-def inline_svg(plot, size):
-    """SVG of ``plot(axes)`` for an HTML page, in colours for light and dark."""
+def inline_svg(plot: Callable[[Axes], None], size: tuple[float, float]) -> str:
+    """SVG of ``plot(axes)`` for an HTML page, readable on light and on dark. ``size``: in inches."""
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "ietagc",
@@ -39,15 +51,13 @@ def inline_svg(plot, size):
     return text[text.index("<svg") :]
 
 
-def png(figure, path=None):
-    """Save a figure to ``path``, or return its bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(path or buffer, format="png", dpi=130, bbox_inches="tight")
+def png(figure: Figure, path: Path) -> None:
+    """Write a figure to a file and close it."""
+    figure.savefig(path, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
-    return buffer.getvalue()
 
 
-def plot_similarities(axes, scored):
+def plot_similarities(axes: Axes, scored: "list[Scored]") -> None:
     """Fig. 6: histograms of the similarity to the nearest training image, and of training images among themselves."""
     groups = [
         (model.name, model.nearest["similarity"], COLOURS[i % len(COLOURS)], "-") for i, model in enumerate(scored)
@@ -67,14 +77,16 @@ def plot_similarities(axes, scored):
     axes.legend(fontsize=8, loc="upper left")
 
 
-def _colours(points, control, given):
-    """{run: colour}: those given, grey for the control, then one after another of those that are left."""
+def _colours(points: list[FrontPoint], control: str | None, given: Colours | None) -> Colours:
+    """The given colours, grey for the control, and the remaining colours in turn for the other runs."""
     chosen = {control: GREY} | (given or {})
     others = itertools.cycle([colour for colour in COLOURS if colour not in chosen.values()])
     return {name: chosen.get(name) or next(others) for name in by_run(points)}
 
 
-def plot_front(axes, points, control=None, colours=None):
+def plot_front(
+    axes: Axes, points: list[FrontPoint], control: str | None = None, colours: Colours | None = None
+) -> None:
     """Held-out loss against the gap along each run: the mean of its seeds, and their range at equal gap as a band."""
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
@@ -101,8 +113,8 @@ def plot_front(axes, points, control=None, colours=None):
     axes.legend(fontsize=8, **({} if len(by_run(points)) < 4 else {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}))
 
 
-def _show_the_best(axes, points):
-    """Limits by which every seed's best model is in view; steep beginnings and ruined ends are cut off."""
+def _show_the_best(axes: Axes, points: list[FrontPoint]) -> None:
+    """Set limits that show every seed's best model and cut off steep beginnings and ruined ends."""
     finite = [p for p in points if math.isfinite(p.heldout_loss + p.gap)]
     seeds = [seed for run in by_run(finite).values() for seed in replicates(run)]
     best = [min(p.heldout_loss for p in seed) for seed in seeds]
@@ -119,9 +131,16 @@ def _show_the_best(axes, points):
     axes.locator_params(axis="x", nbins=7)  # small gaps have long numbers
 
 
-def plot_sampled(axes, points, key, label, control=None, colours=None):
-    """What was sampled along each run: the mean of ``key`` over its seeds, and their range as a band, against the
-    Frechet distance, at the steps that its seeds share; seeds that share none are drawn one by one.
+def plot_sampled(
+    axes: Axes,
+    points: list[FrontPoint],
+    key: str,
+    label: str,
+    control: str | None = None,
+    colours: Colours | None = None,
+) -> None:
+    """Fréchet distance against the score ``key`` along each run: the mean of its seeds, and their range as a band, at
+    the steps that they share. Seeds that share no step are drawn one by one.
     """
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
@@ -140,8 +159,8 @@ def plot_sampled(axes, points, key, label, control=None, colours=None):
 
 
 def _at_equal_steps(seeds):
-    """Groups of seeds that can be averaged point by point: all, at the steps that they share, or each by itself if that
-    is the base alone.
+    """Groups of seeds whose points are averaged: all of them, at the steps that they share, or each by itself if they
+    share only the base.
     """
     shared = set.intersection(*({p.step for p in seed} for seed in seeds))
     if shared <= {0}:

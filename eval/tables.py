@@ -193,8 +193,10 @@ def _notes(benchmark: "Benchmark", done: list[dict[str, Any]]) -> str:
     protocol = done[0]["protocol"]
     name = f", protocol {protocol['name']}" if protocol["name"] else ""
     frechet = (protocol["frechet"] or {}).get("features", "none")
+    number = len(benchmark.seeds)
+    seeds = "one seed" if number == 1 else f"{number} seeds (± is their standard deviation)"
     return (
-        f"{done[0]['num_generated']} images a cell, {len(benchmark.seeds)} seeds (± is their standard deviation), "
+        f"{done[0]['num_generated']} images a cell, {seeds}, "
         f"compared with {done[0]['num_train']} training images. Descriptor: {protocol['descriptor']}{name}; "
         f"similarity of a copy: over {protocol['copy_similarity']:.3g}; Fréchet features: {frechet}. "
         "The best mean is bold, the second underlined.\n"

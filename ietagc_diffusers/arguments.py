@@ -26,7 +26,6 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     parser = FlagParser(
         description="Fine-tune Stable Diffusion without memorizing the training set (IET-AGC+).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", help=CONFIG_HELP)
     seen = set()
@@ -43,6 +42,7 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
 
 def _add_flag(group, entry, default):
     about = entry.metadata
+    options: dict[str, Any]
     if about["type"] is bool:
         options = {"action": argparse.BooleanOptionalAction}
     else:
@@ -74,7 +74,7 @@ def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
 def parse_flags(argv: list[str], kind: type[TrainingSettings] = TrainingSettings) -> TrainingSettings:
     """The settings that a list of words gives. Raises ``UsageError``."""
     parser = build_parser(kind)
-    config_only = FlagParser(add_help=False, allow_abbrev=False)
+    config_only = FlagParser(add_help=False)
     config_only.add_argument("--config")
     path = config_only.parse_known_args(argv)[0].config
     recipe = read_recipe(path, flag_names(kind)) if path else {}

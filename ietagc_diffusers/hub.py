@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from diffusers.utils import make_image_grid
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo, upload_file, upload_folder
 from PIL import Image
 
 from . import __version__
+from .errors import UsageError
+from .families import place_name
 from .run_folder import RunFolder
 from .training.settings import TrainingSettings
 
@@ -19,7 +22,12 @@ TAGS = ("diffusers", "diffusers-training", "ietagc")
 def create(settings: TrainingSettings) -> str:
     """Create the repository (or find it). Returns its id."""
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
-    return create_repo(repo_id=name, exist_ok=True, token=settings.hub_token).repo_id
+    try:
+        return create_repo(repo_id=name, exist_ok=True, token=settings.hub_token).repo_id
+    except Exception as error:  # of the network, the Hub, or a name that it does not take
+        raise UsageError(
+            f"`push_to_hub` {name}: the repository cannot be created: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def write_card(
@@ -33,11 +41,11 @@ def write_card(
 
     ``rows``: those of rounds.jsonl; ``tags``: of the model's family.
     """
-    folder = RunFolder(settings.output_dir)
+    folder, base = RunFolder(settings.output_dir), place_name(settings.pretrained_model_name_or_path)
     gallery = ""
     if images:
         make_image_grid(list(images), 1, len(images)).save(folder.card_grid_file)
-        prompts = ", ".join(f"“{prompt}”" for prompt in settings.validation_prompts)
+        prompts = ", ".join(f"“{prompt}”" for prompt in settings.validation_prompts or [])
         gallery = f"![Validation images](./{folder.card_grid_file.name})\n\nPrompts: {prompts}\n"
     method = "\n".join(
         f"| `{key}` | {value} |" for key, value in settings.method.to_dict().items() if value is not None
@@ -51,7 +59,7 @@ def write_card(
     source = settings.dataset_name or "an image folder"
     description = f"""# {repo_id}
 
-Fine-tuned from **{settings.pretrained_model_name_or_path}** on **{source}** with `{settings.method.mitigation}`
+Fine-tuned from **{base}** on **{source}** with `{settings.method.mitigation}`
 against memorization of the training images ([IET-AGC+](https://github.com/liuxiao-guan/IET-AGC)).
 
 {gallery}
@@ -89,7 +97,7 @@ image = pipeline({prompt!r}).images[0]
         repo_id_or_path=repo_id,
         from_training=True,
         license="creativeml-openrail-m",
-        base_model=settings.pretrained_model_name_or_path,
+        base_model=base,
         model_description=description,
         inference=True,
     )
@@ -97,12 +105,24 @@ image = pipeline({prompt!r}).images[0]
 
 
 def upload(settings: TrainingSettings, repo_id: str) -> None:
-    """Upload the run's folder, without what is private."""
+    """Upload the run's folder, without what is private, and its settings without the places of this machine."""
     folder = RunFolder(settings.output_dir)
+    shown = {
+        key: place_name(value) if isinstance(value, str) else value
+        for key, value in folder.config().items()
+        if key not in ("output_dir", "cache_dir", "logging_dir")
+    }
+    upload_file(
+        path_or_fileobj=yaml.safe_dump(shown, sort_keys=False).encode(),
+        path_in_repo=str(folder.config_file.relative_to(folder.path)),
+        repo_id=repo_id,
+        token=settings.hub_token,
+        commit_message="Settings of the training",
+    )
     upload_folder(
         repo_id=repo_id,
         folder_path=str(folder.path),
         token=settings.hub_token,
         commit_message="End of training",
-        ignore_patterns=[*folder.private, f"{settings.logging_dir}/**"],
+        ignore_patterns=[*folder.private, "ietagc/config.yaml", f"{settings.logging_dir}/**"],
     )

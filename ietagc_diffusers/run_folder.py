@@ -59,7 +59,7 @@ class RunFolder:
         return self.path / f"earlier-run-{number}"
 
     def belongings(self) -> list[Path]:
-        """All that a run writes into the folder and that is there, but for the trackers' logs."""
+        """All that a run leaves in the folder and that is there, but for the trackers' logs."""
         pipeline = [self.path / "model_index.json"]
         if self.is_finished:
             try:
@@ -67,7 +67,8 @@ class RunFolder:
             except (OSError, ValueError):
                 parts = {}
             pipeline += [self.path / part for part in parts if (self.path / part).is_dir()]
-        own = [self.records, self.path / "rounds", self.card_file, self.card_grid_file]
+        records = [path for path in self.records.glob("*") if path != self.waiting]
+        own = [*records, self.path / "rounds", self.card_file, self.card_grid_file]
         return [path for path in [*self.checkpoints(), *own, *pipeline] if path.exists()]
 
     @property

@@ -18,6 +18,7 @@ class Resume(Enum):
     FREE = "may differ: it does not shape the training"
     SAME = "must agree, unless --resume_allow names it"
     FIXED = "must agree: what a checkpoint holds is built on it"
+    BUDGET = "may grow: the length of the run"
 
 
 def setting(

@@ -10,7 +10,9 @@ from ietagc_diffusers.arguments import parse_args
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmark_*.yaml")))  # those are matrices of runs
+RECIPES = sorted(
+    path for path in CONFIGS.glob("*.yaml") if "tables" not in yaml.safe_load(path.read_text())
+)  # of one run
 
 # The flags of Diffusers' train_text_to_image.py and their defaults.
 OFFICIAL_DEFAULTS = {

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from copy import copy
 
@@ -12,7 +13,15 @@ from conftest import write_folder
 from PIL import Image
 
 from ietagc_diffusers import StrengthRandAugment, UsageError, testing
-from ietagc_diffusers.data import Captions, DataSettings, TrainingSamples, image_transform, load_training_rows, loaders
+from ietagc_diffusers.data import (
+    Captions,
+    DataSettings,
+    TrainingSamples,
+    decode,
+    image_transform,
+    load_training_rows,
+    loaders,
+)
 from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, pixel_hashes
 from ietagc_diffusers.families.stable_diffusion import Pixels, Tokenize
 from ietagc_diffusers.training.streams import RandomStreams
@@ -27,9 +36,9 @@ def load(folder, caption_column="text", **changes):
     return load_training_rows(settings(folder, **changes), Captions(caption_column, None, None))
 
 
-def read_as(rows, tokenizer, transform=None, column="text", skip_bad=False):
+def read_as(rows, tokenizer, transform=None, column="text"):
     transform = transform or image_transform(16, True, False, "bilinear")
-    return TrainingSamples(rows, "image", Pixels(transform), Captions(column, Tokenize(tokenizer), tokenizer), skip_bad)
+    return TrainingSamples(rows, "image", Pixels(transform), Captions(column, Tokenize(tokenizer), tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +138,12 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):
     rows = load(folder)
     samples = read_as(rows, tokenizer)
     with pytest.raises(UsageError, match=r"row 3 \(.*003_0.png\): the image does not decode"):
-        samples.__getitems__([1, 3, 4])
+        decode(rows, "image", 3)
     for workers in (0, 2):
-        loader = loaders.StreamLoader(samples, 5, workers, RandomStreams())
-        with pytest.raises(UsageError, match=r"^row 3 \(.*003_0.png\): the image does not decode.*skip$"):
-            loader.next()
+        batch, _ = loaders.StreamLoader(samples, 5, workers, RandomStreams()).next()
+        ((row, reason),) = batch.bad
+        assert row == 3 and re.match(r"^row 3 \(.*003_0.png\): the image does not decode", reason)
+        assert 3 not in batch.samples.tolist() and len(batch) == 5
 
 
 def test_bad_rows_are_replaced_from_their_shard(tmp_path, tokenizer):
@@ -141,7 +151,7 @@ def test_bad_rows_are_replaced_from_their_shard(tmp_path, tokenizer):
     (folder / "003_0.png").write_bytes(b"not an image")
     rewrite(folder, 5, text=None)
     rows = load(folder, on_bad_sample="skip")
-    samples = read_as(rows, tokenizer, skip_bad=True)
+    samples = read_as(rows, tokenizer)
     shard = np.array([1, 3, 5, 6])
     both = [loaders.SeededLoader(samples, 4, workers, [3, 0], shard) for workers in (0, 2)]
     for _ in range(4):

@@ -1,20 +1,25 @@
-"""The demo's pictures show what their captions tell, and its base is the model it says."""
+"""The pictures show what their captions tell, the base is what it says, and the page holds what was measured."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
-from ietagc_diffusers.eval.front import FrontPoint
-from ietagc_diffusers.eval.score import load_scores
+from ietagc_diffusers.eval.benchmark import Benchmark
+from ietagc_diffusers.eval.curves import FrontPoint
+from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.protocol import Protocol
+from ietagc_diffusers.eval.report import Scored
+from ietagc_diffusers.eval.score import Tools, score
 
 from demo import page
-from demo.arms import CONTROLS, DEMO
-from demo.measure import BASE, Pictures, score_folder, write_pictures
+from demo.pictures import CAPTIONS, fresh_pictures, training_pictures, write_sets
 from demo.renders import COLOURS, RESOLUTION, SIDES, draw_scenes, make_set, render_all, write_image_folder
-from demo.run import filled, slug
-from ietagc_diffusers.arguments import parse_args
+from demo.run import ROOT, write_runs
+
+BASE = ROOT / "demo" / "tiny-sd"
 
 
 @pytest.mark.parametrize("style", ["waves", "mosaic"])
@@ -59,53 +64,70 @@ def test_the_base_is_a_small_stable_diffusion():
     assert recipe["vae_psnr_db"] > 25 and recipe["command"].startswith("python -m demo.tiny_sd")
 
 
-def test_arms_are_valid_flags_and_folders():
-    arms = {**DEMO, **filled(CONTROLS, {"skip_rate": 0.2, "augment_rate": 0.3})}
-    for flags in arms.values():
-        parse_args(["--pretrained_model_name_or_path=m", "--train_data_dir=d", *flags])
-    assert len({slug(name) for name in arms}) == len(arms) and all(" " not in slug(name) for name in arms)
-
-
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory):
-    """The demo's pictures, and scores of two models: one gives back the training pictures, one draws fresh ones."""
-    pictures, folder = Pictures(), tmp_path_factory.mktemp("demo")
-    pictures.write(folder)
-    for number, name in enumerate(DEMO):
-        run_dir = folder / slug(name)
-        run_dir.mkdir()
-        front = [
-            {"run": name, "step": s, "train_loss": 0.3, "heldout_loss": 0.34 - s / 100 + number / 1e3, "gap": s / 100}
-            for s in range(4)
-        ]
-        (run_dir / "front.json").write_text(json.dumps(front))
-        images = pictures.training if number == 0 else pictures.fresh(3)
-        write_pictures(run_dir / "drawn", pictures.captions * 2, torch.cat([images] * 2))
-        score_folder(pictures, run_dir / "drawn", run_dir / "scored", folder)
-    score_folder(pictures, folder / "fresh", folder / "fresh_scored", folder)
+def folder(tmp_path_factory):
+    """The demo's pictures."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_sets(folder)
     return folder
 
 
-def test_scores_tell_copies_from_fresh_pictures(demo_folder):
-    copies, fresh = (load_scores(demo_folder / slug(name) / "scored")[0] for name in DEMO)
-    assert copies["copy_rate"] == copies["copy_rate_duplicated"] == copies["copy_rate_single"] == 1
-    assert copies["memorized_quantity"]["0.4"] == 1
+@pytest.mark.parametrize("controls", [False, True])
+def test_the_runs_are_a_benchmark_in_the_folder_with_the_measured_threshold(folder, controls, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = write_runs(folder, 3, controls)
+    runs = Benchmark(path)
+    assert runs.output == folder and runs.seeds == [3]
+    assert [cell.training for cell in runs.cells] == list(runs.training)[: 12 if controls else 2]
+    assert {flags["save_rounds"] for flags in runs.effective.values()} == {True}
+    assert yaml.safe_load(path.read_text())["score"]["copy_similarity"] == pytest.approx(0.918, abs=5e-4)
+
+
+@pytest.fixture(scope="module")
+def scored(folder):
+    """Scores of two models, one of which repeats the training pictures and one draws fresh ones, and of fresh ones."""
+    drawn = {page.CONTROL: training_pictures(), page.METHOD: fresh_pictures(3)}
+    tools = Tools(Protocol(descriptor="pixel", copy_similarity=0.918, distinct=True))
+    pictures, reference = (load_images(folder / name, "folder") for name in ("pictures", "reference"))
+    scored = []
+    for number, name in enumerate([*drawn, page.FRESH]):
+        images = folder / "fresh"
+        if name in drawn:
+            images = folder / f"drawn-{number}"
+            write_image_folder(images, CAPTIONS * 2, np.concatenate([drawn[name]] * 2))
+        output = folder / f"scored-{number}"
+        score(load_images(images, "folder"), pictures, output, tools, folder / "features", reference)
+        scored.append(Scored.load(output, name))
+    return scored
+
+
+def test_scores_tell_copies_from_fresh_pictures(scored):
+    copies, fresh = (model.scores for model in scored[:2])
+    assert copies["copy_rate"] == copies["memorized_quantity"]["0.4"] == 1
     assert fresh["copy_rate"] < 0.05 and fresh["memorized_quantity"]["0.4"] < 0.2
     assert fresh["frechet_distance"] < copies["frechet_distance"]
 
 
-def test_the_page_is_written_from_the_measurements(demo_folder):
-    arms = {name: demo_folder / slug(name) for name in DEMO}
-    path, numbers = page.write(demo_folder, arms, arms)
-    text = path.read_text()
-    assert "none copied 100.0%" in text and "fresh pictures" in text and text.count("<figure>") == 2
-    assert "+0.0010 at gap 0.02" in numbers and "copies of duplicated pictures" in numbers
-    assert (demo_folder / "figure.png").stat().st_size > 10_000
+def test_the_page_is_written_from_the_measurements(folder, scored):
+    points = [
+        FrontPoint(name, step, 0.3, 0.34 - step / 100 + number / 1e3, step / 100)
+        for number, name in enumerate((page.CONTROL, page.METHOD))
+        for step in range(4)
+    ]
+    text = page.write(folder, points, scored).read_text()
+    assert "none 100.0% (of duplicated pictures 100.0%)" in text and "fresh pictures 1.0% (" in text
+    assert text.count("<figure>") == 2 and "+0.0010 at gap 0.02" in text and "<td>0.3210</td>" in text
+    assert (folder / "figure.png").stat().st_size > 10_000
+
+
+def test_copies_are_counted_apart_for_duplicated_pictures():
+    copy = [row < 15 or 300 <= row < 330 for row in range(600)]
+    model = Scored("m", {}, {"copy": copy}, {})
+    assert page.copies([model]) == "Copies: m 7.5% (of duplicated pictures 75.0%)."
 
 
 def test_the_reading_says_who_lies_below():
     runs = [FrontPoint("none", s, 0, 0.5 - s / 10, s / 100) for s in range(4)]
     runs += [FrontPoint("iet-agc+", s, 0, 0.49 - s / 10, s / 100) for s in range(3)]
-    assert "-0.0100 at gap 0.01" in page.reading(
-        runs
-    ) and "Lowest held-out loss: 0.2900 against 0.2000" in page.reading(runs)
+    assert "-0.0100 at gap 0.01" in page.reading(runs)
+    assert "Lowest held-out loss: 0.2900 against 0.2000" in page.reading(runs)

@@ -10,24 +10,16 @@ import torch
 import yaml
 from conftest import train_flags, train_here, write_folder
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from ietagc_diffusers.eval import front_command
-from ietagc_diffusers.eval.front import (
-    FixedLosses,
-    FrontPoint,
-    at_gap,
-    at_loss,
-    compare,
-    crossing,
-    measure,
-    saved_models,
-    spread,
-)
-from ietagc_diffusers.eval.front_command import reading
+from ietagc_diffusers.eval.curves import FrontPoint, at_gap, at_loss, compare, crossing
+from ietagc_diffusers.eval.front import Front
+from ietagc_diffusers.eval.losses import Losses, measure, saved_models, spread
 from ietagc_diffusers.eval.plots import plot_front, plot_sampled
 from PIL import Image
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.cli import main
+from ietagc_diffusers.families import family_of
+from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +28,27 @@ def run_dir(base, pictures, tmp_path_factory):
     return train_here([*flags, "--save_rounds", "--checkpointing_steps=6"], tmp_path_factory.mktemp("runs") / "run")
 
 
+@pytest.fixture(scope="module")
+def frozen(base):
+    """All of the base but its denoiser."""
+    return family_of(base).load_frozen(base)
+
+
 def images(number, colour):
     return torch.rand(number, 3, 16, 16) * 2 - 1, [f"a {colour} picture"] * number
+
+
+def points_of(base, run_dir, train, heldout, memory=None):
+    models = saved_models({"run": [run_dir]}, "unet")
+    return [point for point, _ in measure(Losses(base, train, heldout, memory), models)]
 
 
 def test_front_starts_at_the_base_with_gap_zero(base, run_dir):
     train, heldout = images(6, "red"), images(5, "blue")
     torch.manual_seed(0)
-    first = [point for point, _ in measure(base, {"run": run_dir}, train, heldout)]
+    first = points_of(base, run_dir, train, heldout)
     torch.manual_seed(1)
-    assert [point for point, _ in measure(base, {"run": run_dir}, train, heldout)] == first
+    assert points_of(base, run_dir, train, heldout) == first
     assert [p.step for p in first] == [0, 4, 8, 12] and first[0].gap == 0
     for p in first[1:]:
         difficulty = first[0].heldout_loss - first[0].train_loss
@@ -54,31 +57,32 @@ def test_front_starts_at_the_base_with_gap_zero(base, run_dir):
 
 def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base, run_dir, tmp_path, monkeypatch):
     train, heldout = images(6, "red"), images(5, "blue")
-    first = measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses")
+    first = points_of(base, run_dir, train, heldout, tmp_path / "losses")
     assert len((tmp_path / "losses").read_text().splitlines()) == 4
     calls = []
     call = FixedLosses.__call__
-    monkeypatch.setattr(FixedLosses, "__call__", lambda self, unet: calls.append(1) or call(self, unet))
-    assert measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses") == first
+    monkeypatch.setattr(FixedLosses, "__call__", lambda self, denoiser: calls.append(1) or call(self, denoiser))
+    assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
     assert not calls
-    measure(base, {"run": run_dir}, heldout, train, memory=tmp_path / "losses")
+    points_of(base, run_dir, heldout, train, tmp_path / "losses")
     assert len(calls) == 8
     (tmp_path / "losses").open("a").write('["cut')  # as a kill leaves it
-    assert measure(base, {"run": run_dir}, train, heldout, memory=tmp_path / "losses") == first
+    assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
 
 
-def test_the_batch_size_changes_no_draw(base):
+def test_the_batch_size_changes_no_draw(frozen):
     pixels, captions = images(7, "red")
     unet = testing.random_pipeline(["a red picture"]).unet
-    ours, theirs = (FixedLosses(base, pixels, captions, batch_size=size)(unet) for size in (2, 7))
+    ours, theirs = (FixedLosses(frozen, pixels, captions, batch_size=size)(unet) for size in (2, 7))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    whole = FixedLosses(base, ((pixels + 1) * 127.5).round().to(torch.uint8), captions)(unet)
+    whole = FixedLosses(frozen, ((pixels + 1) * 127.5).round().to(torch.uint8), captions)(unet)
     torch.testing.assert_close(whole, theirs, rtol=2e-2, atol=1e-3)  # bytes are rounded pixels
 
 
-def test_checkpoints_serve_where_no_rounds_were_saved(run_dir, tmp_path):
+def test_checkpoints_are_taken_where_no_rounds_were_saved(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("rounds"))
-    assert [(step, path.name) for step, path in saved_models(tmp_path / "run")] == [(6, "unet_ema"), (12, "unet_ema")]
+    found = saved_models({"run": [tmp_path / "run"]}, "unet")
+    assert [(model.step, model.folder.name) for model in found] == [(6, "unet_ema"), (12, "unet_ema")]
 
 
 def test_fewer_points_are_spread_and_end_at_the_last():
@@ -87,16 +91,16 @@ def test_fewer_points_are_spread_and_end_at_the_last():
     assert spread([1, 2], 5) == [1, 2] and spread([1, 2, 3], None) == [1, 2, 3]
 
 
-def test_fixed_losses_equal_the_objective_s_and_sweep_the_timesteps(base):
+def test_fixed_losses_equal_the_objective_s_and_sweep_the_levels(frozen):
     pixels, captions = images(7, "red")
     unet = testing.random_pipeline(["a red picture"]).unet
-    losses = FixedLosses(base, pixels, captions, batch_size=7)
+    losses = FixedLosses(frozen, pixels, captions, batch_size=7)
     by_hand = sum(losses.objective.losses(unet, drawn).detach() for *_, drawn in losses.batches) / 3
     torch.testing.assert_close(losses(unet), by_hand)
-    swept = FixedLosses(base, pixels, captions, draws=5, sweep=True)
-    assert swept.sweep.tolist() == [0, 250, 500, 749, 999] or swept.sweep[-1] == 999
+    swept = FixedLosses(frozen, pixels, captions, draws=5, sweep=True)
+    assert swept.levels[:, 0].tolist() == [0, 250, 500, 749, 999]
     assert swept.by_draw(unet).shape == (5, 7)
-    assert all((drawn.timesteps == swept.sweep[draw]).all() for draw, _, drawn in swept.batches)
+    assert all((drawn.levels == swept.levels[draw, rows]).all() for draw, rows, drawn in swept.batches)
 
 
 def curve(name, values, replicate=0):
@@ -119,7 +123,7 @@ def test_a_run_that_is_shifted_lies_so_far_from_the_control():
     beyond_the_base = [value for gap, value in comparison.at_gap.items() if gap >= 0.05]
     assert beyond_the_base == pytest.approx([-0.02] * len(beyond_the_base))
     assert all(value < 0 for value in comparison.at_loss.values())
-    assert "| ours | -0.0" in reading([*plain, *better], "none")
+    assert "| ours | -0.0" in Front([*plain, *better], "none").markdown
 
 
 def test_seeds_are_averaged_at_equal_gap():
@@ -181,7 +185,7 @@ def test_seeds_that_share_no_step_but_the_base_are_drawn_one_by_one():
 
 def test_runs_that_share_nothing_say_so():
     points = [*curve("none", ((1.0, 0.0), (0.9, 0.1))), *curve("ours", ((1.0, 0.0), (1.2, -0.1)))]
-    assert "they share no" in reading(points, "none")
+    assert "they share no" in Front(points, "none").markdown
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +215,7 @@ def test_the_front_command_measures_samples_and_goes_on(
 @pytest.fixture
 def last_row(run_dir, heldout, tmp_path, monkeypatch):
     """The last row of front.csv, given further flags."""
-    monkeypatch.setattr(front_command, "_picture", lambda *_: None)
+    monkeypatch.setattr(Front, "_picture", lambda self: plt.figure())
 
     def measured(*more, run=run_dir, output="out"):
         flags = ["front", f"--run={run}", f"--heldout={heldout}", f"--output={tmp_path / output}", "--points=1"]
@@ -264,14 +268,14 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
     ("flags", "message"),
     [
         (["--run", "{run}", "--run", "{run}"], "two of them are named run"),
-        (["--run", "a=nowhere"], "--run nowhere"),
+        (["--run", "a=nowhere"], "nowhere: has no ietagc/config.yaml"),
         (["--run", "a={run}", "--control", "b"], "--control b"),
         (["--run", "a="], "--run a="),
         (["--run", "a={run}", "--points", "0"], "--points 0"),
         (["--run", "a={run}", "--train", "{empty}"], "no images in this folder"),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
-        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no Stable Diffusion that loads"),
-        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no Stable Diffusion that loads"),
+        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no DDPMScheduler in its subfolder"),
+        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no DDPMScheduler in its subfolder"),
     ],
 )
 def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):

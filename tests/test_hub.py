@@ -2,8 +2,9 @@
 
 from PIL import Image
 
-from ietagc_diffusers import hub
+from ietagc_diffusers import RunFolder, hub
 from ietagc_diffusers.arguments import parse_args
+from ietagc_diffusers.training.records import write_config
 
 
 def test_the_card_tells_base_mitigation_and_outcome(tmp_path):
@@ -33,13 +34,19 @@ def test_the_card_tells_base_mitigation_and_outcome(tmp_path):
 def test_training_pictures_are_never_uploaded(tmp_path, monkeypatch):
     from fnmatch import fnmatch
 
-    args = parse_args(["--pretrained_model_name_or_path=b", "--train_data_dir=d", f"--output_dir={tmp_path}"])
-    asked = {}
+    args = parse_args([f"--pretrained_model_name_or_path={tmp_path}", "--train_data_dir=d", f"--output_dir={tmp_path}"])
+    asked, sent = {}, {}
     monkeypatch.setattr(hub, "upload_folder", lambda **options: asked.update(options))
+    monkeypatch.setattr(hub, "upload_file", lambda **options: sent.update(options))
+    run = RunFolder(tmp_path)
+    run.records.mkdir()
+    write_config(args, run)
     hub.upload(args, "me/model")
+    assert str(tmp_path).encode() not in sent["path_or_fileobj"] and b"num_shards: 4" in sent["path_or_fileobj"]
     secret = (
         "ietagc/shards/shard-0/data.arrow",
         "ietagc/bad_samples.jsonl",
+        "ietagc/config.yaml",
         "checkpoint-5/unet/config.json",
         "logs/a/b",
     )

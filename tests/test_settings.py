@@ -36,9 +36,11 @@ def test_what_shapes_a_run_is_known_for_each_flag():
     """The list, so that a change of it is a decision."""
     settings = TrainingSettings(**NEEDED)
     assert settings.shaping(Resume.FIXED) == {
-        "num_shards", "epochs_per_round", "steps_per_round", "bank_buckets", "train_batch_size", "num_train_epochs",
-        "max_train_steps", "gradient_accumulation_steps", "use_8bit_adam", "use_ema",
+        "num_shards", "epochs_per_round", "steps_per_round", "bank_buckets", "train_batch_size", "use_ema",
+        "gradient_accumulation_steps", "use_8bit_adam", "max_train_samples", "deduplicate", "group_duplicates",
+        "label_column",
     }  # fmt: skip
+    assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {
         "cache_dir", "dataset_name", "dataset_config_name", "train_data_dir", "dataloader_num_workers",
         "gradient_checkpointing", "offload_ema", "foreach_ema", "allow_tf32", "max_nonfinite", "local_rank",

@@ -25,7 +25,7 @@ ROOMS = {
     "families": {"data", "method"},
     "checkpoint": set(),
     "training": {"checkpoint", "data", "families", "hub", "method"},
-    "hub": {"training"},
+    "hub": {"families", "training"},
     "arguments": {"method", "training"},
     "testing": {"families"},
     "eval": {"arguments", "data", "families", "method", "mitigations", "sscd", "training"},

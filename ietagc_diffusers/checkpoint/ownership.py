@@ -54,12 +54,13 @@ def begins(run: RunFolder, fingerprint: Fingerprint) -> Path | None:
     if _recorded(run)[-1:] == [fingerprint]:
         foreign = [path for path in run.checkpoints() if about(path).get("fingerprint") != fingerprint]
     else:
-        foreign = [path for path in run.belongings() if path.is_file() or any(path.iterdir())]
+        foreign = run.belongings()
     aside = None
     if foreign:
         aside = next(path for number in range(1, 10**6) if not (path := run.earlier(number)).exists())
-        aside.mkdir()
         for path in foreign:
-            os.replace(path, aside / path.name)
+            target = aside / path.relative_to(run.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
     _record(run, [fingerprint])
     return aside

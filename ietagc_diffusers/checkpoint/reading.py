@@ -78,17 +78,17 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def find(wanted: str, run: RunFolder, fingerprint: dict[str, Any] | None = None) -> Path | None:
+def find(wanted: str, run: RunFolder) -> Path | None:
     """The checkpoint that is meant: ``latest``, a name in the run's folder, or a path.
 
-    ``latest`` is the newest of those with this fingerprint, or else the newest; it passes over damaged ones with a
-    warning and is None where there is none at all. Raises ``CheckpointError`` for a named one that is missing or
-    damaged, and for ``latest`` where none can be used.
+    ``latest`` is the newest of the folder's run, or else the newest; it passes over damaged ones with a warning and is
+    None where there is none at all. Raises ``CheckpointError`` for a named one that is missing or damaged, and for
+    ``latest`` where none can be used.
     """
     known = run.checkpoints()
     if wanted == "latest":
         passed_over = []
-        own = [path for path in known if ownership.about(path).get("fingerprint") == fingerprint]
+        own = [path for path in known if ownership.owns(run, path)]
         for folder in reversed([path for path in known if path not in own] + own):
             why = damage(folder)
             if why is None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "write one HTML file about one or more scored models",
     "front": "compare runs with plain training stopped at any point: held-out loss and memorization",
     "figures": "draw the paper's Figs. 3, 6, 7, 8 and 9, as far as the given inputs allow",
+    "calibrate": "measure from which similarity an image counts as a copy, on pictures of your own kind",
     "detect": "find memorized prompts without the training images (Wen et al.)",
     "benchmark": "train and score a matrix of runs, and write the paper's tables",
 }

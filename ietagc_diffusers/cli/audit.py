@@ -49,9 +49,9 @@ def run(args: Namespace) -> int:
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
     protocol = common.protocol_of(args, device)
     # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
-    tools = Tools(protocol) if state.is_main_process else (lambda: Tools(protocol))
+    tools = Tools(protocol) if state.is_main_process else None
     max_sim_score = args.max_sim_score
-    if max_sim_score is None and isinstance(tools, Tools) and tools.descriptor.name != "pixel":
+    if max_sim_score is None and tools is not None and tools.descriptor.name != "pixel":
         max_sim_score = common.MAX_SIM_SCORE
     limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output, cache = Path(args.output), common.cache_of(args)

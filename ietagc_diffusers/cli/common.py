@@ -1,7 +1,7 @@
 """Flags that several commands share, and the library's values that are made of them."""
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,7 @@ def add_generation(parser: ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
 
 
-def add_scoring(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("scoring")
+def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
     group.add_argument(
         "--protocol",
         help="dcr (the paper's tables), sscd (SSCD's authors), or only a preprocessing: sscd-288, sscd-320",
@@ -62,8 +61,16 @@ def add_scoring(parser: ArgumentParser) -> None:
         help="sscd_disc_large or sscd_disc_mixup (downloaded if they are not here), a TorchScript file, or pixel; auto "
         "(default) is the protocol's SSCD checkpoint if it is on this machine, otherwise pixel",
     )
+    group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
+
+
+def add_scoring(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("scoring")
+    add_descriptor(group)
     group.add_argument(
-        "--copy_similarity", type=float, help="an image above it is a copy; default: 0.5 (SSCD), 0.9 (pixel)"
+        "--copy_similarity",
+        type=float,
+        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel)",
     )
     group.add_argument(
         "--l2", default="iet-agc", choices=["iet-agc", "paper"], help="definition of MQ's l2 ratio; default: iet-agc"
@@ -87,7 +94,6 @@ def add_scoring(parser: ArgumentParser) -> None:
     group.add_argument(
         "--max_memory", type=float, default=2.0, metavar="GIB", help="working memory of the search; default: 2"
     )
-    group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
 
 
 def check_positive(args: Namespace, *settings: str) -> None:

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ..errors import with_flags
 from . import common
 
 
@@ -19,6 +20,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     scores = common.named_folders(args.scores, "scores")
     from ietagc_diffusers.eval.paper_figures import draw_all
+    from ietagc_diffusers.eval.report import Scored
 
     training = common.training_images(args) if args.train else None
-    draw_all(scores, args.run, training, Path(args.output), common.device_of(args))
+    device = common.device_of(args)
+    scored = [Scored.load(folder, name) for name, folder in scores]
+    folder, output = Path(args.run) if args.run else None, Path(args.output)
+    for name, reason in draw_all(output, scored, folder, training, device).items():
+        print(f"{name} not drawn: {with_flags(reason, vars(args))}" if reason else output / name)

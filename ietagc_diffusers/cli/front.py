@@ -1,6 +1,7 @@
 """``ietagc front``."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from . import common
 
@@ -38,9 +39,47 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     common.check_positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
-    runs = common.named_folders(args.runs, "run")
-    from ietagc_diffusers.eval.front_command import run as run_front
+    named = common.named_folders(args.runs, "run")
+    from ietagc_diffusers.eval.front import Sampling, front, training_images
+    from ietagc_diffusers.eval.generate import Settings
+    from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.score import Tools
 
     device = common.device_of(args)
-    run_front(args, device, lambda: Tools(common.protocol_of(args, device)), common.cache_of(args), runs)
+    runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
+    columns = {"image_column": args.image_column, "text_column": args.caption_column}
+    columns = {name: column for name, column in columns.items() if column is not None}
+    if args.train:
+        training = load_images(args.train, "train", **columns)
+    else:
+        training = training_images(next(iter(runs.values()))[0], args.image_column, args.caption_column)
+    sampling = None
+    if args.sample:
+        settings = Settings(
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            scheduler=args.scheduler,
+            batch_size=args.batch_size,
+            dtype="float16" if device.startswith("cuda") else "float32",
+        )
+        tools = Tools(common.protocol_of(args, device))
+        sampling = Sampling(args.sample, settings, tools, common.reference_images(args), common.cache_of(args))
+    output = Path(args.output)
+    result = front(
+        runs,
+        training,
+        load_images(args.heldout, "heldout", **columns),
+        output,
+        base=args.base,
+        control=args.control,
+        resolution=args.resolution,
+        max_images=args.max_images,
+        points=args.points,
+        draws=args.draws,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=device,
+        sampling=sampling,
+    )
+    print(f"{result.markdown}\n{output}/front.png, front.csv, front.md")

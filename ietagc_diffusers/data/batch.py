@@ -12,7 +12,7 @@ class Batch:
     Args:
         images: float32 (B, 3, H, W) in [-1, 1].
         inputs: what else the model is told of them: named tensors (B, ...), as the family made them.
-        samples: int64 (B,), their numbers among the training rows.
+        samples: int64 (B,), their numbers among the training rows; empty where they are none of them.
         seeds: B integers on the host, of whatever is drawn for a sample later (augmentation); None in the official
             order, which draws from the process's streams.
         bad: [row, reason] of each row that was replaced.
@@ -22,7 +22,7 @@ class Batch:
 
     images: torch.Tensor
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    samples: torch.Tensor | None = None
+    samples: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     seeds: list[int] | None = None
     bad: list = field(default_factory=list)
     share: tuple[slice, int] | None = None
@@ -32,7 +32,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         def move(tensor):
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return tensor.to(device, non_blocking=True)
 
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
         return replace(self, images=move(self.images), inputs=inputs, samples=move(self.samples))

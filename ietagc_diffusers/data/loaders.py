@@ -46,7 +46,8 @@ class StreamLoader:
         self.streams = streams
         self.taken = 0
         self.epoch_start = self.before_ahead = None
-        self._batches = self._ahead = None
+        self._batches: Any = None
+        self._ahead: Any = None
 
     @property
     def order(self) -> str:

@@ -16,6 +16,7 @@ from .conditions import ROWS_AT_ONCE, Condition
 from .settings import DataSettings
 
 SAMPLE_ID = "sample_id"
+IMAGES_AT_ONCE = 256  # a selection of rows is copied into one Arrow buffer, which holds 2 GB at most
 HASHED_WHOLE = 2000  # images whose bytes `content_hash` reads; of all others it reads the sizes
 
 
@@ -57,6 +58,7 @@ def _train_split(settings):
         folder = Path(settings.train_data_dir)
         if not folder.is_dir():
             raise UsageError(f"{source}: no such folder")
+        _check_output_outside(folder, settings)
         if not any(path.is_file() for path in folder.rglob("*")):
             raise UsageError(f"{source}: the folder is empty; it needs images and a metadata.jsonl")
         load = {"path": "imagefolder", "data_files": {"train": str(folder / "**")}}
@@ -65,22 +67,33 @@ def _train_split(settings):
             dataset = {"train": load_from_disk(settings.dataset_name)}  # written by save_to_disk or `save_shards`
         else:
             dataset = load_dataset(**load, cache_dir=settings.cache_dir)
-    except Exception as error:  # whatever datasets and its readers raise
-        raise UsageError(f"{source}: datasets could not read it: {one_line(error)}") from error
+    except Exception as error:  # whatever datasets and its readers raise; the cause says more than the wrapper
+        cause = error.__cause__ or error
+        raise UsageError(f"{source}: datasets could not read it: {one_line(cause)}") from error
     if "train" not in dataset:
         raise UsageError(f"{source}: has no 'train' split, only {', '.join(dataset)}")
     return dataset["train"]
 
 
-def one_line(error: Exception) -> str:
+def _check_output_outside(folder, settings):
+    """What a run writes must not become training data of the next."""
+    output = getattr(settings, "output_dir", None)
+    if output is not None and folder.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
+        raise UsageError(
+            f"`output_dir` {output}: lies in `train_data_dir` {folder}, so that the pictures that the run writes would "
+            "be trained on by the next run; give another folder"
+        )
+
+
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _stored_images(rows, column):
     """(path or None, bytes or None as an Arrow scalar) of every row, without decoding."""
     stored = rows.select_columns([column]).cast_column(column, ImageFeature(decode=False)).with_format("arrow")
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        for chunk in stored[start : start + ROWS_AT_ONCE][column].chunks:
+    for start in range(0, len(rows), IMAGES_AT_ONCE):
+        for chunk in stored[start : start + IMAGES_AT_ONCE][column].chunks:
             yield from zip(chunk.field("path").to_pylist(), chunk.field("bytes"), strict=True)
 
 
@@ -115,13 +128,22 @@ def _image_mark(path, inside, whole):
     return Path(path).read_bytes() if whole else str(Path(path).stat().st_size).encode()
 
 
-def pixel_hashes(rows: Dataset, image_column: str) -> np.ndarray:
-    """Int64 (N,): equal for rows whose images decode to the same RGB pixels."""
+def pixel_hashes(rows: Dataset, image_column: str, allow_bad: bool = False) -> np.ndarray:
+    """Int64 (N,): equal for rows whose images decode to the same RGB pixels.
+
+    ``allow_bad``: a row that does not decode equals no other; else ``UsageError`` names it.
+    """
     digests = []
     images = rows.select_columns([image_column])
     for row in tqdm(range(len(rows)), desc="Looking for duplicates", leave=False):
-        image = decode(images, image_column, row)
-        digests.append(hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest())
+        try:
+            image = decode(images, image_column, row)
+            content = f"{image.size}".encode() + image.tobytes()
+        except UsageError:
+            if not allow_bad:
+                raise
+            content = f"row {row} does not decode".encode()
+        digests.append(hashlib.blake2b(content, digest_size=16).digest())
     return np.unique(digests, return_inverse=True)[1]
 
 
@@ -149,10 +171,7 @@ def decode(rows: Dataset, image_column: str, index: int) -> Image.Image:
     except Exception as error:  # whatever PIL and its plugins raise on broken files
         where = _image_path(rows, image_column, index)
         name = f" ({where})" if where else ""
-        raise UsageError(
-            f"row {index}{name}: the image does not decode: {one_line(error)}; repair or remove it, "
-            "or set `on_bad_sample` to skip"
-        ) from error
+        raise UsageError(f"row {index}{name}: the image does not decode: {one_line(error)}") from error
 
 
 def _image_path(rows, image_column, row) -> Any:

@@ -45,7 +45,9 @@ class TrainingSamples(torch.utils.data.Dataset):
         transform: PIL image -> float32 (3, H, W) in [-1, 1] and a dict of tensors that the model is told of this view
             (empty, or sizes and crop).
         condition: what else the model is told.
-        skip_bad: replace a row without image or condition by another of ``pool``, drawn from the key's seed.
+
+    A row without image or condition is replaced by another of ``pool``, drawn from the key's seed, and named in the
+    batch: what becomes of the run is not decided in the middle of a step.
     """
 
     def __init__(
@@ -54,7 +56,6 @@ class TrainingSamples(torch.utils.data.Dataset):
         image_column: str,
         transform: Callable[[Any], tuple[torch.Tensor, dict[str, torch.Tensor]]],
         condition: Condition,
-        skip_bad: bool = False,
     ):
         self.images = rows.select_columns([image_column])
         # Apart from the images, so that reading a caption decodes none.
@@ -62,7 +63,6 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.image_column = image_column
         self.transform = transform
         self.condition = condition
-        self.skip_bad = skip_bad
         self.pool = np.arange(len(rows))
 
     def of_shard(self, shard_samples: np.ndarray) -> "TrainingSamples":
@@ -84,14 +84,12 @@ class TrainingSamples(torch.utils.data.Dataset):
 
     def _read_or_replace(self, row, seed):
         """Returns image, condition, the row they are of, and [row, reason] for each that was bad."""
-        bad = []
+        bad: list[list] = []
         rng = random.Random(seed)
         for candidate in itertools.chain([row], (int(rng.choice(self.pool)) for _ in range(REPLACEMENTS))):
             try:
                 return *self._read(candidate), candidate, bad
             except UsageError as error:
-                if not self.skip_bad:
-                    raise
                 bad.append([candidate, str(error)])
         raise UsageError(f"row {row}: bad, and so were {REPLACEMENTS:,} others drawn in its place: {bad[0][1]}")
 
@@ -104,7 +102,7 @@ class TrainingSamples(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         seeded = isinstance(keys[0], tuple)
-        pairs = keys if seeded else [(row, row) for row in keys]
+        pairs: list[tuple[int, int]] = [key if isinstance(key, tuple) else (key, key) for key in keys]
         images, values, rows, bad = zip(*(self._read_or_replace(row, seed) for row, seed in pairs), strict=True)
         seeds = [seed if seeded else None for _, seed in pairs]
         with torch.random.fork_rng(devices=[], enabled=seeded):
@@ -115,6 +113,6 @@ class TrainingSamples(torch.utils.data.Dataset):
             images=torch.stack(views).to(memory_format=torch.contiguous_format).float(),
             inputs=inputs | self.condition.tensors(list(drawn)),
             samples=torch.tensor(rows),
-            seeds=seeds if seeded else None,
+            seeds=[seed for _, seed in pairs] if seeded else None,
             bad=[entry for entries in bad for entry in entries],
         )

@@ -28,7 +28,7 @@ class DataSettings(CacheSettings):
     )
     image_column: str = setting("image", "Column that holds the image.", resume=Resume.SAME)
     max_train_samples: int | None = setting(
-        None, "Train on this many rows, drawn with --seed.", resume=Resume.SAME, type=int, **at_least(1)
+        None, "Train on this many rows, drawn with --seed.", resume=Resume.FIXED, type=int, **at_least(1)
     )
     resolution: int = setting(
         512,
@@ -54,21 +54,22 @@ class DataSettings(CacheSettings):
     deduplicate: str | None = setting(
         None,
         "'exact' trains on one row of each image, compared by decoded pixels. Recommended.",
-        resume=Resume.SAME,
+        resume=Resume.FIXED,
         choices=["exact"],
     )
     group_duplicates: bool = setting(
         False,
         "Keep rows that show the same image in one shard, and move them together.",
-        resume=Resume.SAME,
+        resume=Resume.FIXED,
         type=bool,
     )
     label_column: str | None = setting(
-        None, "Column of class labels; each class is spread evenly over the shards.", resume=Resume.SAME
+        None, "Column of class labels; each class is spread evenly over the shards.", resume=Resume.FIXED
     )
     on_bad_sample: str = setting(
         "error",
-        "A row without image or caption: 'error' stops, 'skip' trains on another row of its shard instead.",
+        "A row without image or caption: 'error' stops (in training after the step, with a checkpoint), 'skip' trains "
+        "on another row of its shard instead.",
         resume=Resume.SAME,
         choices=["error", "skip"],
     )

@@ -1,5 +1,6 @@
 """A family: everything that is particular to one kind of model."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Family(ABC):
     Attributes:
         denoiser: the trained module.
         objective: ``Objective``.
-        dtype: of the frozen parts and of the images.
+        device: of all parts; dtype: of the frozen parts and of the images.
     """
 
     name: ClassVar[str]  # as reports call it
@@ -69,8 +70,9 @@ class Family(ABC):
     denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
     tags: ClassVar[tuple[str, ...]]  # of the model card
 
-    denoiser: torch.nn.Module
+    denoiser: Any  # a diffusers model: a torch.nn.Module with a configuration
     objective: Objective
+    device: torch.device
     dtype: torch.dtype
 
     @classmethod
@@ -86,10 +88,17 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load_frozen(cls, base: str, prediction_type: str | None = None, device: torch.device | str = "cpu") -> "Family":
+    def load_frozen(
+        cls,
+        base: str,
+        prediction_type: str | None = None,
+        device: torch.device | str = "cpu",
+        setting: str = "pretrained_model_name_or_path",
+    ) -> "Family":
         """Load all but the denoiser, in float32, to compute losses of denoisers that come from elsewhere.
 
-        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's.
+        ``base``: folder or Hub id of a pipeline; ``prediction_type``: if not the base's; ``setting`` names the base in
+        messages.
         """
 
     @classmethod
@@ -115,7 +124,19 @@ class Family(ABC):
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
-        """The base's pipeline with the denoiser as it is now."""
+        """The base's pipeline with the denoiser as it is now. Raises ``UsageError`` if it cannot be assembled."""
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the pipeline as diffusers loads it: the denoiser first, so that it is there whatever happens to the
+        rest, and model_index.json last, so that it is there only if all else is.
+        """
+        self.denoiser.save_pretrained(folder / self.denoiser_name)
+        pipeline = self.pipeline()
+        for name, part in pipeline.components.items():
+            if name != self.denoiser_name and part is not None:
+                part.save_pretrained(folder / name)
+        pipeline.save_config(folder)
+        _name_places(folder)
 
     @abstractmethod
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
@@ -124,3 +145,17 @@ class Family(ABC):
     @abstractmethod
     def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
         """Write what diffusers needs beside the denoiser's weights. ``more``: keys for its configuration."""
+
+
+def place_name(place: str) -> str:
+    """A path of this machine as its last part; anything else, such as a Hub id, as it is."""
+    return Path(place).resolve().name if Path(place).exists() else place
+
+
+def _name_places(folder):
+    """Configurations say where a part came from: not with paths of this machine, which would go to the Hub."""
+    for path in [folder / "model_index.json", *folder.glob("*/*.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        where = config.get("_name_or_path") if isinstance(config, dict) else None
+        if isinstance(where, str) and place_name(where) != where:
+            path.write_text(json.dumps(config | {"_name_or_path": place_name(where)}, indent=2, sort_keys=True) + "\n")

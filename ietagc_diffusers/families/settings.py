@@ -9,7 +9,7 @@ from ..settings import CacheSettings, Resume, not_negative, setting
 class BaseModelSettings(CacheSettings):
     """The model that training starts from."""
 
-    pretrained_model_name_or_path: str | None = setting(None, "Base model: a folder or a Hub id.", resume=Resume.SAME)
+    pretrained_model_name_or_path: str = setting(None, "Base model: a folder or a Hub id.", resume=Resume.SAME)
     revision: str | None = setting(None, "Hub revision of the base model.", resume=Resume.SAME)
     non_ema_revision: str | None = setting(
         None,

@@ -49,6 +49,7 @@ class StableDiffusion(Family):
     pipelines = (StableDiffusionPipeline,)
     denoiser_name = "unet"
     tags = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image")
+    objective: TextToImageObjective
 
     def __init__(
         self,
@@ -68,7 +69,9 @@ class StableDiffusion(Family):
         self.device, self.dtype = torch.device(device), dtype
         for frozen in (vae, text_encoder):
             frozen.requires_grad_(False)
-            frozen.to(device, dtype=dtype)
+            frozen.to(device)
+            if frozen.dtype != dtype:  # diffusers warns of a cast even where there is none
+                frozen.to(dtype=dtype)
         self.objective = TextToImageObjective(vae, self.encode_text, scheduler, dtype, **objective)
 
     @classmethod
@@ -94,23 +97,49 @@ class StableDiffusion(Family):
             dream_detail_preservation=settings.dream_detail_preservation if settings.dream_training else None,
             embedding_noise=(config and config.embedding_noise) or 0.0,
         )
+        family._check_parts()
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
             family.objective.unconditional = family.encode_text(family.tokenize([""]))
         return family
 
+    def _check_parts(self):
+        """Raise ``UsageError`` where the parts of the base do not fit one another."""
+        base = f"`pretrained_model_name_or_path` {self.settings.pretrained_model_name_or_path}"
+        unet, vae, text = self.denoiser.config, self.vae.config, self.text_encoder.config
+        for what, found, wanted in (
+            ("the UNet takes latents of {} channels, the VAE makes {}", unet.in_channels, vae.latent_channels),
+            ("the UNet predicts {} channels, the VAE's latents have {}", unet.out_channels, vae.latent_channels),
+            ("the UNet takes embeddings of width {}, the text encoder makes {}", unet.cross_attention_dim,
+             text.hidden_size),
+        ):  # fmt: skip
+            if found != wanted:
+                raise UsageError(f"{base}: {what.format(found, wanted)}: not a base for text-to-image training")
+        if len(self.tokenizer) > text.vocab_size:
+            raise UsageError(
+                f"{base}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder {text.vocab_size}: they "
+                "belong to different models"
+            )
+        if not 0 < self.tokenizer.model_max_length <= text.max_position_embeddings:
+            raise UsageError(
+                f"{base}: tokenizer_config.json gives model_max_length {self.tokenizer.model_max_length:,}; the text "
+                f"encoder reads {text.max_position_embeddings} tokens: set it to that"
+            )
+
     @classmethod
-    def load_frozen(cls, base, prediction_type=None, device="cpu"):
-        return cls(
+    def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
+        family = cls(
             BaseModelSettings(pretrained_model_name_or_path=str(base)),
-            _scheduler(base, prediction_type),
-            _part(CLIPTokenizer, base, "tokenizer"),
-            _part(CLIPTextModel, base, "text_encoder", dtype=torch.float32),
-            _part(AutoencoderKL, base, "vae", dtype=torch.float32),
+            _scheduler(base, prediction_type, setting=setting),
+            _part(CLIPTokenizer, base, "tokenizer", setting=setting),
+            _part(CLIPTextModel, base, "text_encoder", setting=setting, dtype=torch.float32),
+            _part(AutoencoderKL, base, "vae", setting=setting, dtype=torch.float32),
             None,
             device,
             torch.float32,
         )
+        family.vae.enable_slicing()  # one image at a time: its encoder has the widest activations
+        return family
 
     @classmethod
     def load_denoiser(cls, folder, subfolder=None, **options):
@@ -149,16 +178,22 @@ class StableDiffusion(Family):
 
     def pipeline(self):
         s = self.settings
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            s.pretrained_model_name_or_path,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.denoiser,
-            revision=s.revision,
-            variant=s.variant,
-            cache_dir=s.cache_dir,
-        )
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                s.pretrained_model_name_or_path,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                tokenizer=self.tokenizer,
+                unet=self.denoiser,
+                revision=s.revision,
+                variant=s.variant,
+                cache_dir=s.cache_dir,
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"`pretrained_model_name_or_path` {s.pretrained_model_name_or_path}: its pipeline cannot be assembled: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
         # What the denoiser was trained to predict, which need not be what the base's did.
         pipeline.scheduler.register_to_config(prediction_type=self.objective.scheduler.config.prediction_type)
         return pipeline
@@ -188,11 +223,14 @@ def _scheduler(base, prediction_type, **options):
     return scheduler
 
 
-def _part(kind, base, subfolder, **options):
+def _part(kind, base, subfolder, setting="pretrained_model_name_or_path", **options):
     try:
         return kind.from_pretrained(base, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        hint = ""
+        if options.get("variant") is None and any(Path(base, subfolder).glob("*.fp16.*")):
+            hint = "; it has weights of the variant fp16 only: set `variant` to fp16"
         raise UsageError(
-            f"`pretrained_model_name_or_path` {base}: no {kind.__name__} in its subfolder '{subfolder}': {reason}"
+            f"`{setting}` {base}: no {kind.__name__} in its subfolder '{subfolder}'{hint}: {reason}"
         ) from error

@@ -204,6 +204,8 @@ class TextToImageObjective(Objective):
         The norm is over all C h w elements, so that it grows with the resolution. Predictions are the model's output as
         it is, noise or velocity, as in the authors' code.
         """
+        if self.unconditional is None:
+            raise ValueError("losses_and_magnitudes needs the condition of the empty caption")
         noisy, target = self._noisy_and_target(model, drawn)
         prediction = self._call(model, noisy, drawn.timesteps, drawn.condition)
         with torch.no_grad():

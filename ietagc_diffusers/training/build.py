@@ -19,7 +19,6 @@ from ..data.conditions import Condition
 from ..data.loaders import SeededLoader, StreamLoader
 from ..data.rows import deduplicate, label_values, load_training_rows, pixel_hashes
 from ..data.samples import TrainingSamples
-from ..data.settings import DataSettings
 from ..errors import UsageError
 from ..families import Family, family_of
 from ..method.augmentation import StrengthRandAugment
@@ -78,18 +77,24 @@ def moving_average(family: Family, settings: OptimizationSettings, device: torch
 
 
 def load_rows(
-    settings: DataSettings, condition: Condition, accelerator: Accelerator
+    settings: TrainingSettings, condition: Condition, accelerator: Accelerator
 ) -> tuple[Dataset, np.ndarray | None]:
     """The training rows, de-duplicated on request, and their groups of duplicates or None."""
     with accelerator.main_process_first():
         rows = load_training_rows(settings, condition)
     if not (settings.deduplicate or settings.group_duplicates):
         return rows, None
-    hashes = pixel_hashes(rows, settings.image_column)
+    hashes = pixel_hashes(rows, settings.image_column, allow_bad=settings.replaces_bad_samples)
     num_images = len(np.unique(hashes))
     logger.info(f"{len(rows)} rows show {num_images} different images")
     if settings.deduplicate:
-        return deduplicate(rows, hashes), None
+        rows = deduplicate(rows, hashes)
+        if len(rows) < settings.method.num_shards:
+            raise UsageError(
+                f"`num_shards` {settings.method.num_shards}: more than the {len(rows)} different images that "
+                "`deduplicate` left"
+            )
+        return rows, None
     return rows, hashes if num_images < len(rows) else None
 
 
@@ -215,7 +220,7 @@ class ProxyBuilder:
             self._schedule(optimizer),
             len(self.samples),
             settings.gradient_accumulation_steps,
-            settings.max_grad_norm,
+            settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
         )
         if not self.official:
             proxy.streams_state = self.streams.fresh([settings.seed, shard])
@@ -241,6 +246,15 @@ class ProxyBuilder:
             raise UsageError(f"`lr_scheduler` {name}: {error}") from error
 
 
+def _warn_of_small_shards(plan, batch):
+    smallest = min(map(len, plan.shards))
+    if plan.num_shards > 1 and smallest < batch:
+        logger.warning(
+            f"The smallest of {plan.num_shards} shards has {smallest} samples, a batch {batch}: pictures are repeated "
+            f"within a batch. Fewer shards (`num_shards`) or a smaller batch (`train_batch_size`) avoid it"
+        )
+
+
 def build_run(
     settings: TrainingSettings,
     accelerator: Accelerator,
@@ -251,15 +265,16 @@ def build_run(
     groups: np.ndarray | None,
 ) -> tuple[IterativeEnsemble, Budget]:
     """Everything of the run, at its first step."""
+    if settings.seed is None:
+        raise ValueError("a run is built from a seed")
     config = settings.method
     layout = Layout(config.num_shards, accelerator.num_processes, accelerator.process_index, accelerator.device)
     labels = label_values(rows, settings.label_column)
     plan = ShardPlan.split(len(rows), config.num_shards, settings.seed, labels, groups)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    samples = TrainingSamples(
-        rows, settings.image_column, family.view(settings), condition, settings.replaces_bad_samples
-    )
+    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition)
+    _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     place = waiting_place(settings, family, layout)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ class Rounds:
     num_shards: int
     steps_per_proxy: int
     steps_per_round: int
+    first_round: int = 0  # since when rounds have this length: a run that was extended had a shorter one before
+    steps_at_first: int = 0  # that a proxy had taken by then
 
     @classmethod
-    def plan(cls, config, total_steps, steps_per_epoch, default_rounds):
+    def plan(cls, config: MitigationConfig, total_steps: int, steps_per_epoch: int, default_rounds: int) -> "Rounds":
         """``steps_per_epoch``: global steps in which the whole training set is seen once."""
         steps_per_proxy = math.ceil(total_steps / config.num_shards)
         if config.steps_per_round is not None:
@@ -46,20 +48,31 @@ class Rounds:
         return cls(config.num_shards, steps_per_proxy, min(steps_per_round, steps_per_proxy))
 
     @property
-    def num_rounds(self):
-        return math.ceil(self.steps_per_proxy / self.steps_per_round)
+    def num_rounds(self) -> int:
+        return self.first_round + math.ceil((self.steps_per_proxy - self.steps_at_first) / self.steps_per_round)
 
     @property
-    def total_steps(self):
+    def total_steps(self) -> int:
         return self.num_shards * self.steps_per_proxy
 
-    def steps_in(self, round_index):
-        """Steps of each proxy in this round."""
-        return min(self.steps_per_round, self.steps_per_proxy - round_index * self.steps_per_round)
+    def _steps_of_proxy(self, round_index):
+        """Steps of a proxy before this round."""
+        steps = self.steps_at_first + (round_index - self.first_round) * self.steps_per_round
+        return min(max(steps, 0), self.steps_per_proxy)
 
-    def steps_before(self, round_index):
-        """Global steps before this round."""
-        return self.num_shards * min(round_index * self.steps_per_round, self.steps_per_proxy)
+    def steps_in(self, round_index: int) -> int:
+        """Steps of each proxy in this round, ``first_round`` or later."""
+        return self._steps_of_proxy(round_index + 1) - self._steps_of_proxy(round_index)
+
+    def steps_before(self, round_index: int) -> int:
+        """Global steps before this round, ``first_round`` or later."""
+        return self.num_shards * self._steps_of_proxy(round_index)
+
+    def continued(self, steps_per_round: int, round_index: int, steps_taken: int) -> "Rounds":
+        """The same budget for a run that is in a round of ``steps_per_round`` steps, which began when each proxy had
+        taken ``steps_taken``.
+        """
+        return replace(self, steps_per_round=steps_per_round, first_round=round_index, steps_at_first=steps_taken)
 
 
 class Callback:
@@ -74,6 +87,9 @@ class Callback:
         ``proxy`` took the step; None where this process is done with its shards. ``before``: the global step at the
         last call of this method or of ``on_round``.
         """
+
+    def on_retire(self, run: "IterativeEnsemble", proxy: Proxy) -> None:
+        """After the last step that a proxy takes in a round."""
 
     def on_nonfinite(self, run: "IterativeEnsemble", proxy: Proxy, samples: list[int]) -> None:
         """After a step in which the losses of these samples were not finite. May raise to end the run."""
@@ -240,6 +256,7 @@ class IterativeEnsemble:
 
     def _retire(self, proxy):
         """A proxy has done its steps of the round."""
+        self._tell("on_retire", proxy)
         if self.layout.leads:
             self.weights.add_to_mean()
         proxy.suspend(self.streams)

@@ -1,8 +1,11 @@
 """A training from its settings to the saved pipeline."""
 
 import logging
+import math
+import os
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 
 import datasets
 import diffusers
@@ -10,14 +13,16 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed, str_to_bool
 
 from .. import hub
 from ..data.rows import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
+from ..tensor_files import Disk
 from . import records
-from .build import build_run, load_family, load_rows, moving_average
+from .build import Budget, build_run, load_family, load_rows, moving_average
 from .callbacks import (
     BadSamples,
     Checkpoints,
@@ -29,7 +34,9 @@ from .callbacks import (
     StepLog,
     Validation,
 )
-from .resumption import fingerprint, resume
+from .cost import cost_of, describe
+from .ensemble import IterativeEnsemble
+from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import TrainingSettings
 
 logger = get_logger(__name__, log_level="INFO")
@@ -38,17 +45,22 @@ logger = get_logger(__name__, log_level="INFO")
 def set_up(settings: TrainingSettings) -> Accelerator:
     """The accelerator, with logging as the official script has it."""
     folder = RunFolder(settings.output_dir)
+    _check_launch()
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
-            log_with=settings.report_to,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            log_with=_trackers(settings.report_to),
             project_config=ProjectConfiguration(
                 project_dir=str(folder.path), logging_dir=str(folder.path / settings.logging_dir)
             ),
         )
     except ValueError as error:
         raise UsageError(f"accelerate: {error}") from error
+    if accelerator.mixed_precision == "fp8":
+        raise UsageError("`mixed_precision` fp8: is not trained here; give no, fp16 or bf16")
     settings.mixed_precision = accelerator.mixed_precision
+    settings.gradient_accumulation_steps = accelerator.gradient_accumulation_steps  # `accelerate config` may set it
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
     )
@@ -64,12 +76,51 @@ def set_up(settings: TrainingSettings) -> Accelerator:
     return accelerator
 
 
-def agree_on_seed(settings: TrainingSettings) -> None:
-    """Draw the seed if none was given, the same on all processes, and start all streams from it."""
+def _check_launch():
+    """Raise ``UsageError`` for launches that shard a model: here each process swaps whole models."""
+    for name, variable in (("FSDP", "USE_FSDP"), ("DeepSpeed", "USE_DEEPSPEED"), ("Megatron-LM", "USE_MEGATRON_LM")):
+        if str_to_bool(os.environ.get(f"ACCELERATE_{variable}", "false")):
+            raise UsageError(
+                f"accelerate is configured for {name}, which shards the model over processes; here each process trains "
+                "whole models. Launch without it, for example with another `accelerate config`"
+            )
+
+
+def _trackers(report_to):
+    """accelerate's ``log_with``. Raises ``UsageError`` for a tracker that it does not have or that is not installed."""
+    if report_to in ("none", "all"):
+        return None if report_to == "none" else "all"
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        raise UsageError(f"`report_to` {report_to}: must be one of {known}, all or none")
+    if report_to not in [str(tracker) for tracker in get_available_trackers()]:
+        raise UsageError(f"`report_to` {report_to}: is not installed; `pip install` it, or give tensorboard or none")
+    return report_to
+
+
+def agree_on_seed(settings: TrainingSettings) -> int:
+    """Draw the seed if none was given, the same on all processes, and start all streams from it. Returns it."""
     if settings.seed is None:
         settings.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
         logger.info(f"Seed {settings.seed} was drawn")
     set_seed(settings.seed)
+    return settings.seed
+
+
+def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int) -> None:
+    """What the official script says before the first step, and the method's part of it."""
+    rounds, epochs = run.rounds, run.rounds.total_steps / budget.steps_per_epoch
+    logger.info("***** Running training *****")
+    logger.info(f"  Num examples = {num_rows}")
+    logger.info(f"  Num Epochs = {math.ceil(epochs)}")
+    logger.info(f"  Instantaneous batch size per device = {settings.train_batch_size}")
+    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {budget.visits_per_step}")
+    logger.info(f"  Gradient Accumulation steps = {settings.gradient_accumulation_steps}")
+    logger.info(f"  Total optimization steps = {rounds.total_steps}")
+    logger.info(
+        f"  {settings.method.mitigation}: {num_rows} samples in {rounds.num_shards} shards, {rounds.num_rounds} rounds "
+        f"of {rounds.steps_per_round} steps per proxy"
+    )
 
 
 def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> None:
@@ -83,9 +134,11 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         Diverged: the losses stopped being finite.
     """
     accelerator = set_up(settings)
-    agree_on_seed(settings)
     folder = RunFolder(settings.output_dir)
-    repo_id = None
+    found = find_checkpoint(settings, folder, accelerator.is_main_process)
+    take_over(settings, found)
+    seed = agree_on_seed(settings)
+    repo_id = ""
     if accelerator.is_main_process:
         try:
             folder.records.mkdir(parents=True, exist_ok=True)
@@ -94,22 +147,25 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         if settings.push_to_hub:
             repo_id = hub.create(settings)
     family = load_family(settings, accelerator)
+    if accelerator.is_main_process:
+        family.pipeline()  # what the end needs is proved before the first step
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
     rows, groups = load_rows(settings, condition, accelerator)
+    buckets = settings.method.bank_buckets
+    extend(settings, found)
     run, budget = build_run(settings, accelerator, family, average, condition, rows, groups)
-    marks = fingerprint(settings, rows, condition, run)
-    resume(settings, run, marks, folder)
+    marks = fingerprint(settings, rows, condition, run, buckets)
+    resume(settings, run, found, marks, folder)
+    settings.method = replace(settings.method, bank_buckets=buckets)
     if accelerator.is_main_process:
         values = settings.values().items()
         simple = {key: value for key, value in values if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers(settings.tracker_project_name, simple)
         records.write_config(settings, folder)
-    rounds = run.rounds
-    logger.info(
-        f"{settings.method.mitigation}: {len(rows)} samples in {settings.method.num_shards} shards, "
-        f"{rounds.num_rounds} rounds of {rounds.steps_per_round} steps per proxy, {rounds.total_steps} steps in all"
-    )
+    _announce(settings, run, budget, len(rows))
+    cost = cost_of(settings, family, run.layout, isinstance(run.weights.place, Disk))
+    logger.info(f"  {describe(cost, run.rounds, settings.checkpointing_steps, settings.checkpoints_total_limit)}")
     validation = None
     if settings.validation_prompts:
         validation = Validation(
@@ -117,23 +173,28 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
             settings.validation_prompts,
             settings.validation_epochs,
             budget.steps_per_epoch,
-            settings.seed,
+            seed,
         )
     sample_ids = rows[SAMPLE_ID]
     progress = Progress(accelerator.is_local_main_process)
     checkpoints = Checkpoints(folder, marks, settings.checkpointing_steps, settings.checkpoints_total_limit)
+    signals = Signals(checkpoints, settings.log_every, say)
     callbacks = [
         progress,
         StepLog(accelerator, progress, settings.log_every),
         NonFinite(sample_ids, settings.max_nonfinite),
-        BadSamples(folder, sample_ids),
+        BadSamples(folder, sample_ids, None if settings.replaces_bad_samples else signals.stop),
         RoundRecords(folder),
         *([validation] if validation else []),
         *([SavedRounds(folder)] if settings.save_rounds else []),
         checkpoints,
-        Signals(checkpoints, settings.log_every, say),
+        signals,
     ]
-    if run.run(callbacks):
+    finished = run.run(callbacks)
+    if signals.fault is not None:
+        accelerator.end_training()
+        raise signals.fault
+    if finished:
         records.write_sample_counts(run, rows, folder)
         if accelerator.is_main_process:
             if settings.save_shards:

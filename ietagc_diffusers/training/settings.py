@@ -22,12 +22,12 @@ class OptimizationSettings:
         **at_least(1),
     )
     num_train_epochs: int = setting(
-        100, "Epochs over the training set, all proxies together.", resume=Resume.FIXED, type=int, **at_least(1)
+        100, "Epochs over the training set, all proxies together.", resume=Resume.BUDGET, type=int, **at_least(1)
     )
     max_train_steps: int | None = setting(
         None,
-        "Steps, all proxies together; overrides --num_train_epochs.",
-        resume=Resume.FIXED,
+        "Steps, all proxies together; overrides --num_train_epochs. A resumed run may have more.",
+        resume=Resume.BUDGET,
         type=int,
         **at_least(1),
     )
@@ -70,7 +70,9 @@ class OptimizationSettings:
     )
     adam_weight_decay: float = setting(1e-2, "Weight decay.", resume=Resume.SAME, type=float, **not_negative())
     adam_epsilon: float = setting(1e-8, "Adam's epsilon.", resume=Resume.SAME, type=float, **not_negative())
-    max_grad_norm: float = setting(1.0, "Gradient clipping norm.", resume=Resume.SAME, type=float)
+    max_grad_norm: float = setting(
+        1.0, "Gradient clipping norm; 0 turns clipping off.", resume=Resume.SAME, type=float, **not_negative()
+    )
     use_ema: bool = setting(
         False, "Keep a moving average of the weights and save that.", resume=Resume.FIXED, type=bool
     )
@@ -135,7 +137,11 @@ class RecordSettings:
         (), "Flags that may differ from the checkpoint's.", resume=Resume.FREE, several=True
     )
     logging_dir: str = setting("logs", "Tracker folder inside --output_dir.", resume=Resume.FREE)
-    report_to: str = setting("tensorboard", "Tracker: tensorboard, wandb, comet_ml or all.", resume=Resume.FREE)
+    report_to: str = setting(
+        "tensorboard",
+        "Tracker that accelerate can use (tensorboard, wandb, comet_ml, ...), 'all' that are installed, or 'none'.",
+        resume=Resume.FREE,
+    )
     tracker_project_name: str = setting("text2image-fine-tune", "Project name for the tracker.", resume=Resume.FREE)
     validation_prompts: list[str] | None = setting(
         None, "Prompts to draw images for during training.", resume=Resume.FREE, several=True

@@ -161,7 +161,7 @@ class Weights:
     def save_pipeline(self, folder: Path) -> None:
         """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one."""
         with self.averaged():
-            self.family.pipeline().save_pretrained(folder)
+            self.family.save_pipeline(folder)
 
     def write_configs(self, folder: Path) -> None:
         """What diffusers and ``EMAModel`` need beside the weights of each set."""

@@ -1,10 +1,11 @@
 """Losses that are not finite, and rows that cannot be read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from accelerate.logging import get_logger
 
+from ...errors import UsageError
 from ...run_folder import RunFolder
 from ..ensemble import Callback
 
@@ -53,10 +54,13 @@ class NonFinite(Callback):
 
 
 class BadSamples(Callback):
-    """bad_samples.jsonl: each row that was replaced once, with the reason."""
+    """bad_samples.jsonl: each row that was replaced once, with the reason.
 
-    def __init__(self, folder: RunFolder, sample_ids: Sequence[int]):
-        self.path, self.sample_ids = folder.bad_samples_file, sample_ids
+    ``stop``: asked for a stop with the first reason, where bad rows are not to be replaced; None where they are.
+    """
+
+    def __init__(self, folder: RunFolder, sample_ids: Sequence[int], stop: Callable[[UsageError], None] | None = None):
+        self.path, self.sample_ids, self.stop = folder.bad_samples_file, sample_ids, stop
         self.named: set[int] | None = None
 
     def on_bad_samples(self, run, proxy, bad):
@@ -70,3 +74,5 @@ class BadSamples(Callback):
                 with self.path.open("a") as file:
                     file.write(json.dumps({"sample_id": sample_id, "shard": proxy.shard, "reason": reason}) + "\n")
                 logger.warning(f"Replaced by another sample of its shard: {reason}", main_process_only=False)
+        if self.stop is not None:
+            self.stop(UsageError(f"{bad[0][1]}; repair or remove it, or set `on_bad_sample` to skip"))

@@ -11,7 +11,8 @@ from .progress import Progress
 class StepLog(Callback):
     """Loss, skip rate and augment rate since the last line, to the tracker and the bar.
 
-    The device is read only every ``every`` steps of a proxy: the step itself counts on the device.
+    The device is read only every ``every`` steps of a proxy, and after its last step of a round: the step itself counts
+    on the device.
     """
 
     def __init__(self, accelerator: Accelerator, progress: Progress, every: int):
@@ -20,19 +21,20 @@ class StepLog(Callback):
         self.logged_shard = None
 
     def on_step(self, run, proxy, before):
-        if proxy is not None and proxy.steps % self.every == 0:
+        if proxy is not None and proxy is run.active and proxy.steps % self.every == 0:
             self._log(run, proxy)
 
-    def on_round(self, run, row, before):
+    def on_retire(self, run, proxy):
+        self._log(run, proxy)
         self.logged_shard = None  # a proxy counts from 0 in each round
+
+    def on_round(self, run, row, before):
         numbers = {key: row[key] for key in ("loss", "skip_rate", "augment_rate", "moved")}
         self.accelerator.log({f"round/{key}": value for key, value in numbers.items()}, step=run.global_step)
 
     def _log(self, run, proxy):
         totals = proxy.round_totals.cpu().double()
-        visits = ROUND_TOTALS.index("visits")
-        new_round = totals[visits] < self.logged[visits]
-        since = totals if proxy.shard != self.logged_shard or new_round else totals - self.logged
+        since = totals if proxy.shard != self.logged_shard else totals - self.logged
         self.logged, self.logged_shard = totals, proxy.shard
         of = dict(zip(ROUND_TOTALS, since.tolist(), strict=True))
         values = {

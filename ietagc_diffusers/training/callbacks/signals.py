@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from ...errors import UsageError
 from ..ensemble import Callback
 from .checkpoints import Checkpoints
 
 
 class Signals(Callback):
-    """SIGTERM or SIGINT on any process stops the run after its step; says where it can be resumed.
+    """SIGTERM, SIGINT or a fault on any process stops the run after its step; says where it can be resumed.
 
     Launchers wait 30 seconds for that. With several processes a stop must be agreed on, and asking costs each of them a
     wait: they ask about every ``SECONDS``, which leaves the rest to the checkpoint.
@@ -27,6 +28,7 @@ class Signals(Callback):
     def __init__(self, checkpoints: Checkpoints, every: int, say: Callable[[str], None]):
         self.checkpoints, self.every, self.say = checkpoints, every, say
         self.received: int | None = None
+        self.fault: UsageError | None = None
         self.ask_in = self.steps = 1  # until the next question, and from the last: alike on all processes
         self.asked = time.monotonic()
 
@@ -39,23 +41,28 @@ class Signals(Callback):
             raise SystemExit(130)
         self.received = number
 
+    def stop(self, fault: UsageError) -> None:
+        """Stop the run after this step as a signal would, because of a fault that ends it."""
+        self.fault = self.fault or fault
+
     def should_stop(self, run):
+        wanted = self.received is not None or self.fault is not None
         if run.layout.num_processes == 1:
-            return self.received is not None
+            return wanted
         self.ask_in -= 1
         if self.ask_in > 0:
             return False
-        return self._ask(run.layout)
+        return self._ask(run.layout, wanted)
 
-    def _ask(self, layout):
-        """Whether any process has received a signal. The main process says when to ask again."""
+    def _ask(self, layout, wanted):
+        """Whether any process wants to stop. The main process says when to ask again."""
         now = time.monotonic()
         pace = max(1, int(self.steps * self.SECONDS / max(now - self.asked, 1e-9)))
         self.asked = now
-        numbers = torch.tensor([float(self.received is not None), float(min(pace, self.every) * layout.is_main)])
-        received, self.steps = layout.agree(numbers).tolist()
+        numbers = torch.tensor([float(wanted), float(min(pace, self.every) * layout.is_main)])
+        any_wants, self.steps = layout.agree(numbers).tolist()
         self.ask_in = self.steps = int(self.steps)
-        return received > 0
+        return any_wants > 0
 
     def on_stop(self, run):
         if run.layout.is_main:

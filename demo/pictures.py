@@ -1,0 +1,62 @@
+"""The demo's sets of pictures, written as image folders (``python -m demo.pictures FOLDER``)."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from demo.renders import draw_scenes, render_all, write_image_folder
+from ietagc_diffusers.files import write_text
+
+STYLE = "mosaic"
+NUM_IMAGES, NUM_DUPLICATED, COPIES = 300, 30, 4
+IMAGES_PER_CAPTION = 2
+
+SCENES = draw_scenes(NUM_IMAGES, [1, 0])
+CAPTIONS = [scene.caption for scene in SCENES]
+HELDOUT_SCENES = draw_scenes(NUM_IMAGES, [2, 0])
+
+
+def training_pictures() -> np.ndarray:
+    """The pictures to train on: uint8 (300, 32, 32, 3), in the order of ``CAPTIONS``."""
+    return render_all(SCENES, STYLE, [1, 1])
+
+
+def fresh_pictures(*numbers: int) -> np.ndarray:
+    """Other pictures of the training captions, as a model would draw that follows the captions and copies nothing: 300
+    for each number, uint8 (N, 32, 32, 3).
+    """
+    return np.concatenate([render_all(SCENES, STYLE, [3, number]) for number in numbers])
+
+
+def write_sets(folder: Path) -> None:
+    """Write into ``folder``, unless they are there:
+
+    - ``pictures`` to train on, the first 30 of which have four rows; ``prompts.jsonl``, the caption of each;
+    - ``heldout``, 300 pictures of other captions;
+    - ``reference``, 2,400 fresh pictures: the distribution that a perfect model draws from;
+    - ``fresh``, as many fresh pictures as a model draws.
+    """
+    copies = [COPIES] * NUM_DUPLICATED + [1] * (NUM_IMAGES - NUM_DUPLICATED)
+    _write(folder / "pictures", [scene.captions for scene in SCENES], training_pictures, copies)
+    heldout = [scene.caption for scene in HELDOUT_SCENES]
+    _write(folder / "heldout", heldout, lambda: render_all(HELDOUT_SCENES, STYLE, [2, 1]))
+    _write(folder / "reference", CAPTIONS * 8, lambda: fresh_pictures(*range(8)))
+    _write(folder / "fresh", CAPTIONS * IMAGES_PER_CAPTION, lambda: fresh_pictures(100, 101))
+    write_text(folder / "prompts.jsonl", "".join(json.dumps({"text": caption}) + "\n" for caption in CAPTIONS))
+
+
+def _write(folder, captions, pictures, copies=None):
+    """An image folder of ``pictures()``, written whole or not at all."""
+    if folder.exists():
+        return
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    write_image_folder(part, captions, pictures(), copies)
+    part.replace(folder)
+
+
+if __name__ == "__main__":
+    write_sets(Path(sys.argv[1]))

@@ -1,0 +1,162 @@
+"""Training and held-out losses of the models that runs left behind."""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ietagc_diffusers.data import image_transform
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families import family_of
+from ietagc_diffusers.files import read_json_lines
+from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.training.fixed_losses import FixedLosses
+
+from .curves import FrontPoint
+from .generate import model_hash
+from .image_sets import BadImage, ImageSet, to_tensor
+from .prompts import choose
+
+Captioned = tuple[torch.Tensor, list[str]]  # images and their texts
+
+
+def captioned(images: ImageSet, resolution: int, max_images: int, seed: int = 0, setting: str = "train") -> Captioned:
+    """Images that have a caption, as the training transform with a centre crop shows them, and their captions.
+
+    Images that do not decode are left out. ``setting`` names the source in messages.
+
+    Returns:
+        uint8 (N, 3, resolution, resolution), and N strings.
+    """
+    transform = image_transform(resolution, True, False, "bilinear").transforms[:2]  # resize, crop
+    captions = images.captions()
+    pixels, texts = [], []
+    for index, text in choose(captions, min(max_images, len(captions)), seed) if captions else []:
+        with suppress(BadImage):
+            image = images.image(index)
+            for step in transform:
+                image = step(image)
+            pixels.append(to_tensor(image))
+            texts.append(text)
+    if len(pixels) < 2:
+        raise UsageError(
+            f"`{setting}` {images.source}: the front needs at least two images with captions (a metadata.jsonl with "
+            "text)"
+        )
+    return torch.stack(pixels), texts
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model that a run left behind: the run's name, which of its seeds, the step, and the denoiser's folder."""
+
+    run: str
+    replicate: int
+    step: int
+    folder: Path
+
+
+def saved_models(runs: dict[str, list[Path]], denoiser: str, points: int | None = None) -> list[SavedModel]:
+    """The models of runs {name: run folders, one a seed}, at most ``points`` of each, evenly spread.
+
+    ``denoiser``: its folder's name in a pipeline.
+    """
+    models = []
+    for name, folders in runs.items():
+        for number, folder in enumerate(folders):
+            found = RunFolder(folder).saved_models(denoiser)
+            if not found:
+                raise UsageError(f"`run` {folder}: holds no checkpoints and no rounds; train with `save_rounds`")
+            models += [SavedModel(name, number, *model) for model in spread(found, points)]
+    return models
+
+
+def spread(models: list, points: int | None) -> list:
+    """``points`` of a list, evenly spread, its last among them."""
+    if points is None or len(models) <= points:
+        return models
+    return [models[round((i + 1) * len(models) / points) - 1] for i in range(points)]
+
+
+class Losses:
+    """Mean training and held-out loss of a denoiser under fixed noise; measured models are remembered in a file.
+
+    Args:
+        base: the pipeline that all runs started from.
+        training, heldout: pairs (images, texts), see ``FixedLosses``.
+        memory: JSON-lines file, or None.
+        prediction_type: of the runs, if not the base's.
+        draws, seed, batch_size: see ``FixedLosses``.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        training: Captioned,
+        heldout: Captioned,
+        memory: Path | None = None,
+        prediction_type: str | None = None,
+        device: str = "cpu",
+        draws: int = 3,
+        seed: int = 0,
+        batch_size: int = 100,
+    ):
+        self.base, self.memory = base, memory
+        self.family = family_of(base, setting="base").load_frozen(str(base), prediction_type, device, setting="base")
+        sets = (training, heldout)
+        self.sets = [FixedLosses(self.family, *images, draws, seed, batch_size) for images in sets]
+        origin = model_hash(base) if Path(base).is_dir() else str(base)
+        digest = hashlib.blake2b(json.dumps([origin, prediction_type, device, draws, seed]).encode())
+        for images, texts in sets:
+            for image in images:
+                digest.update(image.numpy().tobytes())
+            digest.update(json.dumps(texts).encode())
+        self.conditions = digest.hexdigest()[:16]
+        rows = [] if memory is None else read_json_lines(memory)
+        self.known = {key: tuple(losses) for key, *losses in rows}
+
+    def of_base(self) -> tuple[float, float]:
+        """(training loss, held-out loss) of the base's own denoiser."""
+        return self(self.base, self.family.denoiser_name)
+
+    def __call__(self, folder: str | Path, subfolder: str | None = None) -> tuple[float, float]:
+        """(training loss, held-out loss) of the denoiser in a folder, or in a pipeline's subfolder."""
+        key = self.conditions + weights_hash(Path(folder) / (subfolder or "."))
+        if key not in self.known:
+            denoiser = self.family.load_denoiser(folder, subfolder).to(self.family.device).eval()
+            self.known[key] = tuple(losses(denoiser).mean().item() for losses in self.sets)
+            if self.memory is not None:
+                with Path(self.memory).open("a") as file:
+                    file.write(json.dumps([key, *self.known[key]]) + "\n")
+        return self.known[key]
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of the weight files in a folder; of its name if it is a Hub id."""
+    digest = hashlib.blake2b(digest_size=8)
+    files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else str(folder)
+
+
+Measured = list[tuple[FrontPoint, Path | None]]
+
+
+def measure(losses: Losses, models: list[SavedModel]) -> Measured:
+    """Each point of the front with the folder of its denoiser, which is None for the base, every run's first point."""
+    start = losses.of_base()
+    difficulty = start[1] - start[0]
+    seeds = dict.fromkeys((model.run, model.replicate) for model in models)
+    measured: Measured = [(FrontPoint(run, 0, *start, 0.0, replicate), None) for run, replicate in seeds]
+    for model in tqdm(models, desc="Front"):
+        train_loss, heldout_loss = losses(model.folder)
+        gap = heldout_loss - train_loss - difficulty
+        point = FrontPoint(model.run, model.step, train_loss, heldout_loss, gap, model.replicate)
+        measured.append((point, model.folder))
+    return measured

@@ -1,0 +1,80 @@
+"""Denoising losses under fixed noise and noise levels: precise enough to compare models, and free of sampling."""
+
+import numpy as np
+import torch
+
+from ..families import Family
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+DRAWN_TOGETHER = 100  # images whose noise is one draw
+
+
+class FixedLosses:
+    """Denoising losses of images under fixed noise and noise levels, so that models can be compared to a few
+    ten-thousandths.
+
+    Args:
+        family: what the models share, see ``Family.load_frozen``.
+        images: float32 (N, 3, H, W) in [-1, 1], or uint8; texts: N strings.
+        draws: noise draws for each image, each at another noise level.
+        seed: of the noise.
+        batch_size: images at once; the draws do not depend on it.
+        sweep: each draw is at one level for all images, and the draws cover the range of levels.
+
+    Attributes:
+        levels: int64 (draws, N), the noise level of each draw of each image.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        images: torch.Tensor,
+        texts: list[str],
+        draws: int = 3,
+        seed: int = 0,
+        batch_size: int = 100,
+        sweep: bool = False,
+    ):
+        self.objective, self.device, self.batch_size = family.objective, family.device, batch_size
+        chunks = torch.arange(len(images)).split(DRAWN_TOGETHER)
+        encoded = []
+        for rows in chunks:
+            batch = family.batch(_centred(images[rows]), [texts[row] for row in rows])
+            encoded.append(self.objective.encode(batch.to(self.device)))
+        self.levels = (_swept if sweep else _spread)(draws, len(images), self.objective.num_levels)
+        self.batches = []
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for draw in range(draws):
+                for rows, of_rows in zip(chunks, encoded, strict=True):
+                    drawn = self.objective.draw(of_rows)
+                    drawn.levels.copy_(self.levels[draw, rows])
+                    self.batches.append((draw, rows, drawn.to("cpu")))
+
+    @torch.no_grad()
+    def by_draw(self, denoiser: torch.nn.Module) -> torch.Tensor:
+        """Loss of each image at each draw: float32 (draws, N)."""
+        losses = torch.zeros(self.levels.shape)
+        for draw, rows, drawn in self.batches:
+            for some in torch.arange(len(rows)).split(self.batch_size):
+                losses[draw, rows[some]] = self.objective.losses(denoiser, drawn[some].to(self.device)).cpu()
+        return losses
+
+    def __call__(self, denoiser: torch.nn.Module) -> torch.Tensor:
+        """Mean loss of each image over its draws: float32 (N,)."""
+        return self.by_draw(denoiser).mean(dim=0)
+
+
+def _centred(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def _spread(draws: int, num_images: int, num_levels: int) -> torch.Tensor:
+    """Levels spread evenly over the range: fewer draws are needed for the same precision than of random levels."""
+    levels = (np.arange(draws * num_images) * GOLDEN_RATIO % 1 * num_levels).astype(np.int64)
+    return torch.from_numpy(levels).view(draws, num_images)
+
+
+def _swept(draws: int, num_images: int, num_levels: int) -> torch.Tensor:
+    """The same level for all images, from the first to the last."""
+    return torch.linspace(0, num_levels - 1, draws).round().long()[:, None].expand(draws, num_images)
