@@ -162,8 +162,11 @@ class HostMemory:
         """Keep what a file holds."""
         return dict(file.items())
 
+    def drop(self, name: str) -> None:
+        """What was kept under this name is not needed any more."""
+
     def clear(self) -> None:
-        """Forget what an interrupted run left."""
+        """Nothing that was kept is needed any more."""
 
 
 class Disk:
@@ -184,6 +187,9 @@ class Disk:
         path.unlink(missing_ok=True)
         link(file.path, path)
         return TensorFile(path, file.crc, file.not_finite)
+
+    def drop(self, name) -> None:
+        self._path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

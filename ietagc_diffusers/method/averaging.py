@@ -57,3 +57,4 @@ class ModelAverage:
         for name in self.like:
             yield name, (total(self._sum(name)) / count).float()
         self.sums, self.count = None, 0
+        self.place.drop(self.name)

@@ -53,6 +53,9 @@ class Checkpoints(Callback):
         if self.last != run.global_step:
             self.save(run)
 
+    def on_end(self, run):
+        run.weights.place.clear()  # what waited is in the checkpoints, or done with
+
     def _save_if_due(self, run, before):
         if run.global_step // self.every > before // self.every:
             self.save(run)
