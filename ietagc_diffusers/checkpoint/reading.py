@@ -44,14 +44,19 @@ class Checkpoint:
         return sorted(path.stem for path in (self.folder / "ietagc").glob(f"{prefix}*.json"))
 
     def state(self, name: str) -> State:
-        path = self.folder / "ietagc" / f"{name}.json"
-        tensors = path.with_suffix(".safetensors")
-        return unflatten(json.loads(path.read_text()), TensorFile(tensors) if tensors.exists() else {})
+        return read_state(self.folder / "ietagc" / name)
 
     def held(self, name: str) -> TensorFile | None:
         """A large set of tensors, read as it is asked for; None if the checkpoint has none of that name."""
         path = self.folder / name
         return TensorFile(path) if path.is_file() else None
+
+
+def read_state(path: Path) -> State:
+    """A named state by its path without an ending."""
+    tensors = path.with_suffix(".safetensors")
+    rest = json.loads(path.with_suffix(".json").read_text())
+    return unflatten(rest, TensorFile(tensors) if tensors.exists() else {})
 
 
 def measure(path):
