@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ietagc_diffusers import ShardPlan, UsageError
+from ietagc_diffusers.method import sharding
 
 
 def ids(plan):
@@ -82,3 +83,16 @@ def test_nothing_moves_with_one_shard_or_no_fraction():
     assert one.redistribute(np.arange(9), 0.5) is one
     two = ShardPlan.split(9, 2, seed=0)
     assert two.redistribute(np.arange(9), 0.0) is two
+
+
+def test_groups_go_to_the_shard_that_holds_least():
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        loads = rng.integers(0, 30, size=rng.integers(1, 6))
+        count, size = int(rng.integers(0, 40)), int(rng.integers(1, 9))
+        filled, wanted, shards = loads.copy(), loads.copy(), []
+        for _ in range(count):
+            shards.append(int(wanted.argmin()))
+            wanted[shards[-1]] += size
+        assert sharding._fill(filled, count, size).tolist() == shards, trial
+        assert filled.tolist() == wanted.tolist()

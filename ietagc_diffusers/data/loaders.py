@@ -132,6 +132,7 @@ class SeededLoader:
         self.first_epoch = 0  # of this set of samples
         self.taken = 0  # batches since then
         self._batches = iter(())
+        self._order = None  # the last planned epoch's number and order
 
     @property
     def order(self) -> str:
@@ -139,20 +140,23 @@ class SeededLoader:
         return "by seed and shard"
 
     def _epoch(self, number):
-        """One epoch's order: a list of (row, seed)."""
-        rng = np.random.default_rng([*self.seed, number])
-        order = rng.permutation(self.shard_samples).tolist()
-        return list(zip(order, rng.integers(2**63, size=len(order)).tolist(), strict=True))
+        """One epoch's order: rows and seeds, (2, N) int64."""
+        if self._order is None or self._order[0] != number:
+            rng = np.random.default_rng([*self.seed, number])
+            order = rng.permutation(self.shard_samples)
+            self._order = number, np.stack([order, rng.integers(2**63, size=len(order))])
+        return self._order[1]
 
     def _plan(self):
         """This process's part of the next batches: lists of (row, seed)."""
         length, size = self.batch_size * self.group_size, len(self.shard_samples)
         start = self.taken * length
-        epoch, end = start // size, start + self.BLOCK * length
-        keys = []
-        for number in range(epoch, math.ceil(end / size)):
-            keys += self._epoch(self.first_epoch + number)
-        keys = keys[start - epoch * size :]
+        end = start + self.BLOCK * length
+        parts = []
+        for number in range(start // size, math.ceil(end / size)):
+            first = number * size
+            parts.append(self._epoch(self.first_epoch + number)[:, max(start - first, 0) : end - first])
+        keys = list(zip(*np.concatenate(parts, axis=1).tolist(), strict=True))
         mine = self.group_rank * self.batch_size
         return [keys[i + mine : i + mine + self.batch_size] for i in range(0, self.BLOCK * length, length)]
 
@@ -172,6 +176,7 @@ class SeededLoader:
                 )
             )
             batch = _next(self._batches)
+        batch = self.samples.received(batch)
         if self.group_size > 1:
             first = self.group_rank * self.batch_size
             share = slice(first, first + self.batch_size), self.batch_size * self.group_size
@@ -184,7 +189,7 @@ class SeededLoader:
         if not np.array_equal(shard_samples, self.shard_samples):
             epochs = math.ceil(self.taken * self.batch_size * self.group_size / len(self.shard_samples))
             self.first_epoch, self.taken = self.first_epoch + epochs, 0
-            self.shard_samples, self._batches = shard_samples, iter(())
+            self.shard_samples, self._batches, self._order = shard_samples, iter(()), None
 
     def close(self):
         """End the data workers, until the next batch is asked for."""

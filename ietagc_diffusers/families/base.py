@@ -15,7 +15,8 @@ from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
 Image = Any  # PIL's
-View = Callable[[Image], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Tensors = dict[str, torch.Tensor]
+View = Callable[[Image], tuple[torch.Tensor, Tensors]]
 
 
 class Objective(ABC):
@@ -30,6 +31,14 @@ class Objective(ABC):
     @abstractmethod
     def num_levels(self) -> int:
         """T: how many noise levels there are."""
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor) -> Tensors:
+        """What is the same at each visit of images (B, 3, H, W): named tensors (B, ...), which a cache may keep."""
+
+    @abstractmethod
+    def encode_inputs(self, inputs: Tensors) -> Tensors:
+        """The same of what the model is told of them besides (a batch's ``inputs``)."""
 
     @abstractmethod
     def encode(self, batch: Batch) -> Any:
@@ -113,6 +122,16 @@ class Family(ABC):
     @abstractmethod
     def condition(self, settings: Any, config: MitigationConfig) -> Condition:
         """What the model is told of a training row."""
+
+    @abstractmethod
+    def encoder_marks(self) -> dict[str, dict[str, str]]:
+        """What stands for all that ``encode_images`` and ``encode_inputs`` depend on, by "images" and "inputs"."""
+
+    @abstractmethod
+    def rest(self, images: bool, inputs: bool) -> None:
+        """Move the encoders of images or of inputs, which will not be needed, to the host. They come back for as long
+        as images are drawn.
+        """
 
     @abstractmethod
     def view(self, settings: DataSettings) -> View:

@@ -52,10 +52,9 @@ class ShardPlan:
             sizes = np.bincount(groups)
             # Larger groups first, each to the shard that holds least: balanced, and stable for equal sizes.
             loads = np.zeros(num_shards, dtype=np.int64)
-            for unit in order[np.argsort(-sizes[order], kind="stable")]:
-                shard = int(loads.argmin())
-                shard_of_unit[unit] = shard
-                loads[shard] += sizes[unit]
+            order = order[np.argsort(-sizes[order], kind="stable")]
+            for some in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+                shard_of_unit[some] = _fill(loads, len(some), int(sizes[some[0]]))
         shard_of_sample = shard_of_unit[units]
         return cls(tuple(np.flatnonzero(shard_of_sample == k) for k in range(num_shards)), groups)
 
@@ -67,12 +66,14 @@ class ShardPlan:
         """
         samples = self.shards[shard]
         wanted = round(fraction * len(samples))
-        units = samples if self.groups is None else self.groups[samples]
-        unique, inverse, sizes = np.unique(units, return_inverse=True, return_counts=True)
-        scores = np.bincount(inverse, weights=skip_counts[samples]) / sizes if by == "skips" else np.zeros(len(unique))
-        order = np.lexsort((rng.random(len(unique)), -scores))
+        if self.groups is None:
+            inverse, sizes = np.arange(len(samples)), np.ones(len(samples), dtype=np.int64)
+        else:
+            inverse, sizes = np.unique(self.groups[samples], return_inverse=True, return_counts=True)[1:]
+        scores = np.bincount(inverse, weights=skip_counts[samples]) / sizes if by == "skips" else np.zeros(len(sizes))
+        order = np.lexsort((rng.random(len(sizes)), -scores))
         before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
-        chosen = np.zeros(len(unique), dtype=bool)
+        chosen = np.zeros(len(sizes), dtype=bool)
         chosen[order[before < wanted]] = True
         return samples[chosen[inverse]]
 
@@ -97,13 +98,16 @@ class ShardPlan:
         easy = [self.easiest(k, by_shard[k], fraction, by, rng) for k in range(self.num_shards)]
         shards = []
         for k, samples in enumerate(self.shards):
-            kept = np.setdiff1d(samples, easy[k], assume_unique=True) if mode == "move" else samples
-            shards.append(np.union1d(kept, easy[k - 1]))
+            kept = samples[~_among(samples, easy[k])] if mode == "move" else samples
+            # A stable sort merges two sorted runs in one pass.
+            merged = np.sort(np.concatenate([kept, easy[k - 1]]), kind="stable")
+            shards.append(merged[np.diff(merged, prepend=-1) > 0])
         return ShardPlan(tuple(shards), self.groups)
 
     def num_moved(self, previous):
         """How many samples are in a shard that did not hold them in ``previous``."""
-        return sum(len(np.setdiff1d(new, old)) for new, old in zip(self.shards, previous.shards, strict=True))
+        pairs = zip(self.shards, previous.shards, strict=True)
+        return sum(int((~_among(new, old)).sum()) for new, old in pairs)
 
     def state_dict(self) -> dict:
         """The plan as tensors."""
@@ -114,3 +118,25 @@ class ShardPlan:
     def from_state_dict(cls, state: dict) -> "ShardPlan":
         groups = state["groups"]
         return cls(tuple(s.numpy() for s in state["shards"]), None if groups is None else groups.numpy())
+
+
+def _among(samples, others):
+    """Which of the samples are among others, by a table over ids: (N,) bool."""
+    table = np.zeros(max(samples.max(initial=-1), others.max(initial=-1)) + 1, dtype=bool)
+    table[others] = True
+    return table[samples]
+
+
+def _fill(loads, count, size):
+    """Give ``count`` groups of one size to the shards, each to the one that then holds least, the first of equals.
+
+    Returns their shards (count,), and adds what they hold to ``loads`` (K,). A shard takes a group whenever its load
+    is the lowest: sorted, the loads at which the shards take them are the order of taking.
+    """
+    level = max(loads.max(), (loads.sum() + count * size) // len(loads) + size)
+    taken = (level - loads) // size + 1  # as many as each could take, and no fewer than it will
+    shards = np.repeat(np.arange(len(loads)), taken)
+    within = np.arange(len(shards)) - np.repeat(np.cumsum(taken) - taken, taken)
+    first = np.argsort(loads[shards] + size * within, kind="stable")[:count]
+    loads += size * np.bincount(shards[first], minlength=len(loads))
+    return shards[first]
