@@ -4,13 +4,14 @@
 
 Each run of a tiny model is killed once, at a random moment or at a chosen stage, resumed with
 ``--resume_from_checkpoint latest`` and compared byte for byte with the run that was not killed: UNet file, rounds
-(but their seconds) and skip counts. Odd runs have two processes.
+(but their seconds) and skip counts. Every other run has two processes; about half keep waiting proxies on the disk.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -35,7 +36,8 @@ def die():
 
 def arm(stage, count):
     """Make this process kill itself at the ``count``-th time that it reaches a stage."""
-    from ietagc_diffusers import checkpoint
+    from ietagc_diffusers import tensor_files
+    from ietagc_diffusers.checkpoint import writing
     from ietagc_diffusers.families import stable_diffusion
     from ietagc_diffusers.method import averaging
     from ietagc_diffusers.training import proxy
@@ -70,38 +72,39 @@ def arm(stage, count):
 
         averaging.ModelAverage.mean = dying_mean
     elif stage == "half a file":
-        save_file = checkpoint.save_file
+        write = tensor_files.write
 
-        def half(tensors, path, **options):
-            save_file(tensors, path, **options)
+        def half(path, *more, **options):
+            written = write(path, *more, **options)
             nonlocal left
             if left == 1:
                 content = Path(path).read_bytes()
                 Path(path).write_bytes(content[: len(content) // 2])
             countdown()
+            return written
 
-        checkpoint.save_file = half
-    elif stage == "before rename":
-        before(checkpoint.os, "replace")
-    elif stage == "after rename":
-        replace = checkpoint.os.replace
+        tensor_files.write = half
+    elif stage in ("before rename", "after rename"):
+        rename = writing._rename
 
-        def renamed(source, target):
-            replace(source, target)
-            if "checkpoint-" in str(target):
+        def renamed(folder, final):
+            if stage == "before rename":
+                countdown()
+            rename(folder, final)
+            if stage == "after rename":
                 countdown()
 
-        checkpoint.os.replace = renamed
+        writing._rename = renamed
     elif stage == "cleanup":
-        rmtree = checkpoint.shutil.rmtree
+        rmtree = writing.shutil.rmtree
 
         def half_removed(path, **options):
-            if Path(path).is_dir() and not str(path).endswith((".tmp", ".old")):
+            if re.fullmatch(r"checkpoint-\d+", Path(path).name):
                 next(Path(path).rglob("*.safetensors")).unlink()
                 countdown()
             rmtree(path, **options)
 
-        checkpoint.shutil.rmtree = half_removed
+        writing.shutil.rmtree = half_removed
     elif stage == "final save":
         before(stable_diffusion.StableDiffusionPipeline, "save_config")
 
@@ -159,6 +162,8 @@ def run(flags, log, world, stage=None, count=0, victim=0, kill_after=None):
             if done:
                 left.discard(pid)
                 if status:  # as a launcher does: one down, all down
+                    if well and not os.WIFSIGNALED(status):
+                        sys.exit(f"a process failed:\n{Path(log).read_text()[-3000:]}")
                     well = False
                     for other in left:
                         os.kill(other, signal.SIGKILL)
@@ -205,8 +210,17 @@ def campaign(kills, seed, report=print):
         for number in range(kills):
             world, stage = 1 + number % 2, STAGES[number // 2 % len(STAGES)]
             folder, log = scratch / f"run-{number}", scratch / f"run-{number}.log"
-            mine = [*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest"]
-            count = 1 if stage == "final save" else rng.randint(1, {"step": 30 // world, "averaging": 6}.get(stage, 9))
+            mine = [
+                *flags,
+                f"--proxy_state={rng.choice(['host', 'disk'])}",
+                f"--output_dir={folder}",
+                "--resume_from_checkpoint=latest",
+            ]
+            count = (
+                1
+                if stage == "final save"
+                else rng.randint(1, {"step": 30 // world, "averaging": 6, "half a file": 90}.get(stage, 9))
+            )
             timed = {"kill_after": rng.uniform(0.5, 4.0)} if stage == "any time" else {"stage": stage, "count": count}
             # Files are renamed, removed and saved by the first process alone.
             victim = rng.randrange(world) if stage in ("any time", "step", "averaging", "half a file") else 0

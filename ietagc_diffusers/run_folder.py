@@ -22,7 +22,9 @@ class RunFolder:
         config_file: every effective setting, as a recipe that repeats the run;
         rounds_file: a JSON line per round;
         skip_counts_file: visits and skips of every sample, as Parquet;
-        bad_samples_file: a JSON line per row that was replaced.
+        bad_samples_file: a JSON line per row that was replaced;
+        identity_file: the fingerprints that the run has had;
+        waiting: tensors that wait on the disk while others train.
     """
 
     def __init__(self, path: str | Path):
@@ -32,6 +34,8 @@ class RunFolder:
         self.rounds_file = self.records / "rounds.jsonl"
         self.skip_counts_file = self.records / "skip_counts.parquet"
         self.bad_samples_file = self.records / "bad_samples.jsonl"
+        self.identity_file = self.records / "run.json"
+        self.waiting = self.records / "waiting"
         self.card_file = self.path / "README.md"
         self.card_grid_file = self.path / "val_imgs_grid.png"
 
@@ -50,6 +54,23 @@ class RunFolder:
         """The checkpoints, by step. Only names are looked at: a checkpoint has its name once it is complete."""
         return [path for _, path in _numbered(self.path, _CHECKPOINT)]
 
+    def earlier(self, number: int) -> Path:
+        """Where what another run left in this folder is moved when a new run begins."""
+        return self.path / f"earlier-run-{number}"
+
+    def belongings(self) -> list[Path]:
+        """All that a run leaves in the folder and that is there, but for the trackers' logs."""
+        pipeline = [self.path / "model_index.json"]
+        if self.is_finished:
+            try:
+                parts = json.loads(pipeline[0].read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                parts = {}
+            pipeline += [self.path / part for part in parts if (self.path / part).is_dir()]
+        records = [path for path in self.records.glob("*") if path != self.waiting]
+        own = [*records, self.path / "rounds", self.card_file, self.card_grid_file]
+        return [path for path in [*self.checkpoints(), *own, *pipeline] if path.exists()]
+
     @property
     def is_finished(self) -> bool:
         return (self.path / "model_index.json").is_file()
@@ -59,7 +80,15 @@ class RunFolder:
         """Patterns of what is never uploaded: training pictures, paths of this machine, and what only a resumed run
         needs.
         """
-        return ["checkpoint-*", "rounds/**", "ietagc/shards/**", "ietagc/bad_samples.jsonl"]
+        return [
+            "checkpoint-*",
+            "earlier-run-*",
+            "rounds/**",
+            "ietagc/shards/**",
+            "ietagc/bad_samples.jsonl",
+            "ietagc/run.json",
+            "ietagc/waiting/**",
+        ]
 
     def config(self) -> dict[str, Any]:
         """The settings that the run recorded. Raises ``UsageError`` if there are none that can be read."""

@@ -16,7 +16,7 @@ from conftest import SCRIPT, environment, launch, train_flags, train_here, unet_
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from ietagc_diffusers import RunFolder, UsageError, checkpoint
+from ietagc_diffusers import RunFolder, UsageError, checkpoint, tensor_files
 from ietagc_diffusers.checkpoint import flatten, unflatten
 
 METHOD = [
@@ -82,15 +82,15 @@ def flip_a_byte(path):
 
 
 def test_a_full_disk_costs_the_checkpoint_alone(flags, whole, tmp_path, monkeypatch, caplog):
-    save_file, calls = checkpoint.save_file, []
+    write, calls = tensor_files.write, []
 
-    def full(tensors, path, **options):
+    def full(path, *more, **options):
         calls.append(path)
         if "checkpoint-12" in str(path) and len(calls) % 3 == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path, **options)
+        return write(path, *more, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "write", full)
     train_here(flags, tmp_path)
     names = [path.name for path in RunFolder(tmp_path).checkpoints()]
     assert names == [f"checkpoint-{step}" for step in (4, 8, 16, 20, 24)]

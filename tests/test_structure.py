@@ -16,7 +16,7 @@ SOURCES = [
 ]
 PRODUCT = [path for path in SOURCES if path.parts[len(ROOT.parts)] not in ("demo", "benchmarks")]
 EDGE = {"arguments", "cli"}  # where flags are flags
-LOW = {"errors", "files", "settings", "run_folder", "__init__"}  # modules that every room may import
+LOW = {"errors", "files", "settings", "run_folder", "tensor_files", "__init__"}  # modules that every room may import
 # What each room may import, beside itself and the low modules.
 ROOMS = {
     "method": set(),
@@ -84,7 +84,7 @@ def names_in(path):
 
 
 GENERAL = [
-    PACKAGE / "checkpoint.py",
+    *(PACKAGE / "checkpoint").glob("*.py"),
     PACKAGE / "run_folder.py",
     *sorted((PACKAGE / "method").glob("*.py")),
     *(p for p in sorted((PACKAGE / "training").rglob("*.py")) if p.name != "settings.py"),

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 from ..arguments import fail, known_names, parse_args
 from ..errors import UsageError, with_flags
-from ..training.callbacks import Diverged
+from ..training.callbacks import Ended
 from ..training.run import train
 from ..training.settings import TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None, kind: type[TrainingSettings] = TrainingSettings) -> None:
-    """Train as the command line says. Wrong use exits with 2, diverged training with 1."""
+    """Train as the command line says. Wrong use exits with 2, a run that cannot continue with 1."""
     settings = parse_args(argv, kind)
     names = known_names(kind)
     try:
         train(settings, say=lambda text: print(with_flags(text, names), flush=True))
     except UsageError as error:
         fail(error, kind)
-    except Diverged as error:
+    except Ended as error:
         sys.exit(with_flags(str(error), names))

@@ -1,6 +1,7 @@
 """The order in which a proxy sees its samples, and how that order is resumed."""
 
 import math
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,12 @@ from tqdm.auto import tqdm
 
 from ..errors import UsageError
 from .batch import Batch
+
+
+def _leave_signals_to_the_main_process(worker):
+    """Launchers and terminals signal all processes: the main process decides when to stop, and needs its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _whole(batch):
@@ -58,7 +65,14 @@ class StreamLoader:
         return (self.samples.__getitems__(rows) for rows in order[skip:])
 
     def _loader(self, items, collate):
-        return DataLoader(items, self.batch_size, shuffle=True, collate_fn=collate, num_workers=self.num_workers)
+        return DataLoader(
+            items,
+            self.batch_size,
+            shuffle=True,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_the_main_process,
+        )
 
     def _read_ahead(self):
         self.before_ahead = self.streams.get()
@@ -80,6 +94,9 @@ class StreamLoader:
 
     def set_samples(self, samples):
         """There is one shard: always the whole set."""
+
+    def close(self):
+        """There is one shard, which never waits."""
 
     def state_dict(self):
         streams = [self.epoch_start, self.before_ahead] if self.taken else None
@@ -155,6 +172,7 @@ class SeededLoader:
                     collate_fn=_whole,
                     num_workers=self.num_workers,
                     generator=torch.Generator(),
+                    worker_init_fn=_leave_signals_to_the_main_process,
                 )
             )
             batch = _next(self._batches)
@@ -172,6 +190,10 @@ class SeededLoader:
             epochs = math.ceil(self.taken * self.batch_size * self.group_size / len(self.shard_samples))
             self.first_epoch, self.taken = self.first_epoch + epochs, 0
             self.shard_samples, self._batches, self._order = shard_samples, iter(()), None
+
+    def close(self):
+        """End the data workers, until the next batch is asked for."""
+        self._batches = iter(())
 
     def state_dict(self):
         return {"first_epoch": self.first_epoch, "taken": self.taken}

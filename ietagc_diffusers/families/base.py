@@ -161,8 +161,8 @@ class Family(ABC):
         """An image for each prompt, from the seed only. Leaves the process's random streams as they are."""
 
     @abstractmethod
-    def save_denoiser(self, folder: Path, tensors: dict[str, torch.Tensor], more: dict[str, Any] | None = None) -> None:
-        """Write weights as diffusers loads them, without changing the module. ``more``: keys for its configuration."""
+    def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
+        """Write what diffusers needs beside the denoiser's weights. ``more``: keys for its configuration."""
 
 
 def place_name(place: str) -> str:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 from torchvision.transforms import Compose
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..data import Batch, Captions, DataSettings, fixed_transforms, image_transform
 from ..errors import UsageError
-from .base import WEIGHTS_FILE, Family, Image
+from .base import Family, Image
 from .settings import BaseModelSettings
 from .text_to_image import Tensors, TextToImageObjective
 
@@ -250,12 +249,10 @@ class StableDiffusion(Family):
                 for prompt in prompts
             ]
 
-    def save_denoiser(self, folder: Path, tensors: Tensors, more: dict[str, Any] | None = None) -> None:
+    def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
         config = json.loads(self.denoiser.to_json_string())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config | (more or {}), indent=2, sort_keys=True) + "\n")
-        host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(host, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _scheduler(base, prediction_type, **options):

@@ -164,9 +164,10 @@ class MitigationConfig:
     )
     optimizer_state: str = setting(
         "keep",
-        "Whether a proxy keeps its optimizer moments from round to round.",
+        "Adam's moments after a round: each proxy keeps its own, all start from their average, or from zero (reset). "
+        "The last two need room for one state instead of one a shard.",
         resume=Resume.SAME,
-        choices=["keep", "reset"],
+        choices=["keep", "average", "reset"],
     )
     random_skip_rate: float = setting(
         0.0,

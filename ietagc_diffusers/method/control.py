@@ -21,7 +21,8 @@ class Decision(NamedTuple):
 class Controlled(NamedTuple):
     """What a step did. loss (): to differentiate; skipped, augmented, nonfinite (B,) bool; ratio (B,).
 
-    total_loss (): summed over the batch's finite losses, for the log. all_finite: known to the host.
+    total_loss (): summed over the batch's finite losses, for the log. all_finite: known to the host. kept (): how many
+    samples of the group ``loss`` is the mean of; None for the official loss, a mean whatever is kept.
     """
 
     loss: torch.Tensor
@@ -31,6 +32,7 @@ class Controlled(NamedTuple):
     ratio: torch.Tensor
     total_loss: torch.Tensor
     all_finite: bool
+    kept: torch.Tensor | None = None
 
 
 class Solo:
@@ -124,7 +126,8 @@ class DecidingControl(Control):
         skip, augment, strength, ratio = self.decide(observed, drawn.levels, *more)
         self.observe(self.group.gather(observed), self.group.gather(drawn.levels))
         keep = ~skip & finite
-        num_kept = self.group.sum(keep.sum()).clamp(min=1)
+        kept = self.group.sum(keep.sum())
+        num_kept = kept.clamp(min=1)
         if self.augment is None:
             augment = torch.zeros_like(keep)
             all_finite = bool(finite.all())  # the step's one read of the device
@@ -145,7 +148,7 @@ class DecidingControl(Control):
             else:
                 loss = observed.new_zeros(())
         total_loss = torch.where(finite, observed, 0.0).sum()
-        return Controlled(loss, skip & finite, augment, ~finite, ratio, total_loss, all_finite)
+        return Controlled(loss, skip & finite, augment, ~finite, ratio, total_loss, all_finite, kept)
 
     def _augmented(self, objective, drawn, batch, magnitudes):
         """``drawn`` with each image augmented whose magnitude (a host integer) is not 0."""

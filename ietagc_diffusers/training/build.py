@@ -1,6 +1,7 @@
 """From settings to a run at its first step."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ from ..method.config import DEFAULT_ROUNDS, MitigationConfig
 from ..method.control import Control, PlainControl, RandomControl, ThresholdAwareControl, WenControl
 from ..method.memory_bank import LossMemoryBank
 from ..method.sharding import ShardPlan
+from ..run_folder import RunFolder
+from ..tensor_files import Disk, HostMemory, Place
+from .cost import available_memory, cost_of
 from .ensemble import IterativeEnsemble, Rounds
 from .layout import Layout
 from .proxy import Proxy
@@ -178,6 +182,26 @@ def _method_control(config, num_levels, visits_per_shard, layout):
     )
 
 
+def waiting_place(settings: TrainingSettings, family: Family, layout: Layout) -> Place:
+    """Where weights and moments wait, see ``--proxy_state``."""
+    kind = settings.proxy_state
+    if settings.method.optimizer_state == "average" and settings.use_8bit_adam:
+        raise UsageError("`optimizer_state` average: quantised moments have no mean; leave out `use_8bit_adam`")
+    if kind == "auto":
+        cost = cost_of(settings, family, layout)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        kind = "host" if cost.waiting * local <= available_memory() / 2 else "disk"
+        if kind == "disk":
+            logger.info(
+                f"Waiting proxies are kept on the disk: {cost.waiting / 1e9:.3g} GB would be much for the memory"
+            )
+    if kind == "host":
+        return HostMemory()
+    place = Disk(RunFolder(settings.output_dir).waiting / f"process-{layout.process_index}")
+    place.clear()
+    return place
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long the run is, in steps of all proxies together."""
@@ -290,7 +314,8 @@ def build_run(
     model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     if settings.compile:
         model = torch.compile(model)
-    weights = Weights(family, config.num_shards > 1, average, settings.offload_ema)
+    place = waiting_place(settings, family, layout)
+    weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
     build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams)
     run = IterativeEnsemble(
         model=model,
@@ -304,5 +329,6 @@ def build_run(
         streams=streams,
         seed=settings.seed,
         scaler=accelerator.scaler,
+        place=place,
     )
     return run, budget

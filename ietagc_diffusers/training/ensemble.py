@@ -4,14 +4,17 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Held
 from ..method.config import MitigationConfig
 from ..method.sharding import ShardPlan
+from ..tensor_files import Place
 from .layout import Layout
+from .moments import Moments
 from .proxy import ROUND_TOTALS, Proxy
 from .streams import RandomStreams
 from .weights import Weights
@@ -112,7 +115,7 @@ class IterativeEnsemble:
     """The run: K proxies on K shards, trained in rounds from their common mean theta_hat.
 
     The model on the device is whichever proxy is being trained; between rounds it is theta_hat. Of the others there
-    are only sums (float64) and optimizer states in host memory, so device memory does not grow with K.
+    are only sums (float64) and optimizer states, in host memory or on the disk, so device memory does not grow with K.
 
     Args:
         model: the denoiser as it is called: prepared, perhaps compiled, on the device.
@@ -126,6 +129,7 @@ class IterativeEnsemble:
         streams: ``RandomStreams``.
         seed: of the redistribution.
         scaler: gradient scaler of fp16, or None.
+        place: where optimizer states wait; default: host memory.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class IterativeEnsemble:
         streams: RandomStreams,
         seed: int,
         scaler: Any = None,
+        place: Place | None = None,
     ):
         self.model = model
         self.weights = weights
@@ -153,6 +158,7 @@ class IterativeEnsemble:
         self.streams = streams
         self.seed = seed
         self.scaler = scaler
+        self.moments = Moments(config.optimizer_state, place, alone=len(proxies) == 1)
         self.round = 0
         self.progress = [0] * layout.num_shards  # steps of each shard's proxy in this round
         self.active: Proxy | None = None  # the proxy on the device
@@ -245,6 +251,7 @@ class IterativeEnsemble:
         proxy.weights = None
         self.weights.start_average(proxy.steps)
         proxy.activate(self.streams)
+        self.moments.activate(proxy)
         self.active = proxy
 
     def _retire(self, proxy):
@@ -253,10 +260,14 @@ class IterativeEnsemble:
         if self.layout.leads:
             self.weights.add_to_mean()
         proxy.suspend(self.streams)
+        self.moments.retire(proxy, self.layout.leads)
+        if len(self.proxies) > 1:
+            proxy.loader.close()
         self.active = None
 
     def _end_round(self):
         self.weights.aggregate(self.layout.total)
+        self.moments.end_round(self.layout.total)
         totals, skips = self._gather_counts()
         previous = self.plan
         self.plan = previous.redistribute(
@@ -267,7 +278,7 @@ class IterativeEnsemble:
             seed=[self.seed, self.round],
         )
         for proxy in self.proxies.values():
-            proxy.end_round(self.plan.shards[proxy.shard], reset_optimizer=self.config.optimizer_state == "reset")
+            proxy.end_round(self.plan.shards[proxy.shard])
         row = self._round_row(totals, self.plan.num_moved(previous))
         self.rows.append(row)
         self.round, self.progress, self.seconds = self.round + 1, [0] * self.layout.num_shards, 0.0
@@ -308,11 +319,10 @@ class IterativeEnsemble:
         return self.layout.total(visits), self.layout.total(skips)
 
     def states(self) -> Iterator[tuple[str, Any]]:
-        """(name, state) of what this process has to write of all that the future depends on, but for theta_hat.
+        """(name, state) of what this process has to write of all that the future depends on, but for large tensors.
 
         Every process calls this: processes of a group count together.
         """
-        quota = 0 if self.finished else self.rounds.steps_in(self.round)
         if self.layout.is_main:
             yield (
                 "run",
@@ -326,14 +336,28 @@ class IterativeEnsemble:
             )
             yield "plan", self.plan.state_dict()
         for shard, proxy in self.proxies.items():
-            state = proxy.state_dict(self.layout) | {"weights": proxy.weights}
+            state = proxy.state_dict(self.layout)
             if proxy is self.active:
                 state["streams"] = self.streams.get()
-                state["weights"] = None if self.single else self.weights.live()
             if self.layout.leads:
                 yield f"proxy-{shard}", state
-        if self.layout.leads and quota and any(self.progress[shard] == quota for shard in self.layout.shards):
-            yield f"mean-{self.layout.process_index}", self.weights.mean_state()
+        if self.weights.added:
+            yield f"mean-{self.layout.process_index}", {"count": self.weights.added}
+
+    def held(self) -> Iterator[Held]:
+        """The large tensors that this process has to write, by the file of the checkpoint that they are."""
+        if self.layout.is_main:
+            yield from self.weights.held()
+        for shard, proxy in self.proxies.items() if self.layout.leads and not self.single else ():
+            midway = self.weights.live() if proxy is self.active else proxy.weights or {}
+            for key, tensors in midway.items():
+                yield Held(f"{_midway(shard)}{key}.safetensors", (self.round, proxy.steps), tensors)
+        yield from self.weights.held_means(self.layout.process_index)
+        yield from self.moments.held(self.proxies, self.layout)
+
+    def write_configs(self, folder: Path) -> None:
+        """The small files beside the weights in a checkpoint."""
+        self.weights.write_configs(folder)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Put a freshly built run where the checkpoint was, whatever the number of processes that wrote it."""
@@ -344,13 +368,19 @@ class IterativeEnsemble:
             self.scaler.load_state_dict(run["scaler"])
         self.plan = ShardPlan.from_state_dict(checkpoint.state("plan"))
         self.weights.load(checkpoint.folder)
+        counts = {int(name.split("-")[1]): checkpoint.state(name)["count"] for name in checkpoint.names("mean-")}
         if self.layout.is_main:
-            for name in checkpoint.names("mean-"):
-                self.weights.add_mean_state(checkpoint.state(name))
+            self.weights.load_means(checkpoint, counts)
+        self.moments.resume(checkpoint, self.proxies, counts, self.layout.is_main)
         for shard, proxy in self.proxies.items():
-            state = checkpoint.state(f"proxy-{shard}")
-            proxy.load_state_dict(state, self.plan.shards[shard], self.layout.leads)
-            proxy.weights = state["weights"]
+            proxy.load_state_dict(checkpoint.state(f"proxy-{shard}"), self.plan.shards[shard], self.layout.leads)
+            midway = {key: checkpoint.held(f"{_midway(shard)}{key}.safetensors") for key in self.weights.live()}
+            proxy.weights = midway if all(file is not None for file in midway.values()) else None
+
+
+def _midway(shard):
+    """How the files begin that hold the weights of a proxy in the middle of a round."""
+    return f"ietagc/weights-{shard}-"
 
 
 def _ratios(by_shard, numerator, denominator):

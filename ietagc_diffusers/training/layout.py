@@ -4,12 +4,16 @@ W processes, K shards. W <= K: each process owns K / W shards and trains them on
 K processes train one shard together. Anything else is an error.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UsageError
+from .gradients import GradientSum
+
+PATIENCE = timedelta(days=2)  # how long processes wait for one that writes, validates or uploads
 
 
 def valid_process_counts(num_shards, limit=64):
@@ -43,6 +47,9 @@ class Layout:
         self.rank = process_index % self.size
         self.shards = self.groups[process_index // self.size]
         self._group: Any = None
+        # On the host and with a time-out of its own: that of the default group is over while one writes a large file.
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
+        self._gradients: GradientSum | None = None
         if self.size > 1:
             for leader in range(0, num_processes, self.size):
                 group = dist.new_group(list(range(leader, leader + self.size)))
@@ -73,11 +80,17 @@ class Layout:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def sum_gradients(self, parameters):
-        """Make every member's gradients the sum of the group's."""
+    def expect_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """The backward pass that comes is the last of this step: gradients may be summed while it runs."""
         if self.size > 1:
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad, group=self._group)
+            if self._gradients is None:
+                self._gradients = GradientSum(parameters, self._group)
+            self._gradients.expect()
+
+    def sum_gradients(self) -> None:
+        """Make every member's gradients the sum of the group's, after ``expect_gradients``."""
+        if self._gradients is not None:
+            self._gradients.finish()
 
     def total(self, tensor):
         """Sum over all processes; takes and returns a host tensor."""
@@ -88,6 +101,16 @@ class Layout:
         dist.all_reduce(total)
         return total.cpu()
 
-    def barrier(self):
+    def any(self, flag):
+        """Whether the flag is set on any process. Waits for all of them, as long as it takes."""
+        return bool(self.agree(torch.tensor([float(flag)])).item())
+
+    def agree(self, numbers):
+        """The sum of a few numbers, a host tensor, over all processes. Waits for all of them, as long as it takes."""
         if self.num_processes > 1:
-            dist.barrier()
+            dist.all_reduce(numbers, group=self._patient)
+        return numbers
+
+    def barrier(self):
+        """Wait for all processes, as long as it takes."""
+        self.any(False)

@@ -1,5 +1,6 @@
 """A proxy theta_i: all of one shard's training but the weights, which live in the one model on the device."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from ..data import Batch
 from ..method.control import Control, Controlled
 from .layout import Layout
+from .moments import put, scalars
 from .streams import RandomStreams
 
-# What a proxy counts over a round, on the device; "overflows" are steps that the fp16 gradient scaler left out.
+# What a proxy counts over a round, on the device; "overflows": steps left out, since the gradient was not finite.
 ROUND_TOTALS = ("loss", "visits", "skipped", "augmented", "nonfinite", "overflows")
 COUNTS = ("round_totals", "round_skips", "total_skips", "total_visits")  # what a proxy counts, by attribute
 
@@ -19,8 +21,8 @@ class Proxy:
     """One shard's training. Keeps its batches, control (with the memory bank), optimizer, schedule and random streams
     over the rounds.
 
-    Only one proxy of a process is on the device at a time: ``activate`` and ``suspend`` move its optimizer state and
-    swap the random streams.
+    Only one proxy of a process is on the device at a time: ``activate`` and ``suspend`` move its control and its counts
+    and swap the random streams; ``Moments`` moves its optimizer's state.
 
     Args:
         shard: i, in 0..K-1.
@@ -30,7 +32,7 @@ class Proxy:
         schedule: learning-rate schedule, stepped once a step.
         num_samples: N, of the whole training set.
         accumulation: micro-batches a step.
-        max_grad_norm: of the gradient clipping.
+        max_grad_norm: of the gradient clipping; 0: none.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Proxy:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.steps = 0
         self.nonfinite_in_a_row = 0  # steps
+        self.left_out = False  # whether the last step was, since its gradient was not finite
         self.streams_state = None
-        self.weights = None  # those with which a checkpoint found this proxy in the middle of a round
+        self.weights: Any = None  # those with which a checkpoint found this proxy in the middle of a round
         self.round_totals = torch.zeros(len(ROUND_TOTALS))
         self.round_skips = torch.zeros(num_samples, dtype=torch.int64)
         self.total_skips = torch.zeros(num_samples, dtype=torch.int64)
@@ -83,24 +86,32 @@ class Proxy:
         self.control.to(device)
         for name in COUNTS:
             setattr(self, name, getattr(self, name).to(device))
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                if torch.is_tensor(value) and value.ndim:  # Adam's step counter stays where it is
-                    state[key] = value.to(device)
 
     def step(self, model: Any, objective: Any, layout: Layout, scaler: Any = None) -> tuple[list, list]:
         """One optimizer step: forward and backward over its micro-batches, which end with the epoch if need be.
 
-        Returns two lists, as a rule empty: the samples whose loss was not finite, and [row, reason] of replaced rows.
+        Each kept sample of a step weighs the same. A step whose gradient is not finite is left out.
+
+        Returns two lists, as a rule empty: the samples whose loss was not finite (all of the step, if only its gradient
+        was not), and [row, reason] of replaced rows.
         """
-        nonfinite, bad = [], []
-        for _ in range(self.accumulation):
+        nonfinite, bad, seen = [], [], []
+        full, kept = 0, 0  # samples, and those of them that are kept (a tensor on the device)
+        for number in range(1, self.accumulation + 1):
             batch, last_of_epoch = self.loader.next()
+            if last_of_epoch or number == self.accumulation:
+                layout.expect_gradients(self.parameters)
             bad += batch.bad
+            seen.append(batch.samples)
             batch = batch.to(self.device)
             controlled = self.control.step(model, objective, batch)
-            if controlled.loss.requires_grad:
+            if self.accumulation > 1 and controlled.kept is not None:
+                full = full or self.accumulation * layout.size * len(batch)
+                kept = kept + controlled.kept
+                loss = controlled.loss * (controlled.kept / full)
+            else:
                 loss = controlled.loss / self.accumulation
+            if loss.requires_grad:
                 (scaler.scale(loss) if scaler else loss).backward()
             self._count(batch, controlled)
             if not controlled.all_finite:
@@ -110,12 +121,17 @@ class Proxy:
         for parameter in self.parameters:
             if parameter.grad is None:  # nothing was kept
                 parameter.grad = torch.zeros_like(parameter)
-        layout.sum_gradients(self.parameters)
+        layout.sum_gradients()
+        if full:
+            self._scale_gradients(full / kept.clamp(min=1))
         if scaler:
             scaler.scale(torch.zeros((), device=self.device))  # a scaler that never scaled cannot unscale
             scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if self._apply(scaler):
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        self.left_out = scaler is None and not bool(norm.isfinite())
+        if self.left_out:
+            nonfinite = nonfinite or torch.cat(seen).tolist()
+        if not self.left_out and self._apply(scaler):
             self.schedule.step()
         else:
             self.round_totals[ROUND_TOTALS.index("overflows")] += 1
@@ -123,6 +139,11 @@ class Proxy:
         self.steps += 1
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if nonfinite else 0
         return nonfinite, bad
+
+    @torch.no_grad()
+    def _scale_gradients(self, factor):
+        for parameter in self.parameters:
+            parameter.grad.mul_(factor)
 
     def _apply(self, scaler):
         """Step the optimizer. Returns False where the fp16 loss scale overflowed and the step was left out."""
@@ -144,21 +165,19 @@ class Proxy:
         counts = [torch.full_like(controlled.total_loss, len(samples)), *(mask.sum() for mask in masks)]
         self.round_totals[:5] += torch.stack([controlled.total_loss, *(c.to(controlled.total_loss) for c in counts)])
 
-    def end_round(self, shard_samples: np.ndarray, reset_optimizer: bool = False) -> None:
+    def end_round(self, shard_samples: np.ndarray) -> None:
         """Start a new round on ``shard_samples``."""
         self.round_totals.zero_()
         self.round_skips.zero_()
         self.loader.set_samples(shard_samples)
-        if reset_optimizer:
-            self.optimizer.state.clear()
 
     def state_dict(self, layout: Layout) -> dict[str, Any]:
-        """All but the weights. Every process of the shard's group calls this: each counts its own samples."""
+        """All but weights and moments. Every process of the shard's group calls this: each counts its own samples."""
         return {
             "steps": self.steps,
             "loader": self.loader.state_dict(),
             "control": self.control.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {"groups": self.optimizer.state_dict()["param_groups"], "scalars": scalars(self.optimizer)},
             "schedule": self.schedule.state_dict(),
             "streams": self.streams_state,
             "counts": {name: layout.sum(getattr(self, name)) for name in COUNTS},
@@ -170,7 +189,8 @@ class Proxy:
         self.loader.set_samples(shard_samples)
         self.loader.load_state_dict(state["loader"])
         self.control.load_state_dict(state["control"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict({"state": {}, "param_groups": state["optimizer"]["groups"]})
+        put(self.optimizer, state["optimizer"]["scalars"])
         self.schedule.load_state_dict(state["schedule"])
         self.streams_state = state["streams"]
         if leads:

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..checkpoint import Checkpoint, CheckpointError, check_fingerprint, find
+from ..checkpoint import Checkpoint, CheckpointError, begins, check_fingerprint, continues, find
 from ..data.conditions import Condition
 from ..data.rows import content_hash
 from ..errors import UsageError
@@ -117,9 +117,19 @@ def base_mark(base: str) -> str:
     return digest.hexdigest()
 
 
-def resume(settings: TrainingSettings, run: IterativeEnsemble, found: Checkpoint | None, marks: dict[str, Any]) -> None:
-    """Put a freshly built run where the checkpoint was, with the settings of now where they may differ."""
+def resume(
+    settings: TrainingSettings,
+    run: IterativeEnsemble,
+    found: Checkpoint | None,
+    marks: dict[str, Any],
+    folder: RunFolder,
+) -> None:
+    """Put a freshly built run where the checkpoint was, with the settings of now where they may differ.
+
+    A new run sets aside what another left in its folder.
+    """
     if found is None:
+        _begin(run, marks, folder, settings.pretrained_model_name_or_path)
         return
     budget = settings.shaping(Resume.BUDGET)
     fixed = settings.shaping(Resume.FIXED) | set(FIXED_MARKS)
@@ -136,6 +146,8 @@ def resume(settings: TrainingSettings, run: IterativeEnsemble, found: Checkpoint
     for shard, proxy in run.proxies.items():
         _apply(proxy, *fresh[shard])
     marks[RESOLVED] = marks[RESOLVED] | {"steps_per_round": run.rounds.steps_per_round}
+    if run.layout.is_main:
+        continues(folder, found.fingerprint, marks)
     run.layout.barrier()  # none may step, and in time remove this checkpoint, while another still reads it
     logger.info(f"Resuming from {found.folder} at step {run.global_step}")
 
@@ -172,3 +184,15 @@ def _apply(proxy, groups, base_rates):
         for group, rate in zip(proxy.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         proxy.schedule._last_lr = rates
+
+
+def _begin(run, marks, folder, base):
+    """A new run in this folder."""
+    own, base = [path.resolve() for path in [folder.path, *folder.belongings()]], Path(base)
+    if base.is_dir() and (base.resolve() == own[0] or set(own[1:]) & {base.resolve(), *base.resolve().parents}):
+        raise UsageError(f"`output_dir` {folder.path}: holds the base model, which it would overwrite; give another")
+    if run.layout.is_main:
+        aside = begins(folder, marks)
+        if aside is not None:
+            logger.warning(f"{folder.path} held another run: its checkpoints, records and pipeline are now in {aside}")
+    run.layout.barrier()

@@ -20,6 +20,7 @@ from .. import hub
 from ..data.rows import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
+from ..tensor_files import Disk
 from . import records
 from .build import Budget, build_run, load_family, load_rows, moving_average
 from .callbacks import (
@@ -33,6 +34,7 @@ from .callbacks import (
     StepLog,
     Validation,
 )
+from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import TrainingSettings
@@ -154,7 +156,7 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
     extend(settings, found)
     run, budget = build_run(settings, accelerator, family, average, condition, rows, groups)
     marks = fingerprint(settings, rows, condition, run, buckets)
-    resume(settings, run, found, marks)
+    resume(settings, run, found, marks, folder)
     settings.method = replace(settings.method, bank_buckets=buckets)
     if accelerator.is_main_process:
         values = settings.values().items()
@@ -162,6 +164,8 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         accelerator.init_trackers(settings.tracker_project_name, simple)
         records.write_config(settings, folder)
     _announce(settings, run, budget, len(rows))
+    cost = cost_of(settings, family, run.layout, isinstance(run.weights.place, Disk))
+    logger.info(f"  {describe(cost, run.rounds, settings.checkpointing_steps, settings.checkpoints_total_limit)}")
     validation = None
     if settings.validation_prompts:
         validation = Validation(
@@ -195,7 +199,7 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         if accelerator.is_main_process:
             if settings.save_shards:
                 records.save_shards(run, rows, folder)
-            run.weights.save_pipeline(folder.path)
+            checkpoints.save_pipeline(run)
             if validation:
                 validation.draw(run)
             if settings.push_to_hub:

@@ -118,9 +118,16 @@ class OptimizationSettings:
         resume=Resume.FREE,  # likewise
         type=bool,
     )
+    proxy_state: str = setting(
+        "auto",
+        "Where weights and optimizer states of waiting proxies are: host (memory), disk (files in --output_dir), or "
+        "auto: memory if they take at most half of what is free. The result is the same.",
+        resume=Resume.FREE,
+        choices=["auto", "host", "disk"],
+    )
     max_nonfinite: int = setting(
         20,
-        "Stop after this many steps in a row with losses that are not finite.",
+        "Stop after this many steps in a row with losses or gradients that are not finite.",
         resume=Resume.FREE,
         type=int,
         **at_least(1),

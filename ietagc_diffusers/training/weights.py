@@ -1,26 +1,27 @@
 """What is trained: the denoiser's weights and, if there is one, their moving average; and their mean over proxies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 
+from .. import tensor_files
+from ..checkpoint import Checkpoint, Held
 from ..families import WEIGHTS_FILE, Family
 from ..method.averaging import ModelAverage
 from ..run_folder import EMA
+from ..tensor_files import HostMemory, Place, Tensors
 
-Tensors = dict[str, torch.Tensor]
-Sets = dict[str, Tensors]  # by the name of the folder that a checkpoint keeps a set in
+Sets = Mapping[str, Tensors]  # by the name of the folder that a checkpoint keeps a set in
 
 
 class Weights:
     """The trained tensors of the one model on the device, in named sets: the weights and their moving average.
 
     On the device are those of the proxy in training or, between rounds, of the aggregated model theta_hat. With several
-    shards the host holds theta_hat too, and the running mean of the next one.
+    shards theta_hat waits in ``place`` too, and the running mean of the next one.
 
     A subclass for another parametrisation (adapters) overrides ``live``, ``encode`` and ``decode``: means are taken of
     what ``encode`` gives, the space in which the mean of models is a model.
@@ -30,15 +31,32 @@ class Weights:
         several: whether there are several shards, hence a mean to keep.
         ema: a diffusers ``EMAModel`` over the same parameters, or None.
         offload_ema: keep the moving average in host memory between steps.
+        place: where weights wait that are not on the device.
     """
 
-    def __init__(self, family: Family, several: bool, ema: EMAModel | None = None, offload_ema: bool = False):
+    def __init__(
+        self,
+        family: Family,
+        several: bool,
+        ema: EMAModel | None = None,
+        offload_ema: bool = False,
+        place: Place | None = None,
+    ):
         self.family = family
+        self.place = place or HostMemory()
         self.ema = ema
         self.offload_ema = offload_ema
+        self.round = 0  # how many times theta_hat was made
         live = self.live()
-        self.aggregated: Sets | None = {key: _host_copy(tensors) for key, tensors in live.items()} if several else None
-        self.means = {key: ModelAverage(self.encode(tensors)) for key, tensors in live.items()} if several else {}
+        self.aggregated: dict[str, Tensors] | None = None
+        self.means: dict[str, ModelAverage] = {}
+        if several:
+            self.aggregated = {
+                key: self.place.keep(f"theta-{key}", tensors, tensors.items()) for key, tensors in live.items()
+            }
+            self.means = {
+                key: ModelAverage(self.encode(tensors), self.place, f"mean-{key}") for key, tensors in live.items()
+            }
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -65,6 +83,11 @@ class Weights:
         """The tensors of a set that a mean stands for, by name."""
         return {name: mean}
 
+    @property
+    def added(self) -> int:
+        """How many models were added to the mean of this round."""
+        return next((mean.count for mean in self.means.values()), 0)
+
     @torch.no_grad()
     def put(self, sets: Sets | None = None) -> None:
         """Copy sets onto the device; None is theta_hat."""
@@ -84,12 +107,17 @@ class Weights:
 
         ``total`` sums a tensor over all processes, each of which calls this.
         """
-        for key, means in self.means.items():
-            for name, mean in means.mean(total):
-                for part, tensor in self.decode(name, mean).items():
-                    self.aggregated[key][part].copy_(tensor)
-        if self.aggregated is not None:
-            self.put()
+        if self.aggregated is None:
+            return
+        for key, like in self.live().items():
+            old = self.aggregated[key]
+            self.aggregated[key] = self.place.keep(f"theta-{key}", like, self._means(key, total), old, owned=True)
+        self.round += 1
+        self.put()
+
+    def _means(self, key, total):
+        for name, mean in self.means[key].mean(total):
+            yield from self.decode(name, mean).items()
 
     def start_average(self, steps: int) -> None:
         """The moving average goes on at a proxy's own number of steps, which its decay depends on."""
@@ -112,44 +140,69 @@ class Weights:
         if self.ema is None:
             yield
             return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        self._swap()
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        """Exchange weights and moving average, one tensor at a time: a copy of all would be another model in memory."""
+        for parameter, average in zip(self.parameters, self.ema.shadow_params, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def is_finite(self) -> bool:
+        """Whether all weights on the device are finite."""
+        return all(bool(t.isfinite().all()) for tensors in self.live().values() for t in tensors.values())
 
     def save_pipeline(self, folder: Path) -> None:
         """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one."""
         with self.averaged():
             self.family.save_pipeline(folder)
 
-    def save(self, folder: Path) -> None:
-        """Write theta_hat, each set as a folder that diffusers loads; the moving average's as ``EMAModel`` does."""
-        for key, tensors in self.deployable().items():
+    def write_configs(self, folder: Path) -> None:
+        """What diffusers and ``EMAModel`` need beside the weights of each set."""
+        for key in self.live():
             more = None
             if key.endswith(EMA):
                 more = {name: value for name, value in self.ema.state_dict().items() if name != "shadow_params"}
-            self.family.save_denoiser(folder / key, tensors, more)
+            self.family.save_denoiser_config(folder / key, more)
+
+    def held(self) -> Iterator[Held]:
+        """theta_hat, each set as the file that diffusers loads."""
+        for key, tensors in self.deployable().items():
+            yield Held(f"{key}/{WEIGHTS_FILE}", None if self.aggregated is None else self.round, tensors)
+
+    def held_means(self, process: int) -> Iterator[Held]:
+        """What this process added to the means so far."""
+        for key, mean in self.means.items():
+            if mean.sums is not None:
+                yield Held(_mean_file(process, key), (self.round, mean.count), mean.sums)
+
+    def save(self, folder: Path) -> None:
+        """Write theta_hat, each set as a folder that diffusers loads; the moving average's as ``EMAModel`` does."""
+        self.write_configs(folder)
+        for held in self.held():
+            tensor_files.write(folder / held.name, held.tensors, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """theta_hat, on the device and on the host, as ``save`` wrote it."""
-        saved = {key: load_file(folder / key / WEIGHTS_FILE) for key in self.live()}
+        """theta_hat, onto the device and to where it waits, as ``save`` wrote it."""
+        saved = {key: tensor_files.TensorFile(folder / key / WEIGHTS_FILE) for key in self.live()}
         self.put(saved)
         if self.aggregated is not None:
-            self.aggregated = saved
+            self.aggregated = {key: self.place.adopt(f"theta-{key}", file) for key, file in saved.items()}
 
-    def mean_state(self) -> dict:
-        """What was counted into the means so far, as a nested dict of tensors and numbers."""
-        return {key: {"count": mean.count, "sums": mean.sums} for key, mean in self.means.items()}
-
-    def add_mean_state(self, state: dict) -> None:
-        """Count in what a process had counted in when it was saved."""
-        for key, mean in self.means.items():
-            mean.count += state[key]["count"]
-            for name, total in mean.sums.items():
-                total += state[key]["sums"][name]
+    def load_means(self, checkpoint: Checkpoint, counts: Mapping[int, int]) -> None:
+        """Add what other processes had added to the means: ``counts`` models each."""
+        for process, count in counts.items():
+            for key, mean in self.means.items():
+                sums = checkpoint.held(_mean_file(process, key))
+                if sums is not None:
+                    mean.adopt(sums, count)
 
 
-def _host_copy(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def _mean_file(process, key):
+    return f"ietagc/mean-{process}-{key}.safetensors"

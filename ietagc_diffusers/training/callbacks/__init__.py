@@ -1,7 +1,7 @@
 """What happens along a run, each in a small class: see ``training.ensemble.Callback``."""
 
 from .checkpoints import Checkpoints
-from .faults import BadSamples, Diverged, NonFinite
+from .faults import BadSamples, Diverged, Ended, NonFinite
 from .log import StepLog
 from .progress import Progress
 from .rounds import RoundRecords, SavedRounds
@@ -12,6 +12,7 @@ __all__ = [
     "BadSamples",
     "Checkpoints",
     "Diverged",
+    "Ended",
     "NonFinite",
     "Progress",
     "RoundRecords",

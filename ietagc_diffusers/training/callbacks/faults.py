@@ -12,12 +12,16 @@ from ..ensemble import Callback
 logger = get_logger(__name__)
 
 
-class Diverged(RuntimeError):
-    """The losses stopped being finite; the message says what would do."""
+class Ended(RuntimeError):
+    """The run cannot continue; the message says why and what would do."""
+
+
+class Diverged(Ended):
+    """The losses stopped being finite."""
 
 
 class NonFinite(Callback):
-    """Names the samples whose loss is not finite, and ends the run after ``limit`` such steps in a row.
+    """Names the samples whose loss or gradient is not finite, and ends the run after ``limit`` such steps in a row.
 
     ``sample_ids`` (N,): of the training rows.
     """
@@ -27,16 +31,25 @@ class NonFinite(Callback):
 
     def on_nonfinite(self, run, proxy, samples):
         ids = ", ".join(str(self.sample_ids[sample]) for sample in samples[:10])
+        what = "the gradient is not finite, the step is left out"
+        if not proxy.left_out:
+            what = f"{len(samples)} losses are not finite and left out"
+        more = ", ..." if len(samples) > 10 else ""
         logger.warning(
-            f"Step {run.global_step}, shard {proxy.shard + 1}: {len(samples)} losses are not finite and left out"
-            f" (sample_id {ids}{', ...' if len(samples) > 10 else ''})",
+            f"Step {run.global_step}, shard {proxy.shard + 1}: {what} (sample_id {ids}{more})",
             main_process_only=False,
         )
         if proxy.nonfinite_in_a_row >= self.limit:
+            where = "gradients" if proxy.left_out else "losses"
+            steps = f"{proxy.nonfinite_in_a_row} steps in a row had {where} that are not finite"
+            if proxy.nonfinite_in_a_row == proxy.steps:
+                raise Diverged(
+                    f"{steps}, all since the first: the base model has weights that are not finite, or does not bear "
+                    "`mixed_precision`; or `learning_rate` is far too high"
+                )
             raise Diverged(
-                f"{proxy.nonfinite_in_a_row} steps in a row had losses that are not finite: the training has diverged. "
-                "Resume from an earlier checkpoint with a lower `learning_rate` or `max_grad_norm`, or with "
-                "`mixed_precision` bf16 or no instead of fp16"
+                f"{steps}: the training has diverged. Resume from an earlier checkpoint with a lower `learning_rate` "
+                "or `max_grad_norm`, or with `mixed_precision` bf16 or no instead of fp16"
             )
 
 

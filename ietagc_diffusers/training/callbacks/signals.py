@@ -1,6 +1,7 @@
 """A clean stop on signals."""
 
 import signal
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,17 +14,23 @@ from .checkpoints import Checkpoints
 class Signals(Callback):
     """SIGTERM, SIGINT or a fault on any process stops the run after its step; says where it can be resumed.
 
+    Launchers wait 30 seconds for that. With several processes a stop must be agreed on, and asking costs each of them a
+    wait: they ask about every ``SECONDS``, which leaves the rest to the checkpoint.
+
     Args:
         checkpoints: which write one on the stop.
-        every: with several processes, how often they ask one another, in steps: asking costs each of them a wait.
+        every: with several processes, the most steps between two questions.
         say: takes the message.
     """
+
+    SECONDS = 3.0
 
     def __init__(self, checkpoints: Checkpoints, every: int, say: Callable[[str], None]):
         self.checkpoints, self.every, self.say = checkpoints, every, say
         self.received: int | None = None
         self.fault: UsageError | None = None
-        self.questions = 0
+        self.ask_in = self.steps = 1  # until the next question, and from the last: alike on all processes
+        self.asked = time.monotonic()
 
     def on_start(self, run):
         signal.signal(signal.SIGTERM, self._receive)
@@ -42,10 +49,20 @@ class Signals(Callback):
         wanted = self.received is not None or self.fault is not None
         if run.layout.num_processes == 1:
             return wanted
-        self.questions += 1
-        if self.questions % self.every:
+        self.ask_in -= 1
+        if self.ask_in > 0:
             return False
-        return run.layout.total(torch.tensor([float(wanted)])).item() > 0
+        return self._ask(run.layout, wanted)
+
+    def _ask(self, layout, wanted):
+        """Whether any process wants to stop. The main process says when to ask again."""
+        now = time.monotonic()
+        pace = max(1, int(self.steps * self.SECONDS / max(now - self.asked, 1e-9)))
+        self.asked = now
+        numbers = torch.tensor([float(wanted), float(min(pace, self.every) * layout.is_main)])
+        any_wants, self.steps = layout.agree(numbers).tolist()
+        self.ask_in = self.steps = int(self.steps)
+        return any_wants > 0
 
     def on_stop(self, run):
         if run.layout.is_main:

@@ -1,0 +1,207 @@
+"""What a run takes: memory of the device and the host, and room on the disk, by arithmetic.
+
+All numbers are bytes, of one process where there are several. Activations are not counted: they depend on the batch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import gigabytes
+from ..families import Family
+from .ensemble import Rounds
+from .layout import Layout
+from .settings import TrainingSettings
+
+FLOAT32, FLOAT64 = 4, 8
+MOMENTS, MOMENTS_8BIT = 8, 2  # bytes a parameter: two numbers
+PROCESS = 0.75e9  # host memory of Python and its libraries, before a model is loaded; measured, on CPU
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The numbers of a run.
+
+    Args:
+        parameters: of the denoiser.
+        frozen: bytes of the other parts of the pipeline.
+        num_shards, processes: K and W.
+        ema: whether there is a moving average.
+        on_disk: whether what waits is on the disk.
+        optimizer_state: ``keep``, ``average`` or ``reset``.
+        moments_of_one: bytes of a parameter's moments.
+        offload_ema: the moving average is in host memory.
+        on_cpu: the device is the host.
+    """
+
+    parameters: int
+    frozen: int = 0
+    num_shards: int = 1
+    processes: int = 1
+    ema: bool = False
+    on_disk: bool = False
+    optimizer_state: str = "keep"
+    moments_of_one: int = MOMENTS
+    offload_ema: bool = False
+    on_cpu: bool = False
+
+    @property
+    def copy(self) -> int:
+        """One copy of the denoiser in float32."""
+        return self.parameters * FLOAT32
+
+    @property
+    def sets(self) -> int:
+        """Weights, and their moving average if there is one."""
+        return self.copy * (1 + self.ema)
+
+    @property
+    def moments(self) -> int:
+        return self.parameters * self.moments_of_one
+
+    @property
+    def sums(self) -> int:
+        """Of the running means."""
+        means = self.sets + (self.moments if self.optimizer_state == "average" else 0)
+        return means // FLOAT32 * FLOAT64
+
+    @property
+    def several(self) -> bool:
+        return self.num_shards > 1
+
+    @property
+    def proxies(self) -> int:
+        """Of this process."""
+        return max(1, self.num_shards // self.processes)
+
+    @property
+    def device(self) -> int:
+        """Weights, gradients, moments, moving average and the frozen parts; activations come on top."""
+        ema = 0 if self.offload_ema and not self.on_cpu else self.sets - self.copy
+        return 2 * self.copy + self.moments + ema + self.frozen
+
+    @property
+    def waiting(self) -> int:
+        """What waits off the device at most: theta_hat, the running means, and moments of other proxies."""
+        if not self.several:
+            return 0
+        own = 0
+        if self.optimizer_state == "keep" and self.proxies > 1:
+            own = (self.proxies - self.on_cpu) * self.moments  # on a GPU all of them wait for a moment
+        shared = self.moments if self.optimizer_state == "average" else 0
+        return self.sets + self.sums + own + shared
+
+    @property
+    def host(self) -> int:
+        """Host memory while training; saving needs no more than one tensor on top."""
+        offloaded = self.copy if self.ema and self.offload_ema and not self.on_cpu else 0
+        return int(PROCESS) + (self.device if self.on_cpu else offloaded) + (0 if self.on_disk else self.waiting)
+
+    @property
+    def pipeline(self) -> int:
+        """The trained pipeline's files."""
+        return self.copy + self.frozen
+
+    def files(self, rounds: Rounds, step: int) -> dict[tuple, int]:
+        """The large files of the checkpoint at a step, by (name, version): equal keys are one file on the disk."""
+        if not self.several:
+            return {("theta", step): self.sets, ("moments", 0, step): self.moments}
+        index, steps = 0, 0
+        while index < rounds.num_rounds and rounds.steps_before(index + 1) <= step:
+            index += 1
+        if index < rounds.num_rounds:
+            steps = (step - rounds.steps_before(index)) // min(self.processes, self.num_shards)
+        quota = rounds.steps_in(index) if index < rounds.num_rounds else 1
+        done, midway = divmod(steps, quota)  # proxies of each process that are done, and steps of the next
+        files = {("theta", index): self.sets}
+        groups = min(self.processes, self.num_shards)
+        for number in range(self.num_shards):
+            mine = number // groups  # the how-manieth of its process
+            taken = quota if mine < done else midway if mine == done else 0
+            if (self.optimizer_state == "keep" and (index or taken)) or taken % quota:
+                files["moments", number, index, taken] = self.moments
+            if taken % quota:
+                files["midway", number, index, taken] = self.sets
+        if done:
+            files |= {("sums", process, index, done): self.sums for process in range(groups)}
+        if self.optimizer_state == "average" and index:
+            files["shared", index] = self.moments
+        return files
+
+    def checkpoint(self, rounds: Rounds, every: int) -> int:
+        """The largest checkpoint of a run, by itself."""
+        return max(sum(self.files(rounds, step).values()) for step in checkpoint_steps(rounds, every))
+
+    def disk(self, rounds: Rounds, every: int, total_limit: int | None) -> int:
+        """Room that a run takes at most: its checkpoints, what waits, and the trained pipeline."""
+        most, kept = 0, []
+        for step in checkpoint_steps(rounds, every):
+            kept.append(self.files(rounds, step))
+            most = max(most, _together(kept))
+            kept = kept[-total_limit:] if total_limit else kept
+        waiting = self.waiting * min(self.processes, self.num_shards) if self.on_disk else 0
+        return most + waiting + self.pipeline
+
+
+def checkpoint_steps(rounds: Rounds, every: int) -> list[int]:
+    return [*range(every, rounds.total_steps + 1, every)] or [rounds.total_steps]
+
+
+def _together(checkpoints: Iterable[dict[tuple, int]]) -> int:
+    """Bytes of several checkpoints, files that they share counted once."""
+    return sum({key: size for files in checkpoints for key, size in files.items()}.values())
+
+
+def _bytes(modules, but=None):
+    return sum(p.nbytes for module in modules if module is not but for p in module.parameters())
+
+
+def pipeline_bytes(family: Family) -> int:
+    """The files of the trained pipeline, nearly: its parameters."""
+    return _bytes(part for part in vars(family).values() if isinstance(part, torch.nn.Module))
+
+
+def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk: bool = False) -> Cost:
+    """The cost of a run that is about to start."""
+    parts = [part for part in vars(family).values() if isinstance(part, torch.nn.Module)]
+    return Cost(
+        parameters=sum(p.numel() for p in family.denoiser.parameters()),
+        frozen=_bytes(parts, but=family.denoiser),
+        num_shards=layout.num_shards,
+        processes=layout.num_processes,
+        ema=settings.use_ema,
+        on_disk=on_disk,
+        optimizer_state=settings.method.optimizer_state,
+        moments_of_one=MOMENTS_8BIT if settings.use_8bit_adam else MOMENTS,
+        offload_ema=settings.offload_ema,
+        on_cpu=layout.device.type == "cpu",
+    )
+
+
+def describe(cost: Cost, rounds: Rounds, every: int, total_limit: int | None) -> str:
+    """The cost in a line, for the log of a run."""
+    memory = f"{gigabytes(cost.host)} of host memory"
+    if not cost.on_cpu:
+        memory = f"{gigabytes(cost.device)} of device memory, {memory}"
+    return (
+        f"Needs {memory} a process, without activations; checkpoints of {gigabytes(cost.checkpoint(rounds, every))} at "
+        f"most, {gigabytes(cost.disk(rounds, every, total_limit))} on the disk in all"
+    )
+
+
+def available_memory() -> int:
+    """Bytes of host memory that this process can still take, by the machine and by the limit of its container."""
+    free = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0].isdigit():
+        free.append(max(0, int(limit[0]) - int(used[0])))
+    return min(free, default=1 << 62)
+
+
+def _lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
