@@ -226,12 +226,12 @@ def control_of(name, args, num_levels):
     return SetShares(args.skip_share, args.augment_share if augments else 0, *options)
 
 
-def timed(step, device):
-    start = time.perf_counter()
+def timed(step, device, clock):
+    start = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main():
@@ -243,6 +243,7 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--skip_share", type=float, default=0.25)
     parser.add_argument("--augment_share", type=float, default=0.3)
+    parser.add_argument("--cpu_time", action="store_true", help="of all threads, for a machine that does other work")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     for flag in ("compile", "channels_last", "fused_adam", "gradient_checkpointing", "allow_tf32"):
         parser.add_argument(f"--{flag}", action="store_true", help="of the training script; for both steps")
@@ -272,13 +273,14 @@ def main():
     seconds = {name: [] for name in steps}
     for number in range(args.steps + 1):
         for name, step in steps.items():
-            took = timed(step, device)
+            took = timed(step, device, time.process_time if args.cpu_time else time.perf_counter)
             if number:
                 seconds[name].append(took)
     parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     official = statistics.median(seconds["official"])
-    print(f"{args.model}: {parameters:.0f} M parameters, {args.batch} images of {args.size} px, {where}")
+    clock = "CPU time" if args.cpu_time else "time"
+    print(f"{args.model}: {parameters:.0f} M parameters, {args.batch} images of {args.size} px, {where}, {clock}")
     print(
         f"skipped {args.skip_share:.0%}, augmented {args.augment_share:.0%}; the official step takes {official:.3f} s"
     )
