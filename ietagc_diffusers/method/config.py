@@ -221,7 +221,7 @@ class MitigationConfig:
     )
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "MitigationConfig":
+    def preset(cls, name: str, **overrides: Any) -> "MitigationConfig":
         """The preset ``name``; overrides that are None leave its value."""
         if name not in PRESETS:
             raise UsageError(f"`mitigation` {name}: not one of {', '.join(PRESETS)}")

@@ -172,12 +172,12 @@ class IterativeEnsemble:
         return self.layout.num_shards == 1
 
     @property
-    def global_step(self):
+    def global_step(self) -> int:
         """Steps taken by all proxies together."""
         return self.rounds.steps_before(self.round) + sum(self.progress)
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self.round >= self.rounds.num_rounds
 
     def run(self, callbacks: Sequence[Callback] = ()) -> bool:
@@ -314,8 +314,8 @@ class IterativeEnsemble:
 
     def sample_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Visits and skips of each sample in the whole run, both int64 (N,), summed over shards."""
-        visits = sum(proxy.total_visits.cpu() for proxy in self.proxies.values())
-        skips = sum(proxy.total_skips.cpu() for proxy in self.proxies.values())
+        visits = torch.stack([proxy.total_visits.cpu() for proxy in self.proxies.values()]).sum(dim=0)
+        skips = torch.stack([proxy.total_skips.cpu() for proxy in self.proxies.values()]).sum(dim=0)
         return self.layout.total(visits), self.layout.total(skips)
 
     def states(self) -> Iterator[tuple[str, Any]]:
