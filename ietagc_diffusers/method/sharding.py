@@ -157,3 +157,34 @@ def _fill(loads, count, size):
     first = np.argsort(loads[shards] + size * within, kind="stable")[:count]
     loads += size * np.bincount(shards[first], minlength=len(loads))
     return shards[first]
+
+
+class SkipHistory:
+    """The skip counts by which samples are redistributed.
+
+    Args:
+        kind: ``round``: those of the round, as eq. 10 has them; ``decayed``: of all rounds so far, each weighing
+            ``DECAY`` times the next one; ``total``: of all rounds alike. With a few visits in a round a sample is
+            skipped by chance as much as for what it is; over several rounds chance evens out.
+    """
+
+    DECAY = 0.8
+    KINDS = ("round", "decayed", "total")
+
+    def __init__(self, kind: str = "round"):
+        self.decay = {"round": None, "decayed": self.DECAY, "total": 1.0}[kind]
+        self.counts: np.ndarray | None = None
+
+    def add(self, counts: np.ndarray) -> np.ndarray:
+        """A round's counts, (K, N) by shard -> those to redistribute by: (K, N), or (N,) of all shards."""
+        if self.decay is None:
+            return counts
+        summed = counts.sum(axis=0).astype(np.float64)
+        self.counts = summed if self.counts is None else self.decay * self.counts + summed
+        return self.counts
+
+    def state_dict(self) -> dict:
+        return {"counts": None if self.counts is None else torch.from_numpy(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts = None if state["counts"] is None else state["counts"].numpy().copy()
