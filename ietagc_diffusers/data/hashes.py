@@ -58,14 +58,14 @@ def stored_hashes(rows: Dataset, image_column: str, progress: str | None = None)
     stored = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
     starts = range(0, len(rows), ROWS_AT_ONCE)
 
-    def hashes_from(start):
+    def hashes_from(start: int) -> list[bytes]:
         return [_stored_hash(image) for image in stored[start : start + ROWS_AT_ONCE][image_column]]
 
     bar = tqdm(in_threads(hashes_from, starts), progress, total=len(starts), leave=False, disable=progress is None)
     return [one for some in bar for one in some]
 
 
-def _stored_hash(image):
+def _stored_hash(image: dict[str, Any] | None) -> bytes:
     if image is None:
         return b""
     if image["bytes"] is not None:
@@ -89,7 +89,7 @@ class PixelHashes:
         except (OSError, sqlite3.Error):
             self._open(None)
 
-    def _open(self, path):
+    def _open(self, path: Path | None) -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(":memory:" if path is None else path, timeout=60)
@@ -117,7 +117,7 @@ def pixel_hashes(
     images = rows.select_columns([image_column])
     stored = stored_hashes(images, image_column, "Reading images" if progress else None)
 
-    def hash_of(row):
+    def hash_of(row: int) -> bytes | None:
         try:
             image = decode(images, image_column, row)
         except UsageError:

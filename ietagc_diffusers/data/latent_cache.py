@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..files import check_output, read_json, write_json
 from .batch import Batch, Tensors
 from .hashes import batched, digest, in_threads
 from .rows import decode
-from .samples import TrainingSamples
+from .samples import Key, TrainingSamples
 
 logger = logging.getLogger(__name__)
 FILE_ITEMS = 512  # of a file: what an interruption loses at most, for each process
@@ -73,7 +73,7 @@ class Store:
     def is_main(self) -> bool:
         return self.processes.process_index == 0
 
-    def _make_folder(self):
+    def _make_folder(self) -> None:
         if self.is_main and not self.folder.exists():
             for path in self.folder.parent.glob(f"{self.kind}-*/mark.json"):
                 mark = read_json(path)
@@ -86,13 +86,13 @@ class Store:
         except OSError as error:
             raise UsageError(f"`cache_latents` {self.folder.parent}: {error.strerror}") from error
 
-    def _remove_unfinished(self):
+    def _remove_unfinished(self) -> None:
         if self.is_main:
             for path in self.folder.glob("*.part"):
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink(missing_ok=True)
 
-    def _check(self):
+    def _check(self) -> None:
         """Remove damaged files, so that they are made again."""
         mine = sorted(self.folder.glob("*.safetensors"))[self.processes.process_index :: self.processes.num_processes]
         for path in tqdm(mine, f"Checking {self.folder.name}", leave=False, disable=len(mine) < 10):
@@ -101,7 +101,7 @@ class Store:
                 logger.warning(f"{path} {fault}: what it held is computed again")
                 path.unlink(missing_ok=True)
 
-    def _fault(self, path):
+    def _fault(self, path: Path) -> str | None:
         try:
             tensors, about = _read(path)
         except (OSError, ValueError, SafetensorError) as error:
@@ -110,7 +110,7 @@ class Store:
             return "belongs to another cache"
         return None if about.get("crc") == _checksum(tensors) else "is damaged (wrong checksum)"
 
-    def _open(self):
+    def _open(self) -> None:
         """Map the files that are not mapped yet."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self.files:
@@ -161,7 +161,7 @@ class Store:
         self.processes.barrier()
         self._open()
 
-    def _write(self, rows, left):
+    def _write(self, rows: list[tuple[bytes, Tensors]], left: int) -> None:
         """Write a file. ``left``: how many are to come, if it has to be seen whether there is room for them."""
         keys = b"".join(key for key, _ in rows)
         path = self.folder / f"{digest(keys).hex()}.safetensors"
@@ -178,7 +178,7 @@ class Store:
             part.unlink(missing_ok=True)
             raise UsageError(f"`cache_latents`: {path} cannot be written: {error}") from error
 
-    def _check_room(self, need):
+    def _check_room(self, need: float) -> None:
         free = shutil.disk_usage(self.folder).free
         if self.is_main:
             logger.info(f"{self.folder} will take {need / 1e9:.2f} GB, of {free / 1e9:.1f} GB free")
@@ -188,38 +188,40 @@ class Store:
             )
 
 
-def _read(path):
+def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a file, mapped into memory, and what stands beside them."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _checksum(tensors):
+def _checksum(tensors: Tensors) -> str:
     crc = 0
     for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
-def _is_channels_last(tensor):
+def _is_channels_last(tensor: torch.Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-class Later:
+class ImagesOnDemand:
     """A batch's images, decoded when they are asked for: ``images[rows]`` is float32 (N, 3, H, W)."""
 
-    def __init__(self, samples: TrainingSamples, rows: list[int], seeds: list[int], device: Any = "cpu"):
+    def __init__(self, samples: TrainingSamples, rows: list[int], seeds: list[int] | None, device: Any = "cpu"):
         self.samples, self.rows, self.seeds, self.device = samples, rows, seeds, device
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, chosen: list[int]) -> torch.Tensor:
+        if self.seeds is None:
+            raise ValueError("only images of a seeded order can be decoded again")
         images = self.samples.images_of([(self.rows[n], self.seeds[n]) for n in chosen])
         return images.to(self.device)
 
-    def to(self, device: Any, non_blocking: bool = False) -> "Later":
-        return Later(self.samples, self.rows, self.seeds, device)
+    def to(self, device: Any, non_blocking: bool = False) -> "ImagesOnDemand":
+        return ImagesOnDemand(self.samples, self.rows, self.seeds, device)
 
 
 class CachedSamples(TrainingSamples):
@@ -239,21 +241,21 @@ class CachedSamples(TrainingSamples):
         self.uncached, self.latents, self.keys, self.texts = samples, latents, keys, texts
         self.batch_size = batch_size
 
-    def _image(self, row):
+    def _image(self, row: int) -> Any:
         if self.keys[row] in self.latents:
             return int(row)
         super()._image(row)  # says what is wrong with it
         raise UsageError(f"row {row}: its image changed after the cache was made; start again")
 
-    def _show(self, image):
+    def _show(self, image: Any) -> Any:
         return image, self.transform.draw()
 
-    def __getitems__(self, keys):
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
         if self.batch_size not in (None, len(keys)):
             return self.uncached.of_shard(self.pool).__getitems__(keys)
         return super().__getitems__(keys)
 
-    def _images(self, shown, drawn):
+    def _images(self, shown: Any, drawn: list[Any]) -> dict[str, Any]:
         rows, views = map(list, zip(*shown, strict=True))
         encoded = {"encoded_images": self.latents.get([self.keys[row] for row in rows], views)}
         if self.texts is not None:
@@ -263,7 +265,7 @@ class CachedSamples(TrainingSamples):
     def received(self, batch: Batch) -> Batch:
         if batch.images is not None:
             return batch
-        return replace(batch, images=Later(self.uncached, batch.samples.tolist(), batch.seeds))
+        return replace(batch, images=ImagesOnDemand(self.uncached, batch.samples.tolist(), batch.seeds))
 
 
 def text_key(value: Any) -> bytes:
@@ -302,7 +304,7 @@ def cache_samples(
     here = {"batch_size": exact, "format": FORMAT}
     latents = Store(folder, "latents", here | marks["images"] | {"views": [repr(view) for view in views]}, processes)
 
-    def view_all(row):
+    def view_all(row: int) -> torch.Tensor | None:
         try:
             image = decode(samples.images, samples.image_column, row)
         except UsageError:
@@ -311,7 +313,7 @@ def cache_samples(
             return None
         return torch.stack([view(image) for view in views])
 
-    def encode_images(some):
+    def encode_images(some: list[int]) -> Iterator[Tensors | None]:
         for shown in batched(in_threads(view_all, some), batch_size):
             good = [image for image in shown if image is not None]
             encoded = []
@@ -320,7 +322,7 @@ def cache_samples(
                 encoded.append(_encode(encoder.encode_images, images.to(device), batch_size))
             yield from _by_row(encoded, [image is not None for image in shown])
 
-    def encode_texts(some):
+    def encode_texts(some: list[Any]) -> Iterator[Tensors | None]:
         for values in batched(some, batch_size):
             inputs = {name: tensor.to(device) for name, tensor in samples.condition.tensors(values).items()}
             yield from _by_row([_encode(encoder.encode_inputs, inputs, batch_size)], [True] * len(values))
@@ -337,10 +339,10 @@ def cache_samples(
     return CachedSamples(samples, latents, keys, texts, exact)
 
 
-def _encode(encode, batch, batch_size):
+def _encode(encode: Callable[[Any], Tensors], batch: Any, batch_size: int) -> Tensors:
     """Named tensors (B, ...) on the host, from a batch that is filled up to its size by repetition."""
 
-    def full(tensor):
+    def full(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor, tensor[-1:].expand(batch_size - len(tensor), *tensor.shape[1:])])
 
     rows = len(batch) if torch.is_tensor(batch) else len(next(iter(batch.values())))
@@ -349,7 +351,7 @@ def _encode(encode, batch, batch_size):
         return {name: tensor[:rows].cpu() for name, tensor in encode(whole).items()}
 
 
-def _by_row(views, good):
+def _by_row(views: list[Tensors], good: list[bool]) -> Iterator[Tensors | None]:
     """Of each row the tensors (1, ...) of its views, named <view>.<name>; None for a row that is not good."""
     row = 0
     for one in good:

@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from ..errors import UsageError
-from .batch import Batch
+from .batch import Batch, Tensors
 from .conditions import Condition
 from .rows import decode
 
@@ -42,6 +42,21 @@ def fixed_transforms(resolution: int, random_flip: bool, interpolation: str) -> 
     return (plain, mirrored) if random_flip else (plain,)
 
 
+class View(Protocol):
+    """What a visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view.
+
+    ``fixed``: all that a visit may show, as functions without chance; () where that is no small number. ``draw`` says
+    which of them a visit shows, by the draws that a call makes.
+    """
+
+    @property
+    def fixed(self) -> tuple[Callable[[Any], torch.Tensor], ...]: ...
+
+    def draw(self) -> int: ...
+
+    def __call__(self, image: Any) -> tuple[torch.Tensor, Tensors]: ...
+
+
 class TrainingSamples(torch.utils.data.Dataset):
     """Rows as the training sees them.
 
@@ -62,7 +77,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         self,
         rows: Dataset,
         image_column: str,
-        transform: Callable[[Any], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+        transform: View,
         condition: Condition,
     ):
         self.images = rows.select_columns([image_column])

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ..data import Batch, Condition, DataSettings
+from ..data import Batch, Condition, DataSettings, View
 from ..method.config import MitigationConfig
 from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
 Image = Any  # PIL's
 Tensors = dict[str, torch.Tensor]
-View = Callable[[Image], tuple[torch.Tensor, Tensors]]
 
 
 class Objective(ABC):
