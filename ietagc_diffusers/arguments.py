@@ -18,7 +18,7 @@ CONFIG_HELP = "YAML recipe with flags as keys; the command line wins."
 class FlagParser(argparse.ArgumentParser):
     """Raises ``UsageError`` where argparse would exit."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,17 +93,17 @@ class StreamLoader:
             return batch, True
         return batch, False
 
-    def set_samples(self, samples):
+    def set_samples(self, samples: np.ndarray) -> None:
         """There is one shard: always the whole set."""
 
-    def close(self):
+    def close(self) -> None:
         """There is one shard, which never waits."""
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         streams = [self.epoch_start, self.before_ahead] if self.taken else None
         return {"taken": self.taken, "streams": streams}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Leaves the streams as they were after the batch ahead was read: set them afterwards."""
         self.taken, self._batches = state["taken"], None
         if self.taken:
@@ -122,7 +123,16 @@ class SeededLoader:
 
     BLOCK = 256  # batches planned at a time
 
-    def __init__(self, samples, batch_size, num_workers, seed, shard_samples, group_size=1, group_rank=0):
+    def __init__(
+        self,
+        samples: Any,
+        batch_size: int,
+        num_workers: int,
+        seed: Sequence[int],
+        shard_samples: np.ndarray,
+        group_size: int = 1,
+        group_rank: int = 0,
+    ):
         self.samples = samples
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -132,7 +142,7 @@ class SeededLoader:
         self.first_epoch = 0  # of this set of samples
         self.taken = 0  # batches since then
         self._batches = iter(())
-        self._order = None  # the last planned epoch's number and order
+        self._order: tuple[int, np.ndarray] | None = None  # the last planned epoch's number and order
 
     @property
     def order(self) -> str:
@@ -184,19 +194,19 @@ class SeededLoader:
         self.taken += 1
         return batch, False
 
-    def set_samples(self, shard_samples):
+    def set_samples(self, shard_samples: np.ndarray) -> None:
         """Go on with another set of samples, from a new epoch on; with the same set, nothing changes."""
         if not np.array_equal(shard_samples, self.shard_samples):
             epochs = math.ceil(self.taken * self.batch_size * self.group_size / len(self.shard_samples))
             self.first_epoch, self.taken = self.first_epoch + epochs, 0
             self.shard_samples, self._batches, self._order = shard_samples, iter(()), None
 
-    def close(self):
+    def close(self) -> None:
         """End the data workers, until the next batch is asked for."""
         self._batches = iter(())
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"first_epoch": self.first_epoch, "taken": self.taken}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_epoch, self.taken, self._batches = state["first_epoch"], state["taken"], iter(())

@@ -162,6 +162,13 @@ class MitigationConfig:
         resume=Resume.SAME,
         choices=["skips", "random"],
     )
+    redistribute_counts: str = setting(
+        "round",
+        "Skip counts by which samples are redistributed: of this 'round' (eq. 10), of all rounds with earlier ones "
+        "'decayed', or the 'total'.",
+        resume=Resume.SAME,
+        choices=["round", "decayed", "total"],
+    )
     optimizer_state: str = setting(
         "keep",
         "Adam's moments after a round: each proxy keeps its own, all start from their average, or from zero (reset). "
@@ -221,7 +228,7 @@ class MitigationConfig:
     )
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "MitigationConfig":
+    def preset(cls, name: str, **overrides: Any) -> "MitigationConfig":
         """The preset ``name``; overrides that are None leave its value."""
         if name not in PRESETS:
             raise UsageError(f"`mitigation` {name}: not one of {', '.join(PRESETS)}")

@@ -2,6 +2,7 @@
 Pure functions of their seeds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,18 @@ class ShardPlan:
     groups: np.ndarray | None = None
 
     @property
-    def num_shards(self):
+    def num_shards(self) -> int:
         return len(self.shards)
 
     @classmethod
-    def split(cls, num_samples, num_shards, seed, labels=None, groups=None):
+    def split(
+        cls,
+        num_samples: int,
+        num_shards: int,
+        seed: int,
+        labels: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ) -> "ShardPlan":
         """Split ids 0..N-1 into K parts by a seeded permutation.
 
         Sizes differ by at most one (with groups: by at most the largest group). ``labels`` (N,) deals each class
@@ -58,7 +66,9 @@ class ShardPlan:
         shard_of_sample = shard_of_unit[units]
         return cls(tuple(np.flatnonzero(shard_of_sample == k) for k in range(num_shards)), groups)
 
-    def easiest(self, shard, skip_counts, fraction, by, rng):
+    def easiest(
+        self, shard: int, skip_counts: np.ndarray, fraction: float, by: str, rng: np.random.Generator
+    ) -> np.ndarray:
         """D_easy of eq. 10: the share ``fraction`` of a shard with the highest skip counts, ties (and ``by='random'``)
         by ``rng``.
 
@@ -77,7 +87,14 @@ class ShardPlan:
         chosen[order[before < wanted]] = True
         return samples[chosen[inverse]]
 
-    def redistribute(self, skip_counts, fraction, mode="move", by="skips", seed=0):
+    def redistribute(
+        self,
+        skip_counts: np.ndarray,
+        fraction: float,
+        mode: str = "move",
+        by: str = "skips",
+        seed: int | Sequence[int] = 0,
+    ) -> "ShardPlan":
         """Each shard passes its easiest samples to the next, the last to the first (eq. 11).
 
         Args:
@@ -104,7 +121,7 @@ class ShardPlan:
             shards.append(merged[np.diff(merged, prepend=-1) > 0])
         return ShardPlan(tuple(shards), self.groups)
 
-    def num_moved(self, previous):
+    def num_moved(self, previous: "ShardPlan") -> int:
         """How many samples are in a shard that did not hold them in ``previous``."""
         pairs = zip(self.shards, previous.shards, strict=True)
         return sum(int((~_among(new, old)).sum()) for new, old in pairs)
@@ -140,3 +157,34 @@ def _fill(loads, count, size):
     first = np.argsort(loads[shards] + size * within, kind="stable")[:count]
     loads += size * np.bincount(shards[first], minlength=len(loads))
     return shards[first]
+
+
+class SkipHistory:
+    """The skip counts by which samples are redistributed.
+
+    Args:
+        kind: ``round``: those of the round, as eq. 10 has them; ``decayed``: of all rounds so far, each weighing
+            ``DECAY`` times the next one; ``total``: of all rounds alike. With a few visits in a round a sample is
+            skipped by chance as much as for what it is; over several rounds chance evens out.
+    """
+
+    DECAY = 0.8
+    KINDS = ("round", "decayed", "total")
+
+    def __init__(self, kind: str = "round"):
+        self.decay = {"round": None, "decayed": self.DECAY, "total": 1.0}[kind]
+        self.counts: np.ndarray | None = None
+
+    def add(self, counts: np.ndarray) -> np.ndarray:
+        """A round's counts, (K, N) by shard -> those to redistribute by: (K, N), or (N,) of all shards."""
+        if self.decay is None:
+            return counts
+        summed = counts.sum(axis=0).astype(np.float64)
+        self.counts = summed if self.counts is None else self.decay * self.counts + summed
+        return self.counts
+
+    def state_dict(self) -> dict:
+        return {"counts": None if self.counts is None else torch.from_numpy(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts = None if state["counts"] is None else state["counts"].numpy().copy()

@@ -233,6 +233,9 @@ class ProxyBuilder:
         layout: Layout,
         streams: RandomStreams,
     ):
+        if settings.seed is None:
+            raise ValueError("a run is built from a seed")
+        self.seed = settings.seed
         self.settings, self.samples, self.plan, self.rounds = settings, samples, plan, rounds
         self.budget, self.layout, self.streams = budget, layout, streams
         self.num_levels = weights.family.objective.num_levels
@@ -256,14 +259,14 @@ class ProxyBuilder:
             settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
         )
         if not self.official:
-            proxy.streams_state = self.streams.fresh([settings.seed, shard])
+            proxy.streams_state = self.streams.fresh([self.seed, shard])
         return proxy
 
     def _loader(self, shard):
         batch_size, workers = self.settings.train_batch_size, self.settings.dataloader_num_workers
         if self.official:
             return StreamLoader(self.samples, batch_size, workers, self.streams)
-        seed, shard_samples = [self.settings.seed, shard], self.plan.shards[shard]
+        seed, shard_samples = [self.seed, shard], self.plan.shards[shard]
         return SeededLoader(self.samples, batch_size, workers, seed, shard_samples, self.layout.size, self.layout.rank)
 
     def _schedule(self, optimizer) -> Any:

@@ -51,10 +51,7 @@ class GradientSum:
                 self._send()
 
     def _send(self):
-        for parameter in self.buckets[len(self.sent)]:
-            if parameter.grad is None:  # nothing of this process's part of the batch was kept
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in self.buckets[len(self.sent)]])
+        flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in self.buckets[len(self.sent)]])
         self.sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     @torch.no_grad()
@@ -68,5 +65,12 @@ class GradientSum:
         for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
             work.wait()
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad.copy_(part.view_as(parameter))
+                _gradient(parameter).copy_(part.view_as(parameter))
         self.sent = []
+
+
+def _gradient(parameter):
+    """Its gradient; zeros where nothing of this process's part of the batch was kept."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
