@@ -41,11 +41,22 @@ def real_base(tmp_path_factory):
         PLAIN,
         [*PLAIN, "--train_batch_size=23"],  # the epoch's last batch is a single image
         [*PLAIN, "--train_batch_size=1"],
+        [*PLAIN, "--train_batch_size=7"],  # 22 images: the last is encoded by itself
         [*PLAIN, "--dataloader_num_workers=2"],
         [*PLAIN, "--caption_mitigation=rt", "--caption_mitigation_probability=0.5", "--embedding_noise=0.1"],
         ["--mitigation=agc", "--max_train_steps=6", "--center_crop", "--wen_threshold=3", "--noise_offset=0.1"],
     ],
-    ids=["full", "full, workers", "plain", "a last batch of one", "batches of one", "workers", "rewritten", "wen"],
+    ids=[
+        "full",
+        "full, workers",
+        "plain",
+        "a last batch of one",
+        "batches of one",
+        "filled up",
+        "workers",
+        "rewritten",
+        "wen",
+    ],
 )
 def test_a_cache_does_not_change_a_bit(real_base, pictures, tmp_path, flags):
     flags = train_flags(real_base, pictures, *flags)
