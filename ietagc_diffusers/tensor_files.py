@@ -10,6 +10,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -193,6 +194,8 @@ class Disk:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # other processes have theirs beside it
+            self.folder.parent.rmdir()
 
 
 Place = HostMemory | Disk

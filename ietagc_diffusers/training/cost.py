@@ -136,13 +136,15 @@ class Cost:
 
     def disk(self, rounds: Rounds, every: int, total_limit: int | None) -> int:
         """Room that a run takes at most: its checkpoints, what waits, and the trained pipeline."""
-        most, kept = 0, []
+        groups = min(self.processes, self.num_shards)
+        most, kept = self.waiting * groups * self.on_disk, []
+        # What waits is part of the next checkpoint, by links, but for the theta_hat that every other process has.
+        others = self.sets * (groups - 1) * self.on_disk
         for step in checkpoint_steps(rounds, every):
             kept.append(self.files(rounds, step))
-            most = max(most, _together(kept))
+            most = max(most, _together(kept) + others)
             kept = kept[-total_limit:] if total_limit else kept
-        waiting = self.waiting * min(self.processes, self.num_shards) if self.on_disk else 0
-        return most + waiting + self.pipeline
+        return most + self.pipeline
 
 
 def checkpoint_steps(rounds: Rounds, every: int) -> list[int]:
