@@ -59,7 +59,7 @@ def read_state(path: Path) -> State:
     return unflatten(rest, TensorFile(tensors) if tensors.exists() else {})
 
 
-def measure(path):
+def measure(path: Path) -> list[int]:
     """Size and CRC of a file."""
     crc = 0
     with path.open("rb") as file:
