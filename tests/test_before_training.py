@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ietagc_diffusers import RunFolder, StableDiffusion, UsageError, testing
+from ietagc_diffusers.training.callbacks.faults import Ended
 
 PLAIN = ["--mitigation=none", "--max_train_steps=4"]
 
@@ -65,7 +66,7 @@ def test_the_trained_weights_are_written_before_all_else(base, pictures, tmp_pat
 
     assemble = StableDiffusion.pipeline
     monkeypatch.setattr(StableDiffusion, "pipeline", outage)
-    with pytest.raises(OSError, match="the Hub is away"):
+    with pytest.raises(Ended, match="the trained pipeline could not be written: the Hub is away"):
         train_here(train_flags(base, pictures, *PLAIN), tmp_path)
     trained = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     start = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
