@@ -43,7 +43,7 @@ def build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse
     parser = Parser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ietagc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {}
+    parsers: dict[str, argparse.ArgumentParser] = {}
     for name, text in COMMANDS.items():
         description = f"{text[0].upper()}{text[1:]}."
         parsers[name] = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
