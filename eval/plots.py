@@ -107,7 +107,7 @@ def plot_front(
             axes.plot(x, mean, color=colour, linewidth=2, label=f"{name} ({len(seeds)} seeds)")
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     _show_the_best(axes, points)
-    axes.set_xlabel("held-out minus training loss, from the base on (memorization →)")
+    axes.set_xlabel("held-out minus training loss, change since the base (memorization →)")
     axes.set_ylabel("held-out loss (← quality)")
     axes.grid(alpha=0.25)
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}

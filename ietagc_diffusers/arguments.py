@@ -49,7 +49,10 @@ def _add_flag(group, entry, default):
         options = {"action": argparse.BooleanOptionalAction}
     else:
         options = {"type": about["type"], "choices": about["choices"], **({"nargs": "+"} if about["several"] else {})}
-    group.add_argument(f"--{entry.name}", default=default, help=about["help"].replace("%", "%%"), **options)
+    text = about["help"].replace("%", "%%")
+    if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
+        text += f" Default: {default}."
+    group.add_argument(f"--{entry.name}", default=default, help=text, **options)
 
 
 def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:

@@ -18,6 +18,9 @@ from ietagc_diffusers import (
     Weights,
 )
 from ietagc_diffusers.data import Batch
+from ietagc_diffusers.method.control import DecidingControl, Decision
+from ietagc_diffusers.training.moments import moments as moments_of
+from ietagc_diffusers.training.proxy import ROUND_TOTALS
 from ietagc_diffusers.training.streams import RandomStreams
 
 N, WIDTH = 24, 3
@@ -204,3 +207,104 @@ def test_a_stop_is_honoured_at_each_step():
     run = make_run()
     assert not run.run([Stop()])
     assert run.global_step == 5 and run.progress == [2, 2, 1]
+
+
+class Spoilt(PlainControl):
+    """The losses are finite; at the given step the gradient is not."""
+
+    def __init__(self, step, wrong=float("nan")):
+        self.at, self.wrong, self.taken = step, wrong, 0
+
+    def step(self, model, objective, batch):
+        controlled = super().step(model, objective, batch)
+        self.taken += 1
+        if self.taken == self.at:
+            next(model.parameters()).register_hook(lambda gradient: gradient * self.wrong)
+            controlled.loss.backward(retain_graph=True)
+        return controlled
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_step_whose_gradient_is_not_finite_is_left_out(wrong):
+    model = make_model()
+    proxy = make_proxy(model, 0, np.arange(N), RandomStreams())
+    proxy.control = Spoilt(2, wrong)
+    assert proxy.step(model, Regression(), Layout(1)) == ([], [])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = {name: value.clone() for name, value in moments_of(proxy.optimizer).items()}
+    rate = proxy.schedule.get_last_lr()
+    nonfinite, _ = proxy.step(model, Regression(), Layout(1))
+    assert nonfinite == [4, 5, 6, 7] and proxy.left_out and proxy.nonfinite_in_a_row == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, moments[name]) for name, value in moments_of(proxy.optimizer).items())
+    assert proxy.schedule.get_last_lr() == rate
+    assert proxy.round_totals[ROUND_TOTALS.index("overflows")] == 1
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Keep(DecidingControl):
+    """Keeps as many samples of each micro-batch as it is told."""
+
+    def __init__(self, numbers):
+        super().__init__(augment=None)
+        self.numbers = iter(numbers)
+
+    def decide(self, losses, levels):
+        skip = torch.arange(len(losses)) >= next(self.numbers)
+        nothing = torch.zeros_like(skip)
+        return Decision(skip, nothing, torch.zeros(len(losses)), torch.zeros(len(losses)))
+
+
+class PerSample(Regression):
+    def draw(self, rows):
+        drawn = _Levelled(INPUTS[rows], TARGETS[rows])
+        return drawn
+
+    def losses(self, model, drawn):
+        return (model(drawn.inputs) - drawn.targets).pow(2).mean(1)
+
+    def weights(self, drawn):
+        return None
+
+
+class _Levelled(_Rows):
+    @property
+    def levels(self):
+        return torch.zeros(len(self), dtype=torch.long)
+
+
+@pytest.mark.parametrize("kept", [(1, 4, 2), (0, 3, 4), (4, 4, 4), (0, 0, 0)])
+def test_each_kept_sample_of_a_step_weighs_the_same(kept):
+    model = make_model()
+    proxy = make_proxy(model, 0, np.arange(N), RandomStreams())
+    proxy.accumulation, proxy.control = 3, Keep(kept)
+    gradients = []
+    proxy.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in model.parameters()]))
+    reference = make_model()
+    proxy.step(model, PerSample(), Layout(1))
+    rows = [4 * number + row for number, count in enumerate(kept) for row in range(count)]
+    if not rows:
+        assert all(not gradient.any() for gradient in gradients[0])
+        return
+    PerSample().losses(reference, PerSample().draw(torch.tensor(rows))).mean().backward()
+    for got, wanted in zip(gradients[0], reference.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted.grad)
+
+
+def test_waiting_proxies_close_their_loaders(monkeypatch):
+    closed = []
+    monkeypatch.setattr(Cycle, "close", lambda self: closed.append(tuple(self.shard_samples[:1])))
+    make_run().run()
+    assert len(closed) == 3 * 2
+    closed.clear()
+    make_run(num_shards=1).run()
+    assert not closed
+
+
+def test_no_clipping_where_the_norm_is_0():
+    model = make_model()
+    proxy = make_proxy(model, 0, np.arange(N), RandomStreams())
+    proxy.max_grad_norm = 0
+    before = model.weight.detach().clone()
+    proxy.step(model, Regression(), Layout(1))
+    assert not torch.equal(model.weight, before)

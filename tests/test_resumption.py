@@ -29,7 +29,7 @@ OTHER = {
     "caption_mitigation": "rt", "caption_mitigation_probability": 0.3, "random_skip_rate": 0.1,
     "random_augment_rate": 0.1, "random_augment_strength": 0.2, "variant": None, "revision": "r",
     "non_ema_revision": "r", "pretrained_model_name_or_path": None, "image_column": None, "resolution": 24,
-    "center_crop": True, "random_flip": True, "image_interpolation_mode": "bilinear", "on_bad_sample": "skip",
+    "center_crop": True, "random_flip": True, "image_interpolation_mode": "bilinear",
     "seed": 6, "caption_column": None, "prediction_type": "epsilon", "snr_gamma": 5.0, "noise_offset": 0.1,
     "input_perturbation": 0.1, "dream_training": True, "dream_detail_preservation": 0.5, "learning_rate": 7e-4,
     "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.9,
@@ -49,7 +49,7 @@ WITH = {
 # What they mean is seen elsewhere: a label, a Hub revision, where things lie, or the whole precision of a run.
 ELSEWHERE = {
     "mitigation", "variant", "revision", "non_ema_revision", "pretrained_model_name_or_path", "image_column",
-    "caption_column", "mixed_precision", "on_bad_sample",
+    "caption_column", "mixed_precision",
 }  # fmt: skip
 
 

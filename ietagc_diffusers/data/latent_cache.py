@@ -265,7 +265,7 @@ class CachedSamples(TrainingSamples):
     def received(self, batch: Batch) -> Batch:
         if batch.images is not None:
             return batch
-        return replace(batch, images=ImagesOnDemand(self.uncached, batch.samples.tolist(), batch.seeds))
+        return replace(batch, images=ImagesOnDemand(self.uncached, batch.samples.tolist(), batch.seeds or []))
 
 
 def text_key(value: Any) -> bytes:

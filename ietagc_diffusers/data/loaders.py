@@ -1,7 +1,9 @@
 """The order in which a proxy sees its samples, and how that order is resumed."""
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,11 +16,33 @@ from tqdm.auto import tqdm
 from ..errors import UsageError
 from .batch import Batch
 
+CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")
 
-def _leave_signals_to_the_main_process(worker):
-    """Launchers and terminals signal all processes: the main process decides when to stop, and needs its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _start(loader):
+    """Start reading, in worker processes if the loader has any.
+
+    Launchers and terminals signal all processes. The main process decides when to stop, and needs its workers until
+    then: from their start they take no signals but its own, where the system can tell.
+    """
+    if not CAN_TELL_SENDERS:
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # workers inherit this
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_the_main_process(worker):
+    if CAN_TELL_SENDERS:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _whole(batch):
@@ -58,7 +82,7 @@ class StreamLoader:
     def _open(self, skip=0):
         """The epoch's batches after the first ``skip``, in the order the streams give."""
         if self.num_workers:
-            batches = iter(self._loader(self.samples, _whole))
+            batches = _start(self._loader(self.samples, _whole))
             for _ in tqdm(range(skip), desc="Reading up to the checkpoint", leave=False, disable=not skip):
                 next(batches)
             return batches
@@ -72,7 +96,7 @@ class StreamLoader:
             shuffle=True,
             collate_fn=collate,
             num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=_heed_the_main_process,
         )
 
     def _read_ahead(self):
@@ -175,14 +199,14 @@ class SeededLoader:
         batch = _next(self._batches)
         if batch is None:
             # A generator of its own, so that starting to read leaves the process's stream alone.
-            self._batches = iter(
+            self._batches = _start(
                 DataLoader(
                     self.samples.of_shard(self.shard_samples),
                     batch_sampler=self._plan(),
                     collate_fn=_whole,
                     num_workers=self.num_workers,
                     generator=torch.Generator(),
-                    worker_init_fn=_leave_signals_to_the_main_process,
+                    worker_init_fn=_heed_the_main_process,
                 )
             )
             batch = _next(self._batches)

@@ -84,7 +84,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         # Apart from the images, so that reading a caption decodes none.
         self.conditions = rows.select_columns(list(condition.columns)) if condition.columns else None
         self.image_column = image_column
-        self.transform = transform
+        self.transform: Any = transform
         self.condition = condition
         self.pool = np.arange(len(rows))
 

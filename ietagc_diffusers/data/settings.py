@@ -76,7 +76,7 @@ class DataSettings(CacheSettings):
         "error",
         "A row without image or caption: 'error' stops (in training after the step, with a checkpoint), 'skip' trains "
         "on another row of its shard instead.",
-        resume=Resume.SAME,
+        resume=Resume.FREE,  # which rows are bad is the data's, and those that are good are trained on either way
         choices=["error", "skip"],
     )
     seed: int | None = setting(

@@ -69,7 +69,8 @@ class MitigationConfig:
     )
     epochs_per_round: int | None = setting(
         None,
-        f"E: epochs a proxy trains on its shard before the proxies are averaged. Default: {DEFAULT_ROUNDS} rounds.",
+        "E: epochs a proxy trains on its shard before the proxies are averaged. "
+        f"Default: {DEFAULT_ROUNDS} rounds, or as many as a proxy has steps.",
         resume=Resume.FIXED,
         type=int,
         **at_least(1),

@@ -6,6 +6,7 @@ All numbers are bytes, of one process where there are several. Activations are n
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,7 +116,7 @@ class Cost:
             steps = (step - rounds.steps_before(index)) // min(self.processes, self.num_shards)
         quota = rounds.steps_in(index) if index < rounds.num_rounds else 1
         done, midway = divmod(steps, quota)  # proxies of each process that are done, and steps of the next
-        files = {("theta", index): self.sets}
+        files: dict[Any, int] = {("theta", index): self.sets}
         groups = min(self.processes, self.num_shards)
         for number in range(self.num_shards):
             mine = number // groups  # the how-manieth of its process
@@ -136,13 +137,15 @@ class Cost:
 
     def disk(self, rounds: Rounds, every: int, total_limit: int | None) -> int:
         """Room that a run takes at most: its checkpoints, what waits, and the trained pipeline."""
-        most, kept = 0, []
+        groups = min(self.processes, self.num_shards)
+        most, kept = self.waiting * groups * self.on_disk, []
+        # What waits is part of the next checkpoint, by links, but for the theta_hat that every other process has.
+        others = self.sets * (groups - 1) * self.on_disk
         for step in checkpoint_steps(rounds, every):
             kept.append(self.files(rounds, step))
-            most = max(most, _together(kept))
+            most = max(most, _together(kept) + others)
             kept = kept[-total_limit:] if total_limit else kept
-        waiting = self.waiting * min(self.processes, self.num_shards) if self.on_disk else 0
-        return most + waiting + self.pipeline
+        return most + self.pipeline
 
 
 def checkpoint_steps(rounds: Rounds, every: int) -> list[int]:

@@ -76,7 +76,7 @@ class OptimizationSettings:
     )
     channels_last: bool = setting(
         False,
-        "Keep weights and activations in memory with their channels last, which half precision on GPUs is faster with.",
+        "Memory format with the channels last: faster in half precision on GPUs.",
         resume=Resume.FREE,  # rounding
         type=bool,
     )
@@ -92,7 +92,7 @@ class OptimizationSettings:
         1.0, "Gradient clipping norm; 0 turns clipping off.", resume=Resume.SAME, type=float, **not_negative()
     )
     use_ema: bool = setting(
-        False, "Keep a moving average of the weights and save that.", resume=Resume.FIXED, type=bool
+        False, "Keep a moving average of the weights, and save it as the model.", resume=Resume.FIXED, type=bool
     )
     offload_ema: bool = setting(
         False, "Keep the moving average in host memory between steps.", resume=Resume.FREE, type=bool
@@ -173,7 +173,7 @@ class RecordSettings:
     )
     log_every: int = setting(
         10,
-        "Steps between log lines; the device is read only then.",
+        "Steps of a proxy between two entries of the tracker and the bar.",
         resume=Resume.FREE,
         type=int,
         **at_least(1),

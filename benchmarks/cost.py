@@ -1,0 +1,201 @@
+"""What a run takes at real size: memory, checkpoints and disk, by arithmetic on shapes.
+
+    python -m benchmarks.cost               # a table of models x K x moving average x where waiting proxies are
+    python -m benchmarks.cost --check       # real runs of an 80 M parameter model beside the arithmetic (minutes)
+
+Models are made on the meta device: they have shapes and no content. Frozen parts are in half precision, as with
+``--mixed_precision bf16``; activations are not counted. "written" is what a checkpoint writes that falls into the
+turn of the same proxy as the one before; all else of it is linked.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from ietagc_diffusers.training.cost import Cost
+from ietagc_diffusers.training.ensemble import Rounds
+
+SHARDS = (1, 4, 10)
+CHECKED = (192, 384, 512)  # widths of the model of the real runs
+EVERY, LIMIT = 2000, 2  # checkpoints of the runs in the table
+STEPS_PER_ROUND, NUM_ROUNDS = 2000, 2  # enough rounds for what a longer run keeps at a time
+_SD = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
+# name -> (class, configuration, parameters of the frozen parts)
+MODELS = {
+    "CIFAR UNet": (
+        UNet2DModel,
+        {
+            "sample_size": 32,
+            "block_out_channels": (128, 256, 256, 256),
+            "layers_per_block": 2,
+            "attention_head_dim": None,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        },
+        0,
+    ),
+    "SD 1.5": (UNet2DConditionModel, _SD, 83_653_863 + 123_060_480),
+    "SD 2.1": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 96,
+            "attention_head_dim": (5, 10, 20, 20),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
+        83_653_863 + 340_387_840,
+    ),
+    "SDXL UNet": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        83_653_863 + 123_060_480 + 694_659_840,
+    ),
+}
+
+
+def parameters(name: str) -> int:
+    """Of a model's denoiser."""
+    kind, config, _ = MODELS[name]
+    with torch.device("meta"):
+        return sum(p.numel() for p in kind(**config).parameters())
+
+
+def rows(name: str, precision: int = 2):
+    """Rows of the table: a dict each, sizes in GB."""
+    count = parameters(name)
+    for num_shards in SHARDS:
+        for ema in (False, True):
+            for kept in ("keep", "average", "reset") if num_shards > 1 else ("keep",):
+                cost = Cost(count, MODELS[name][2] * precision, num_shards, ema=ema, optimizer_state=kept)
+                disk = Cost(**{**vars(cost), "on_disk": True})
+                rounds = Rounds(num_shards, STEPS_PER_ROUND * NUM_ROUNDS, STEPS_PER_ROUND)
+                official = cost.sets + cost.moments
+                numbers = {
+                    "device": cost.device,
+                    "host": cost.host,
+                    "host, on disk": disk.host,
+                    "checkpoint between rounds": sum(cost.files(rounds, rounds.steps_before(1)).values()),
+                    "checkpoint at most": cost.checkpoint(rounds, STEPS_PER_ROUND // 4),
+                    "written": cost.sets + cost.moments,
+                    "disk of a run": disk.disk(rounds, EVERY, LIMIT),
+                }
+                yield {
+                    "model": name,
+                    "K": num_shards,
+                    "EMA": "yes" if ema else "no",
+                    "moments": kept,
+                    **{key: f"{value / 1e9:.1f}" for key, value in numbers.items()},
+                    "to official": f"{numbers['checkpoint between rounds'] / official:.1f} to "
+                    f"{numbers['checkpoint at most'] / official:.1f}",
+                }
+
+
+def print_table(table):
+    print("| " + " | ".join(table[0]) + " |")
+    print("|" + "---|" * len(table[0]))
+    for row in table:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+def measure(num_shards: int, ema: bool, place: str, scratch: Path) -> dict[str, float]:
+    """A real run of a model of 80 M parameters on 16 px images: peak memory and disk beside the arithmetic."""
+    name = f"{num_shards}-{ema}-{place}"
+    command = [sys.executable, "-m", "benchmarks.cost", "--child", str(num_shards), str(int(ema)), place]
+    done = subprocess.run([*command, str(scratch / name)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
+    """The run itself, in a process of its own; prints its numbers as JSON."""
+    from ietagc_diffusers import testing
+    from ietagc_diffusers.arguments import parse_args
+    from ietagc_diffusers.training import cost as costs
+    from ietagc_diffusers.training.run import train
+
+    from .faults import make_inputs
+
+    scratch.mkdir(parents=True)
+    flags, process = make_inputs(scratch), _memory("VmRSS")
+    pipeline = testing.random_pipeline(["a red picture"])
+    pipeline.unet = testing.build_unet(CHECKED, sample_size=8, text_width=16)
+    pipeline.save_pretrained(scratch / "base")
+    count = sum(p.numel() for p in pipeline.unet.parameters())
+    frozen = costs.pipeline_bytes(testing.family_of_pipeline(pipeline)) - count * costs.FLOAT32
+    del pipeline
+    flags = [flag for flag in flags if flag != "--use_ema"] + ["--use_ema"] * ema
+    more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
+    more += ["--checkpointing_steps=3", "--checkpoints_total_limit=1", f"--proxy_state={place}", "--train_batch_size=1"]
+    train(parse_args([*flags, *more, "--augment_range=1", f"--output_dir={scratch / 'out'}"]))
+    cost = costs.Cost(count, frozen, num_shards, ema=ema, on_disk=place == "disk", on_cpu=True)
+    rounds = Rounds(num_shards, 4, 2)
+    last = costs.checkpoint_steps(rounds, 3)[-1]
+    files = (scratch / "out" / f"checkpoint-{last}").rglob("*")
+    numbers = {
+        "parameters": count,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory expected": cost.host - costs.PROCESS + process,
+        "checkpoint": sum(path.stat().st_size for path in files if path.is_file()),
+        "checkpoint expected": sum(cost.files(rounds, last).values()),
+        "process": process,
+    }
+    print(json.dumps(numbers))
+
+
+def _memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def check() -> bool:
+    """Print real runs beside the arithmetic. Returns whether all agree to 5%."""
+    table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for num_shards, ema, place in ((1, True, "host"), (2, True, "host"), (2, True, "disk"), (4, True, "disk")):
+            got = measure(num_shards, ema, place, Path(scratch))
+            row = {"K": num_shards, "EMA": "yes" if ema else "no", "proxy state": place}
+            for what in ("memory", "checkpoint"):
+                row[what] = f"{got[what] / 1e9:.3f}"
+                row[f"{what} expected"] = f"{got[f'{what} expected'] / 1e9:.3f}"
+                row[f"{what} ratio"] = f"{got[what] / got[f'{what} expected']:.3f}"
+            table.append(row)
+    print_table(table)
+    return all(abs(float(row[f"{what} ratio"]) - 1) <= 0.05 for row in table for what in ("memory", "checkpoint"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with real runs")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        num_shards, ema, place, scratch = args.child
+        child(int(num_shards), bool(int(ema)), place, Path(scratch))
+    elif args.check:
+        sys.exit(not check())
+    else:
+        print_table([row for name in MODELS for row in rows(name)])
+
+
+if __name__ == "__main__":
+    main()
