@@ -1,7 +1,7 @@
 """What a run takes at real size: memory, checkpoints and disk, by arithmetic on shapes.
 
     python -m benchmarks.cost               # a table of models x K x moving average x where waiting proxies are
-    python -m benchmarks.cost --check       # real runs of a 100 M parameter model beside the arithmetic (minutes)
+    python -m benchmarks.cost --check       # real runs of an 80 M parameter model beside the arithmetic (minutes)
 
 Models are made on the meta device: they have shapes and no content. Frozen parts are in half precision, as with
 ``--mixed_precision bf16``; activations are not counted. "written" is what a checkpoint writes that falls into the
@@ -23,6 +23,7 @@ from ietagc_diffusers.training.cost import Cost
 from ietagc_diffusers.training.ensemble import Rounds
 
 SHARDS = (1, 4, 10)
+CHECKED = (192, 384, 512)  # widths of the model of the real runs
 EVERY, LIMIT = 2000, 2  # checkpoints of the runs in the table
 STEPS_PER_ROUND, NUM_ROUNDS = 2000, 2  # enough rounds for what a longer run keeps at a time
 _SD = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
@@ -116,13 +117,13 @@ def print_table(table):
 
 
 def measure(num_shards: int, ema: bool, place: str, scratch: Path) -> dict[str, float]:
-    """A real run of a model of 100 M parameters on 16 px images: peak memory and disk beside the arithmetic."""
+    """A real run of a model of 80 M parameters on 16 px images: peak memory and disk beside the arithmetic."""
     name = f"{num_shards}-{ema}-{place}"
     command = [sys.executable, "-m", "benchmarks.cost", "--child", str(num_shards), str(int(ema)), place]
     done = subprocess.run([*command, str(scratch / name)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
@@ -135,14 +136,13 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     from .faults import make_inputs
 
     scratch.mkdir(parents=True)
-    flags = make_inputs(scratch)
+    flags, process = make_inputs(scratch), _memory("VmRSS")
     pipeline = testing.random_pipeline(["a red picture"])
-    pipeline.unet = testing.build_unet((256, 512, 768), sample_size=8, text_width=16)
+    pipeline.unet = testing.build_unet(CHECKED, sample_size=8, text_width=16)
     pipeline.save_pretrained(scratch / "base")
     count = sum(p.numel() for p in pipeline.unet.parameters())
     frozen = costs.pipeline_bytes(testing.family_of_pipeline(pipeline)) - count * costs.FLOAT32
     del pipeline
-    base = _memory("VmRSS")
     flags = [flag for flag in flags if flag != "--use_ema"] + ["--use_ema"] * ema
     more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
     more += ["--checkpointing_steps=3", "--checkpoints_total_limit=1", f"--proxy_state={place}", "--train_batch_size=1"]
@@ -154,10 +154,10 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     numbers = {
         "parameters": count,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "memory expected": cost.host - costs.PROCESS + base,
+        "memory expected": cost.host - costs.PROCESS + process,
         "checkpoint": sum(path.stat().st_size for path in files if path.is_file()),
         "checkpoint expected": sum(cost.files(rounds, last).values()),
-        "process": base,
+        "process": process,
     }
     print(json.dumps(numbers))
 

@@ -1,6 +1,7 @@
 """The disk of a run: nothing written twice, room looked at, one run a folder, and the arithmetic of it all."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_a_signal_to_the_whole_group_with_data_workers(base, pictures, tmp_path)
         time.sleep(0.1)
     children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
     workers = [line for line in children.stdout.splitlines() if "train_text_to_image" in line]
-    subprocess.run(["kill", "-TERM", f"-{process.pid}"], check=True)
+    os.killpg(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors[-2000:]
     assert len(workers) <= 2
