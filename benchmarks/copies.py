@@ -13,11 +13,12 @@ import io
 
 import numpy as np
 import torch
+from PIL import Image, ImageEnhance, ImageOps
+from tqdm.auto import tqdm
+
 from ietagc_diffusers.eval.image_sets import load_images, to_tensor
 from ietagc_diffusers.eval.neighbours import most_similar
 from ietagc_diffusers.sscd import load_descriptor
-from PIL import Image, ImageEnhance, ImageOps
-from tqdm.auto import tqdm
 
 
 def recompressed(image):

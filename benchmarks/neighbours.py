@@ -12,6 +12,7 @@ import resource
 import time
 
 import torch
+
 from ietagc_diffusers.eval.neighbours import nearest_l2
 
 GIB = 2**30

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+from demo.pictures import NUM_DUPLICATED, NUM_IMAGES
 from ietagc_diffusers.eval.curves import FrontPoint, at_gap, by_run, differences
 from ietagc_diffusers.eval.plots import COLOURS, inline_svg, plot_front, png
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import images_of
-
-from demo.pictures import NUM_DUPLICATED, NUM_IMAGES
 
 CONTROL, METHOD, FRESH = "none", "iet-agc+", "fresh pictures"
 GAPS = (0.01, 0.0125, 0.015, 0.0175, 0.02, 0.03, 0.04)

@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two trainings of one thread eac
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import yaml
+
+from demo import page
+from demo.pictures import NUM_IMAGES, write_sets
 from ietagc_diffusers.eval import benchmark
 from ietagc_diffusers.eval.calibrate import calibrate
 from ietagc_diffusers.eval.front import Front, front
@@ -21,11 +24,8 @@ from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored
 from ietagc_diffusers.eval.score import Tools, score
-from ietagc_diffusers.sscd import pixel_descriptor
-
-from demo import page
-from demo.pictures import NUM_IMAGES, write_sets
 from ietagc_diffusers.files import write_json
+from ietagc_diffusers.sscd import pixel_descriptor
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "configs" / "demo_runs.yaml"

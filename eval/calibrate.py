@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ietagc_diffusers.sscd import Descriptor
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.sscd import Descriptor
 
 from .features import Embedded, embed, first_of_each
 from .image_sets import ImageSet

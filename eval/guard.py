@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ietagc_diffusers.sscd import Descriptor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
+from ietagc_diffusers.sscd import Descriptor
 
 from .features import embed
 from .image_sets import ImageSet, to_tensor

@@ -1,13 +1,16 @@
 """The paper's Figs. 3, 6, 7, 8 and 9, from scored models and a training run."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families import family_of
@@ -44,26 +47,25 @@ def draw_all(
         {file name: None, or why it was not drawn}.
     """
     output.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        "fig3.png": (
-            {"scores": scored, "run": run, "train": training},
-            lambda: fig3(scored[0], run, training, device),
-        ),
-        "fig6.png": ({"scores": scored}, lambda: fig6(scored)),
-        "fig7.png": ({"scores": scored}, lambda: fig7(scored)),
-        "fig8.png": ({"run": run, "train": training}, lambda: fig8(run, training)),
-        "fig9.png": ({"run": run}, lambda: fig9(run)),
+    first = scored[0] if scored else None
+    # Of each figure the function, and its arguments by the settings that give them.
+    wanted: dict[str, tuple[Callable[..., Figure], dict[str, Any]]] = {
+        "fig3.png": (partial(fig3, device=device), {"scores": first, "run": run, "train": training}),
+        "fig6.png": (fig6, {"scores": scored}),
+        "fig7.png": (fig7, {"scores": scored}),
+        "fig8.png": (fig8, {"run": run, "train": training}),
+        "fig9.png": (fig9, {"run": run}),
     }
-    return {name: _draw(draw, needed, output / name) for name, (needed, draw) in wanted.items()}
+    return {name: _draw(draw, needed, output / name) for name, (draw, needed) in wanted.items()}
 
 
-def _draw(draw: Callable[[], Figure], needed: dict, path: Path) -> str | None:
-    """Draw one figure if what it needs is there. Returns None, or why it was not drawn."""
+def _draw(draw: Callable[..., Figure], needed: dict[str, Any], path: Path) -> str | None:
+    """Draw one figure if its arguments are there. Returns None, or why it was not drawn."""
     missing = [f"`{setting}`" for setting, value in needed.items() if not value]
     if missing:
         return f"needs {' and '.join(missing)}"
     try:
-        png(draw(), path)
+        png(draw(*needed.values()), path)
     except (UsageError, BadImage) as error:
         return str(error)
     return None
@@ -75,7 +77,7 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
     Up to 256 of each; the same noise for all. With fewer than 512 training images, a quarter of them each.
     """
     resolution = RunFolder(run).config().get("resolution", 512)
-    closest = {}
+    closest: dict[str, float] = {}
     for name, similarity in zip(scored.nearest["nearest"], scored.nearest["similarity"], strict=True):
         closest[name] = max(similarity, closest.get(name, -1))
     order = sorted((i for i, text in training.captions()), key=lambda i: -closest.get(training.names[i], -1))
@@ -113,16 +115,16 @@ def fig7(scored: list[Scored]) -> Figure:
     """Training images, and the images that each model drew for the same prompt and seed, where the first model copies
     most.
     """
-    chosen = {}
+    by_training_image: dict[str, list] = {}
     for _, drawn in same_prompt_and_seed(scored):
         model, row = drawn[0]
-        chosen.setdefault(model.nearest["nearest"][row], drawn)
-    chosen = list(chosen.values())[:COLUMNS]
+        by_training_image.setdefault(model.nearest["nearest"][row], drawn)
+    chosen = list(by_training_image.values())[:COLUMNS]
     if not chosen:
         raise UsageError("`scores`: the models share no prompt and seed")
     sets = {}
 
-    def image(scores, side, name):
+    def image(scores: dict[str, Any], side: str, name: str) -> Image.Image:
         source = scores[side]
         if source not in sets:
             sets[source] = images_of(scores, side)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -32,7 +32,7 @@ COLOURS = ("#c1272d", "#1f6fb2", "#2a9d4f", "#b07aa1", "#e08214", "#17a2a2", "#8
 
 def inline_svg(plot: Callable[[Axes], None], size: tuple[float, float]) -> str:
     """SVG of ``plot(axes)`` for an HTML page, readable on light and on dark. ``size``: in inches."""
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "ietagc",
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
@@ -65,7 +65,7 @@ def plot_similarities(axes: Axes, scored: "list[Scored]") -> None:
     background = [value for value in scored[0].background["similarity"] if value is not None]
     groups.append(("training images among themselves", background, GREY, ":"))
     values = np.concatenate([group[1] for group in groups])
-    bins = np.linspace(min(values.min(), 0.0), max(values.max(), 1.0), 60)
+    bins = np.linspace(min(values.min(), 0.0), max(values.max(), 1.0), 60).tolist()
     for name, group, colour, line in groups:
         if len(group):
             axes.hist(
@@ -107,10 +107,11 @@ def plot_front(
             axes.plot(x, mean, color=colour, linewidth=2, label=f"{name} ({len(seeds)} seeds)")
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     _show_the_best(axes, points)
-    axes.set_xlabel("held-out minus training loss, from the base on (memorization →)")
+    axes.set_xlabel("held-out minus training loss, change since the base (memorization →)")
     axes.set_ylabel("held-out loss (← quality)")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, **({} if len(by_run(points)) < 4 else {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}))
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
+    axes.legend(fontsize=8, **(beside if len(by_run(points)) > 3 else {}))
 
 
 def _show_the_best(axes: Axes, points: list[FrontPoint]) -> None:
@@ -145,7 +146,7 @@ def plot_sampled(
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
         colour, seeds = colours[name], replicates(run)
-        run_label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        run_label: str | None = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
         for group in _at_equal_steps(seeds):
             x, y = (np.array([[p.sampled[k] for p in seed] for seed in group], float) for k in (key, "frechet"))
             axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=run_label)
@@ -158,7 +159,7 @@ def plot_sampled(
     axes.legend(fontsize=8)
 
 
-def _at_equal_steps(seeds):
+def _at_equal_steps(seeds: list[list[FrontPoint]]) -> list[list[list[FrontPoint]]]:
     """Groups of seeds whose points are averaged: all of them, at the steps that they share, or each by itself if they
     share only the base.
     """

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from ietagc_diffusers.sscd import Descriptor
-from ietagc_diffusers.sscd.descriptor import protocol_of
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.sscd import Descriptor
+from ietagc_diffusers.sscd.descriptor import protocol_of
 
 from .image_sets import MIN_EDGE
 from .neighbours import GIB, uses_faiss

@@ -11,11 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ietagc_diffusers.sscd import Descriptor, load_descriptor
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
+from ietagc_diffusers.sscd import Descriptor, load_descriptor
 
 from .features import Embedded, Extractor, Pixels, SmallEdge, embed, first_of_each
 from .image_sets import ImageSet, load_images, unusable

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UsageError, with_flags
@@ -17,13 +18,14 @@ CONFIG_HELP = "YAML recipe with flags as keys; the command line wins."
 class FlagParser(argparse.ArgumentParser):
     """Raises ``UsageError`` where argparse would exit."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
     parser = FlagParser(
+        prog=program(),
         description="Fine-tune Stable Diffusion without memorizing the training set (IET-AGC+).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,7 +49,10 @@ def _add_flag(group, entry, default):
         options = {"action": argparse.BooleanOptionalAction}
     else:
         options = {"type": about["type"], "choices": about["choices"], **({"nargs": "+"} if about["several"] else {})}
-    group.add_argument(f"--{entry.name}", default=default, help=about["help"].replace("%", "%%"), **options)
+    text = about["help"].replace("%", "%%")
+    if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
+        text += f" Default: {default}."
+    group.add_argument(f"--{entry.name}", default=default, help=text, **options)
 
 
 def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:
@@ -96,5 +101,13 @@ def parse_args(argv: Sequence[str] | None = None, kind: type[TrainingSettings] =
 def fail(error: UsageError, kind: type[TrainingSettings] = TrainingSettings) -> NoReturn:
     """Print what is wrong, with the flags' names, and exit with 2."""
     message = with_flags(str(error), known_names(kind))
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    print(f"{program()}: error: {message}", file=sys.stderr)
     raise SystemExit(2) from error
+
+
+def program() -> str:
+    """The program as it was called: a training script, ``ietagc train`` or ``python -m ietagc_diffusers train``."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"python -m {called.parent.name} train"
+    return called.name if called.suffix == ".py" else f"{called.name} train"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,7 +96,8 @@ def write(
         OSError: the disk refuses; ``path`` is as it was.
     """
     path, part = Path(path), Path(f"{path}.part")
-    header, offset = {} if metadata is None else {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
     for name, tensor in like.items():
         kind = dtype or tensor.dtype
         end = offset + tensor.numel() * kind.itemsize
@@ -180,16 +182,24 @@ class Disk:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{name}.safetensors"
 
-    def keep(self, name, like, values, old=None, dtype=None, owned=False) -> Tensors:
+    def keep(
+        self,
+        name: str,
+        like: Tensors,
+        values: Iterable[tuple[str, torch.Tensor]],
+        old: Tensors | None = None,
+        dtype: torch.dtype | None = None,
+        owned: bool = False,
+    ) -> Tensors:
         return write(self._path(name), like, values, dtype)
 
-    def adopt(self, name, file) -> Tensors:
+    def adopt(self, name: str, file: TensorFile) -> Tensors:
         path = self._path(name)
         path.unlink(missing_ok=True)
         link(file.path, path)
         return TensorFile(path, file.crc, file.not_finite)
 
-    def drop(self, name) -> None:
+    def drop(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:

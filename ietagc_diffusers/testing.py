@@ -3,6 +3,7 @@ of its size.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ WORD_END = "</w>"
 MAX_TOKENS = 77
 
 
-def build_tokenizer(captions, num_merges=256):
+def build_tokenizer(captions: Sequence[str], num_merges: int = 256) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from ``captions``; any other text falls back on bytes."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     bpe.normalizer = normalizers.Lowercase()
@@ -46,7 +47,9 @@ def build_tokenizer(captions, num_merges=256):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_vae(channels=(16, 32, 64), sample_size=32, attention=False):
+def build_vae(
+    channels: tuple[int, ...] = (16, 32, 64), sample_size: int = 32, attention: bool = False
+) -> AutoencoderKL:
     """An ``AutoencoderKL`` with 4 latent channels; each width after the first halves the resolution.
 
     With ``attention``, which every VAE of the real size has, latents lie in memory with their channels last.
@@ -62,7 +65,7 @@ def build_vae(channels=(16, 32, 64), sample_size=32, attention=False):
     )
 
 
-def build_text_encoder(tokenizer, width=64, layers=2, kind=CLIPTextModel):
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 64, layers: int = 2, kind: type = CLIPTextModel) -> Any:
     """``kind``: ``CLIPTextModel``, or ``CLIPTextModelWithProjection`` as SDXL's second."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -79,7 +82,9 @@ def build_text_encoder(tokenizer, width=64, layers=2, kind=CLIPTextModel):
     return kind(config)
 
 
-def build_unet(channels=(32, 64), sample_size=8, text_width=64, **more):
+def build_unet(
+    channels: tuple[int, ...] = (32, 64), sample_size: int = 8, text_width: int = 64, **more: Any
+) -> UNet2DConditionModel:
     """A ``UNet2DConditionModel`` with cross attention at every resolution but the first; ``more``: of its config."""
     attention = [False] + [True] * (len(channels) - 1)
     return UNet2DConditionModel(
@@ -95,7 +100,7 @@ def build_unet(channels=(32, 64), sample_size=8, text_width=64, **more):
     )
 
 
-def build_scheduler(prediction_type="v_prediction"):
+def build_scheduler(prediction_type: str = "v_prediction") -> DDPMScheduler:
     return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -106,7 +111,13 @@ def build_scheduler(prediction_type="v_prediction"):
     )
 
 
-def assemble(vae, text_encoder, tokenizer, unet, scheduler):
+def assemble(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -119,7 +130,9 @@ def assemble(vae, text_encoder, tokenizer, unet, scheduler):
     )
 
 
-def random_pipeline(captions, seed=0, prediction_type="v_prediction", attention=False):
+def random_pipeline(
+    captions: Sequence[str], seed: int = 0, prediction_type: str = "v_prediction", attention: bool = False
+) -> StableDiffusionPipeline:
     """The smallest Stable Diffusion that the training code can tell from the real one: random weights, 16 px images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -133,7 +146,9 @@ def random_pipeline(captions, seed=0, prediction_type="v_prediction", attention=
         )
 
 
-def random_xl_pipeline(captions, seed=0, prediction_type="epsilon"):
+def random_xl_pipeline(
+    captions: Sequence[str], seed: int = 0, prediction_type: str = "epsilon"
+) -> StableDiffusionXLPipeline:
     """The smallest Stable Diffusion XL: two text encoders, pooled embeddings and sizes as added conditions."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

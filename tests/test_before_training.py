@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ietagc_diffusers import RunFolder, StableDiffusion, UsageError, testing
+from ietagc_diffusers.training.callbacks.faults import Ended
 
 PLAIN = ["--mitigation=none", "--max_train_steps=4"]
 
@@ -65,7 +66,7 @@ def test_the_trained_weights_are_written_before_all_else(base, pictures, tmp_pat
 
     assemble = StableDiffusion.pipeline
     monkeypatch.setattr(StableDiffusion, "pipeline", outage)
-    with pytest.raises(OSError, match="the Hub is away"):
+    with pytest.raises(Ended, match="the trained pipeline could not be written: the Hub is away"):
         train_here(train_flags(base, pictures, *PLAIN), tmp_path)
     trained = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     start = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
@@ -78,13 +79,14 @@ def test_a_bad_image_met_in_training_ends_it_with_a_checkpoint(base, tmp_path):
     whole = (folder / "003_0.png").read_bytes()
     (folder / "003_0.png").write_bytes(whole[: len(whole) // 2])
     flags = train_flags(base, folder, "--mitigation=iet-agc", "--num_shards=2", "--max_train_steps=60")
-    with pytest.raises(UsageError, match=r"^row 3 \(.*003_0.png\).*does not decode.*`on_bad_sample` to skip$"):
+    with pytest.raises(UsageError, match=r"^row 3 \(.*003_0.png\).*does not decode.*`on_bad_sample` to skip"):
         train_here(flags, tmp_path / "out")
     run = RunFolder(tmp_path / "out")
     assert len(run.checkpoints()) == 1
-    (folder / "003_0.png").write_bytes(whole)  # repaired: it goes on
-    resumed = [*flags, "--resume_from_checkpoint=latest", "--resume_allow", "data"]
-    with pytest.raises(UsageError, match="`resume_allow` data: cannot change"):
+    resumed = [*flags, "--resume_from_checkpoint=latest"]
+    assert RunFolder(train_here([*resumed, "--on_bad_sample=skip"], run.path)).is_finished
+    (folder / "003_0.png").write_bytes(whole)  # repaired: another training set
+    with pytest.raises(UsageError, match=r"data was .*start a new run in another folder"):
         train_here(resumed, run.path)
 
 
@@ -188,3 +190,15 @@ def test_an_upload_that_cannot_work_is_refused_before_training(base, pictures, t
 def test_abbreviated_flags_are_taken_as_by_the_official_script(base, pictures, tmp_path):
     done = launch([*train_flags(base, pictures, "--mitigation=none", "--max_train_st=2"), "--report=none"], tmp_path)
     assert done.returncode == 0 and not os.path.exists(tmp_path / "logs")
+
+
+def test_half_precision_of_accelerators_is_refused_on_the_cpu(base, pictures, tmp_path):
+    with pytest.raises(UsageError, match="`mixed_precision` fp16: needs an accelerator"):
+        train_here(train_flags(base, pictures, *PLAIN, "--mixed_precision=fp16"), tmp_path)
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_again_by_latest(base, pictures, tmp_path):
+    flags = train_flags(base, pictures, *PLAIN)
+    train_here(flags, tmp_path)
+    with pytest.raises(UsageError, match="holds a finished run without a checkpoint"):
+        train_here([*flags, "--resume_from_checkpoint=latest"], tmp_path)

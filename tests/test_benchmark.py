@@ -13,13 +13,13 @@ import time
 import pytest
 import yaml
 from conftest import write_folder
-from ietagc_diffusers.eval import benchmark as module
-from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
-from ietagc_diffusers.eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 
 from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval import benchmark as module
+from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
+from ietagc_diffusers.eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 
 BOTH = {"T": {"rows": [{"training": "none"}, {"training": "given"}]}}
 

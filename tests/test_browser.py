@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from conftest import write_folder
+
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Protocol, Tools, score

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_folder
-from ietagc_diffusers.eval.calibrate import calibrate, threshold_over
-from ietagc_diffusers.eval.image_sets import load_images, to_tensor
-from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval.calibrate import calibrate, threshold_over
+from ietagc_diffusers.eval.image_sets import load_images, to_tensor
+from ietagc_diffusers.sscd import pixel_descriptor
 
 
 def loaded(folder):

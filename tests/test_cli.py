@@ -7,14 +7,14 @@ from dataclasses import MISSING, fields
 
 import pytest
 from conftest import ROOT, environment
-from ietagc_diffusers.eval.detect import Detection
-from ietagc_diffusers.eval.generate import DTYPES, SCHEDULERS, Settings
-from ietagc_diffusers.eval.score import Protocol
 
 import ietagc_diffusers
 from ietagc_diffusers.arguments import flag_names
 from ietagc_diffusers.cli import COMMANDS, build_parser, common, main
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval.detect import Detection
+from ietagc_diffusers.eval.generate import DTYPES, SCHEDULERS, Settings
+from ietagc_diffusers.eval.score import Protocol
 from ietagc_diffusers.method.config import read_recipe, recipe_path
 
 SLOW = {"torch", "numpy", "diffusers", "transformers", "datasets", "accelerate", "matplotlib", "PIL"}
@@ -71,6 +71,21 @@ def test_words_for_training_are_passed_on_untouched(monkeypatch):
     fake = types.SimpleNamespace(main=given.append)
     monkeypatch.setitem(sys.modules, "ietagc_diffusers.cli.train", fake)
     assert main(["train", *words]) == 0 and given == [words]
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("/venv/bin/ietagc", "ietagc train"),
+        ("/site-packages/ietagc_diffusers/__main__.py", "python -m ietagc_diffusers train"),
+        ("train_text_to_image_ietagc.py", "train_text_to_image_ietagc.py"),
+    ],
+)
+def test_training_names_the_program_as_it_was_called(called, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--num_shards", "0"])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"{name}: error: --num_shards 0: ")
 
 
 def test_wrong_use_is_one_line_that_names_flags_and_only_flags(capsys, tmp_path):

@@ -22,7 +22,8 @@ from ietagc_diffusers.data import (
     load_training_rows,
     loaders,
 )
-from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, pixel_hashes
+from ietagc_diffusers.data.hashes import pixel_hashes
+from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, stored_column
 from ietagc_diffusers.families.stable_diffusion import Pixels, Tokenize
 from ietagc_diffusers.training.streams import RandomStreams
 
@@ -60,6 +61,13 @@ def test_sample_ids_survive_selection(pictures):
     assert len(some) == 9 and len(set(some[SAMPLE_ID])) == 9
     for row in some:
         assert np.array_equal(row["image"], everything[row[SAMPLE_ID]]["image"])
+
+
+def test_a_stored_column_is_the_column_whatever_is_selected(pictures):
+    rows = load(pictures)
+    for some in (rows, rows.shuffle(seed=1), rows.shuffle(seed=1).select(range(3, 20, 2)).filter(lambda row: True)):
+        for column in (SAMPLE_ID, "text", "label"):
+            assert stored_column(some, column).to_pylist() == list(some[column])
 
 
 def test_deduplication_keeps_one_row_of_each_image(pictures):
@@ -342,3 +350,18 @@ def test_a_new_shard_starts_a_new_epoch_and_the_same_one_does_not(samples):
     assert loader.state_dict() == {"first_epoch": 1, "taken": 0}
     seen = torch.cat([batch.samples for batch in take(loader, 12)])
     assert sorted(seen[:12].tolist()) == list(range(6, 18))
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch):
+    """Its length is the shard's: drawn again for each block, planning an epoch would take quadratic time."""
+    shard = np.arange(5000)
+    loader = loaders.SeededLoader(None, 2, 0, [0, 0], shard)
+    drawn = []
+    new = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or new(seed))
+    rows = []
+    for taken in range(0, len(shard) // 2, loader.BLOCK):
+        loader.taken = taken
+        rows += [row for batch in loader._plan() for row, _ in batch]
+    assert drawn[:-1] == [[0, 0, 0]] and drawn[-1] == [0, 0, 1]
+    assert sorted(rows[: len(shard)]) == shard.tolist()

@@ -7,17 +7,17 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+
+from demo import page
+from demo.pictures import CAPTIONS, fresh_pictures, training_pictures, write_sets
+from demo.renders import COLOURS, RESOLUTION, SIDES, draw_scenes, make_set, render_all, write_image_folder
+from demo.run import ROOT, write_runs
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.curves import FrontPoint
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored
 from ietagc_diffusers.eval.score import Tools, score
-
-from demo import page
-from demo.pictures import CAPTIONS, fresh_pictures, training_pictures, write_sets
-from demo.renders import COLOURS, RESOLUTION, SIDES, draw_scenes, make_set, render_all, write_image_folder
-from demo.run import ROOT, write_runs
 
 BASE = ROOT / "demo" / "tiny-sd"
 

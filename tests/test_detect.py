@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import write_folder
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from ietagc_diffusers.eval import detect as module
-from ietagc_diffusers.eval.detect import Detection, detect, roc_auc, threshold_at
-from ietagc_diffusers.eval.guard import SimilarityGuard, TrainingIndex
-from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.sscd import pixel_descriptor
 from PIL import Image
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval import detect as module
+from ietagc_diffusers.eval.detect import Detection, detect, roc_auc, threshold_at
+from ietagc_diffusers.eval.guard import SimilarityGuard, TrainingIndex
+from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.mitigations import mitigate, text_conditional_noise
+from ietagc_diffusers.sscd import pixel_descriptor
 
 PROMPTS = [f"a {colour} picture" for colour in ("red", "green", "blue", "white", "red")]
 

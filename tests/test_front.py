@@ -10,14 +10,14 @@ import torch
 import yaml
 from conftest import train_flags, train_here, write_folder
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from ietagc_diffusers.eval.curves import FrontPoint, at_gap, at_loss, compare, crossing
-from ietagc_diffusers.eval.front import Front
-from ietagc_diffusers.eval.losses import Losses, measure, saved_models, spread
-from ietagc_diffusers.eval.plots import plot_front, plot_sampled
 from PIL import Image
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.cli import main
+from ietagc_diffusers.eval.curves import FrontPoint, at_gap, at_loss, compare, crossing
+from ietagc_diffusers.eval.front import Front
+from ietagc_diffusers.eval.losses import Losses, measure, saved_models, spread
+from ietagc_diffusers.eval.plots import plot_front, plot_sampled
 from ietagc_diffusers.families import family_of
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment
 from datasets import load_dataset
-from ietagc_diffusers.eval import generate as module
-from ietagc_diffusers.eval.generate import Settings, generate, model_hash
-from ietagc_diffusers.eval.prompts import Prompt
 from PIL import Image
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval import generate as module
+from ietagc_diffusers.eval.generate import Settings, generate, model_hash
+from ietagc_diffusers.eval.prompts import Prompt
 
 PROMPTS = [Prompt(f"a {colour} picture", number) for number, colour in enumerate(("red", "green", "blue") * 3)][:7]
 SETTINGS = Settings(seed=5, num_inference_steps=2, guidance_scale=3.0, batch_size=3, scheduler="ddim")

@@ -10,13 +10,13 @@ import torch
 from conftest import write_folder
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
+from PIL import Image
+
+from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.features import FeatureCache, Pixels, embed
 from ietagc_diffusers.eval.image_sets import load_images, to_rgb, to_tensor, unusable
 from ietagc_diffusers.eval.prompts import caption_prompts, choose, read_labels, read_prompts
 from ietagc_diffusers.sscd import Descriptor, pixel_descriptor
-from PIL import Image
-
-from ietagc_diffusers.errors import UsageError
 
 
 def noise(seed=0, size=(20, 30)):

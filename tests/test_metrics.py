@@ -6,6 +6,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
+
+from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.features import Pixels
 from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_distances
 from ietagc_diffusers.eval.metrics.base import mean
@@ -17,9 +20,6 @@ from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_
 from ietagc_diffusers.eval.metrics.similarity import is_copy, sim_score
 from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
 from ietagc_diffusers.sscd import pixel_descriptor
-from PIL import Image
-
-from ietagc_diffusers.errors import UsageError
 
 
 def features(seed, n, d=12):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
-from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorization_ratio, memorized_quantity
-from ietagc_diffusers.eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorization_ratio, memorized_quantity
+from ietagc_diffusers.eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
 
 KIB = 2**10
 

@@ -52,8 +52,8 @@ def test_a_folder_without_readable_settings_is_named(tmp_path, text):
 
 
 def test_no_other_module_of_training_or_evaluation_spells_a_path_of_a_run():
-    names = re.compile(r'/ "(ietagc|rounds\.jsonl|skip_counts\.parquet|bad_samples\.jsonl|rounds|config\.yaml)"')
-    allowed = {"run_folder.py"}  # and modules on checkpoints, which have a folder of that name of their own
+    names = re.compile(r'"(rounds\.jsonl|skip_counts\.parquet|bad_samples\.jsonl|rounds|config\.yaml)"')
+    allowed = {"run_folder.py"}
     for folder in ("ietagc_diffusers", "eval"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name not in allowed and path.parent.name != "checkpoint":

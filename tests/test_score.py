@@ -14,6 +14,11 @@ import torch
 from conftest import write_folder
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+
+from ietagc_diffusers import __version__
+from ietagc_diffusers.cli import main
+from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.audit import Limits, judge, write_card
 from ietagc_diffusers.eval.image_sets import NO_IMAGE, load_images
 from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric
@@ -23,11 +28,6 @@ from ietagc_diffusers.eval.metrics.intervals import wilson_interval
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
 from ietagc_diffusers.sscd import pixel_descriptor
-from PIL import Image, ImageOps
-
-from ietagc_diffusers import __version__
-from ietagc_diffusers.cli import main
-from ietagc_diffusers.errors import UsageError
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
 KEYS = {

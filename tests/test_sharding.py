@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from ietagc_diffusers import ShardPlan, UsageError
+from ietagc_diffusers.method import sharding
+from ietagc_diffusers.method.sharding import SkipHistory
 
 
 def ids(plan):
@@ -82,3 +84,31 @@ def test_nothing_moves_with_one_shard_or_no_fraction():
     assert one.redistribute(np.arange(9), 0.5) is one
     two = ShardPlan.split(9, 2, seed=0)
     assert two.redistribute(np.arange(9), 0.0) is two
+
+
+def test_groups_go_to_the_shard_that_holds_least():
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        loads = rng.integers(0, 30, size=rng.integers(1, 6))
+        count, size = int(rng.integers(0, 40)), int(rng.integers(1, 9))
+        filled, wanted, shards = loads.copy(), loads.copy(), []
+        for _ in range(count):
+            shards.append(int(wanted.argmin()))
+            wanted[shards[-1]] += size
+        assert sharding._fill(filled, count, size).tolist() == shards, trial
+        assert filled.tolist() == wanted.tolist()
+
+
+def test_histories_of_skips_are_their_definitions():
+    rounds = np.random.default_rng(0).integers(0, 5, (4, 3, 10))  # rounds, shards, samples
+    histories = {kind: SkipHistory(kind) for kind in SkipHistory.KINDS}
+    for number, counts in enumerate(rounds):
+        added = {kind: history.add(counts) for kind, history in histories.items()}
+        assert added["round"] is counts
+        assert np.array_equal(added["total"], rounds[: number + 1].sum(axis=(0, 1)))
+        weights = SkipHistory.DECAY ** np.arange(number, -1, -1)
+        wanted = (rounds[: number + 1].sum(axis=1) * weights[:, None]).sum(axis=0)
+        np.testing.assert_allclose(added["decayed"], wanted)
+    resumed = SkipHistory("decayed")
+    resumed.load_state_dict(histories["decayed"].state_dict())
+    assert np.array_equal(resumed.add(rounds[0]), histories["decayed"].add(rounds[0]))

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ietagc_diffusers.sscd import PREPROCESS, DescriptorError, descriptor, load_descriptor, pixel_descriptor
 from PIL import Image
 from torchvision import transforms
+
+from ietagc_diffusers.sscd import PREPROCESS, DescriptorError, descriptor, load_descriptor, pixel_descriptor
 
 
 class Network(torch.nn.Module):

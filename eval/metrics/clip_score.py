@@ -10,11 +10,11 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from ietagc_diffusers.sscd import PREPROCESS, Descriptor
-from ietagc_diffusers.sscd.descriptor import file_hash
 from torchvision.transforms.v2 import functional as TF
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.sscd import PREPROCESS, Descriptor
+from ietagc_diffusers.sscd.descriptor import file_hash
 
 from ..features import Extractor
 from ..protocol import Protocol

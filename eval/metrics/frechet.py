@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from ietagc_diffusers.sscd import Descriptor
-from ietagc_diffusers.sscd.descriptor import file_hash
 from torchvision.transforms.v2 import functional as TF
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.sscd import Descriptor
+from ietagc_diffusers.sscd.descriptor import file_hash
 
 from ..features import Extractor
 from ..protocol import Protocol

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from ietagc_diffusers.sscd import Descriptor
 
 from ..features import Extractor

@@ -10,7 +10,7 @@ again. What the states are is the business of those who give them.
 """
 
 from .ownership import begins, continues
-from .reading import Checkpoint, CheckpointError, check_fingerprint, damage, find
+from .reading import Checkpoint, CheckpointError, check_fingerprint, damage, find, read_state
 from .states import flatten, unflatten
 from .writing import Held, NoRoom, Writer, gigabytes, room
 
@@ -27,6 +27,9 @@ __all__ = [
     "find",
     "flatten",
     "gigabytes",
+    "read_state",
     "room",
     "unflatten",
 ]
+
+_load_state = read_state  # its name in 0.1: scripts that look into checkpoints use it

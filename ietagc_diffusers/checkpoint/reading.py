@@ -44,9 +44,7 @@ class Checkpoint:
         return sorted(path.stem for path in (self.folder / "ietagc").glob(f"{prefix}*.json"))
 
     def state(self, name: str) -> State:
-        path = self.folder / "ietagc" / f"{name}.json"
-        tensors = path.with_suffix(".safetensors")
-        return unflatten(json.loads(path.read_text()), TensorFile(tensors) if tensors.exists() else {})
+        return read_state(self.folder / "ietagc" / name)
 
     def held(self, name: str) -> TensorFile | None:
         """A large set of tensors, read as it is asked for; None if the checkpoint has none of that name."""
@@ -54,7 +52,14 @@ class Checkpoint:
         return TensorFile(path) if path.is_file() else None
 
 
-def measure(path):
+def read_state(path: Path) -> State:
+    """A named state by its path without an ending."""
+    tensors = path.with_suffix(".safetensors")
+    rest = json.loads(path.with_suffix(".json").read_text())
+    return unflatten(rest, TensorFile(tensors) if tensors.exists() else {})
+
+
+def measure(path: Path) -> list[int]:
     """Size and CRC of a file."""
     crc = 0
     with path.open("rb") as file:
@@ -113,16 +118,19 @@ def find(wanted: str, run: RunFolder) -> Path | None:
     return folder
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], allowed: Collection[str] = ()) -> None:
-    """Raise ``CheckpointError`` naming what differs; keys in ``allowed`` may."""
-    differences = [
-        f"{key} was {saved.get(key)!r}, is {current.get(key)!r}"
+def check_fingerprint(
+    saved: dict[str, Any], current: dict[str, Any], allowed: Collection[str] = (), fixed: Collection[str] = ()
+) -> None:
+    """Raise ``CheckpointError`` naming what differs; keys in ``allowed`` may, those in ``fixed`` never."""
+    different = [
+        key
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key) and key not in allowed
     ]
-    if differences:
-        raise CheckpointError(
-            "the checkpoint is of another run: "
-            + "; ".join(differences)
-            + ". Give the same flags, or name those that may change in `resume_allow`"
-        )
+    if different:
+        listed = "; ".join(f"{key} was {saved.get(key)!r}, is {current.get(key)!r}" for key in different)
+        if set(different) & set(fixed):
+            advice = "Give what it had, or start a new run in another folder: this cannot change within a run"
+        else:
+            advice = "Give the same flags, or name those that may change in `resume_allow`"
+        raise CheckpointError(f"the checkpoint is of another run: {listed}. {advice}")

@@ -80,7 +80,9 @@ class Writer:
             NotFinite: weights or moments are not finite; likewise.
         """
         layout, final = source.layout, self.run.checkpoint(step)
-        folder, manifest, versions = final.with_name(final.name + ".tmp"), {}, {}
+        folder = final.with_name(final.name + ".tmp")
+        manifest: dict[str, list[int]] = {}
+        versions: dict[str, tuple[Hashable, list[int]]] = {}
 
         def prepare():
             if layout.is_main:
@@ -222,19 +224,19 @@ def _together(processes, action):
 
 def _save_state(folder, name, state):
     """Write a small state. Returns size and CRC of its files by name."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     text, path = json.dumps(flatten(state, tensors)), folder / f"{name}.json"
     path.write_text(text)
     done = {f"{name}.json": measure(path)}
     if tensors:
         file = tensor_files.write(path.with_suffix(".safetensors"), tensors)
         file.sync()
-        done[f"{name}.safetensors"] = [file.size, file.crc]
+        done[f"{name}.safetensors"] = measure(file.path) if file.crc is None else [file.size, file.crc]
     return done
 
 
 def _join_manifest(folder):
-    manifest = {}
+    manifest: dict[str, list[int]] = {}
     for part in sorted((folder / "ietagc").glob("part-*.json")):
         manifest |= json.loads(part.read_text())
         part.unlink()

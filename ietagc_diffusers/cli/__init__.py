@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import UsageError, with_flags
@@ -25,19 +26,27 @@ COMMANDS = {
     "detect": "find memorized prompts without the training images (Wen et al.)",
     "benchmark": "train and score a matrix of runs, and write the paper's tables",
 }
-TRAIN = "train"  # has its own parser: recipes and the launcher's flags come before it
+TRAIN = "train"  # has its own parser, which also reads recipes
 WRONG_USE, INTERRUPTED = 2, 130
 DESCRIPTION = "Fine-tune diffusion models without memorizing the training set, and measure what a model reproduces."
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_USE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and the parsers of the commands by name."""
-    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ietagc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {}
+    parsers: dict[str, argparse.ArgumentParser] = {}
     for name, text in COMMANDS.items():
-        parsers[name] = commands.add_parser(name, help=text, description=f"{text}.".capitalize(), allow_abbrev=False)
+        description = f"{text[0].upper()}{text[1:]}."
+        parsers[name] = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
         if name != TRAIN:
             import_module(f".{name}", __name__).add_arguments(parsers[name])
     return parser, parsers
@@ -54,8 +63,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "ietagc") -> int:
     if words[:1] == [TRAIN]:
         return import_module(f".{TRAIN}", __name__).main(words[1:]) or 0
     parser, parsers = build_parser(prog)
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
     args.prog, command = prog, parsers[args.command]
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return import_module(f".{args.command}", __name__).run(args) or 0
     except UsageError as error:

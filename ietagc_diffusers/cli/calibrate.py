@@ -4,6 +4,8 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from .. import __version__
+from ..files import check_output, write_json
 from . import common
 
 DESCRIPTION = """
@@ -35,17 +37,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    check_output(args.output, "output", file=True)
     from ietagc_diffusers.eval.calibrate import calibrate
     from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.sscd import load_descriptor
 
-    from ..files import check_output, write_json
-
-    check_output(args.output, "output", file=True)
     training = load_images(args.train, "train", args.image_column)
     innocent = load_images(args.innocent, "innocent", args.image_column) if args.innocent else None
     descriptor = load_descriptor(args.descriptor, args.protocol, common.device_of(args))
     result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, asdict(result))
+    write_json(args.output, {"version": __version__} | asdict(result))
     print(f"{result.sentence} ({args.output})")

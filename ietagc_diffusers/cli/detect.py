@@ -40,7 +40,7 @@ def run(args: Namespace) -> None:
     result = detect(args.model, prompts, args.output, settings, labels, device, dtype, args.batch_size)
     if labels is not None:
         rate, threshold = result["tpr_at_1_percent_fpr"], result["threshold"]
-        print(f"AUC {result['auc']:.4f}, TPR at 1% FPR {rate:.4f} over {threshold:.4g}")
+        print(f"AUC {result['auc']:.4f}, TPR {rate:.4f} at 1% FPR (threshold {threshold:.4g})")
     print(f"{args.output}/detect.csv, detect.json, detect.png")
 
 

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..errors import with_flags
+from ..errors import UsageError, with_flags
 from . import common
 
 
@@ -26,5 +26,8 @@ def run(args: Namespace) -> None:
     device = common.device_of(args)
     scored = [Scored.load(folder, name) for name, folder in scores]
     folder, output = Path(args.run) if args.run else None, Path(args.output)
-    for name, reason in draw_all(output, scored, folder, training, device).items():
+    drawn = draw_all(output, scored, folder, training, device)
+    for name, reason in drawn.items():
         print(f"{name} not drawn: {with_flags(reason, vars(args))}" if reason else output / name)
+    if all(drawn.values()):
+        raise UsageError("no figure could be drawn")

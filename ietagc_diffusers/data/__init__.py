@@ -3,7 +3,7 @@
 from .batch import Batch
 from .conditions import Captions, Condition
 from .rows import decode, load_training_rows
-from .samples import TrainingSamples, image_transform
+from .samples import TrainingSamples, View, fixed_transforms, image_transform
 from .settings import DataSettings
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "Condition",
     "DataSettings",
     "TrainingSamples",
+    "View",
     "decode",
+    "fixed_transforms",
     "image_transform",
     "load_training_rows",
 ]

@@ -1,8 +1,11 @@
 """A batch of training samples."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -16,23 +19,29 @@ class Batch:
         seeds: B integers on the host, of whatever is drawn for a sample later (augmentation); None in the official
             order, which draws from the process's streams.
         bad: [row, reason] of each row that was replaced.
+        encoded_images, encoded_inputs: what the objective's ``encode_images`` and ``encode_inputs`` would give of them,
+            from a cache. With the first, ``images`` are decoded when they are asked for.
         share: where several processes share a batch, this process's slice of it and the length of the whole; noise is
             drawn for the whole, so that the draws do not depend on the sharing.
     """
 
-    images: torch.Tensor
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    images: Any  # a tensor, or what gives one when it is indexed by rows
+    inputs: Tensors = field(default_factory=dict)
     samples: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     seeds: list[int] | None = None
     bad: list = field(default_factory=list)
     share: tuple[slice, int] | None = None
+    encoded_images: Tensors | None = None
+    encoded_inputs: Tensors | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.samples if self.images is None else self.images)
 
     def to(self, device: torch.device | str) -> "Batch":
-        def move(tensor):
-            return tensor.to(device, non_blocking=True)
+        def move(value):
+            if isinstance(value, dict):
+                return {name: move(tensor) for name, tensor in value.items()}
+            return None if value is None else value.to(device, non_blocking=True)
 
-        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        return replace(self, images=move(self.images), inputs=inputs, samples=move(self.samples))
+        moved = ("images", "inputs", "samples", "encoded_images", "encoded_inputs")
+        return replace(self, **{name: move(getattr(self, name)) for name in moved})

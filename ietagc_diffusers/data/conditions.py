@@ -1,7 +1,7 @@
 """What a model is told of an image: nothing, or its caption."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Condition:
     def draw(self, value: Any, rng: Any) -> Any:
         """The value of one visit; ``rng``: ``random.Random``, or the module itself."""
         return value
+
+    def values(self, rows: Dataset) -> Iterable[Any] | None:
+        """All values that ``draw`` may give for rows that are not bad; None if that is not known beforehand."""
+        return [None]
 
     def tensors(self, drawn: list) -> dict[str, torch.Tensor]:
         """The drawn values of a batch as named tensors (B, ...)."""
@@ -113,8 +117,17 @@ class Captions(Condition):
             return random_words(caption, self.tokenizer, ADDED, rng)
         return repeat_words(caption, ADDED, rng)
 
+    def values(self, rows: Dataset) -> Iterator[str] | None:
+        if self.mitigation in (None, "mc"):
+            return (text for value in self._stored(rows) if _is_caption(value) for text in _texts(value))
+        return None
+
     def tensors(self, drawn: list[str]) -> dict[str, torch.Tensor]:
         return self.tokenize(drawn)
+
+
+def _texts(value):
+    return [value] if isinstance(value, str) else value
 
 
 def _is_caption(value):

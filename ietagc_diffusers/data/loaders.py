@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,17 +117,17 @@ class StreamLoader:
             return batch, True
         return batch, False
 
-    def set_samples(self, samples):
+    def set_samples(self, samples: np.ndarray) -> None:
         """There is one shard: always the whole set."""
 
-    def close(self):
+    def close(self) -> None:
         """There is one shard, which never waits."""
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         streams = [self.epoch_start, self.before_ahead] if self.taken else None
         return {"taken": self.taken, "streams": streams}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Leaves the streams as they were after the batch ahead was read: set them afterwards."""
         self.taken, self._batches = state["taken"], None
         if self.taken:
@@ -146,7 +147,16 @@ class SeededLoader:
 
     BLOCK = 256  # batches planned at a time
 
-    def __init__(self, samples, batch_size, num_workers, seed, shard_samples, group_size=1, group_rank=0):
+    def __init__(
+        self,
+        samples: Any,
+        batch_size: int,
+        num_workers: int,
+        seed: Sequence[int],
+        shard_samples: np.ndarray,
+        group_size: int = 1,
+        group_rank: int = 0,
+    ):
         self.samples = samples
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -156,6 +166,7 @@ class SeededLoader:
         self.first_epoch = 0  # of this set of samples
         self.taken = 0  # batches since then
         self._batches = iter(())
+        self._order: tuple[int, np.ndarray] | None = None  # the last planned epoch's number and order
 
     @property
     def order(self) -> str:
@@ -163,20 +174,23 @@ class SeededLoader:
         return "by seed and shard"
 
     def _epoch(self, number):
-        """One epoch's order: a list of (row, seed)."""
-        rng = np.random.default_rng([*self.seed, number])
-        order = rng.permutation(self.shard_samples).tolist()
-        return list(zip(order, rng.integers(2**63, size=len(order)).tolist(), strict=True))
+        """One epoch's order: rows and seeds, (2, N) int64."""
+        if self._order is None or self._order[0] != number:
+            rng = np.random.default_rng([*self.seed, number])
+            order = rng.permutation(self.shard_samples)
+            self._order = number, np.stack([order, rng.integers(2**63, size=len(order))])
+        return self._order[1]
 
     def _plan(self):
         """This process's part of the next batches: lists of (row, seed)."""
         length, size = self.batch_size * self.group_size, len(self.shard_samples)
         start = self.taken * length
-        epoch, end = start // size, start + self.BLOCK * length
-        keys = []
-        for number in range(epoch, math.ceil(end / size)):
-            keys += self._epoch(self.first_epoch + number)
-        keys = keys[start - epoch * size :]
+        end = start + self.BLOCK * length
+        parts = []
+        for number in range(start // size, math.ceil(end / size)):
+            first = number * size
+            parts.append(self._epoch(self.first_epoch + number)[:, max(start - first, 0) : end - first])
+        keys = list(zip(*np.concatenate(parts, axis=1).tolist(), strict=True))
         mine = self.group_rank * self.batch_size
         return [keys[i + mine : i + mine + self.batch_size] for i in range(0, self.BLOCK * length, length)]
 
@@ -196,6 +210,7 @@ class SeededLoader:
                 )
             )
             batch = _next(self._batches)
+        batch = self.samples.received(batch)
         if self.group_size > 1:
             first = self.group_rank * self.batch_size
             share = slice(first, first + self.batch_size), self.batch_size * self.group_size
@@ -203,19 +218,19 @@ class SeededLoader:
         self.taken += 1
         return batch, False
 
-    def set_samples(self, shard_samples):
+    def set_samples(self, shard_samples: np.ndarray) -> None:
         """Go on with another set of samples, from a new epoch on; with the same set, nothing changes."""
         if not np.array_equal(shard_samples, self.shard_samples):
             epochs = math.ceil(self.taken * self.batch_size * self.group_size / len(self.shard_samples))
             self.first_epoch, self.taken = self.first_epoch + epochs, 0
-            self.shard_samples, self._batches = shard_samples, iter(())
+            self.shard_samples, self._batches, self._order = shard_samples, iter(()), None
 
-    def close(self):
+    def close(self) -> None:
         """End the data workers, until the next batch is asked for."""
         self._batches = iter(())
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"first_epoch": self.first_epoch, "taken": self.taken}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_epoch, self.taken, self._batches = state["first_epoch"], state["taken"], iter(())

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..errors import UsageError
 from .conditions import ROWS_AT_ONCE, Condition
@@ -128,25 +128,6 @@ def _image_mark(path, inside, whole):
     return Path(path).read_bytes() if whole else str(Path(path).stat().st_size).encode()
 
 
-def pixel_hashes(rows: Dataset, image_column: str, allow_bad: bool = False) -> np.ndarray:
-    """Int64 (N,): equal for rows whose images decode to the same RGB pixels.
-
-    ``allow_bad``: a row that does not decode equals no other; else ``UsageError`` names it.
-    """
-    digests = []
-    images = rows.select_columns([image_column])
-    for row in tqdm(range(len(rows)), desc="Looking for duplicates", leave=False):
-        try:
-            image = decode(images, image_column, row)
-            content = f"{image.size}".encode() + image.tobytes()
-        except UsageError:
-            if not allow_bad:
-                raise
-            content = f"row {row} does not decode".encode()
-        digests.append(hashlib.blake2b(content, digest_size=16).digest())
-    return np.unique(digests, return_inverse=True)[1]
-
-
 def deduplicate(rows: Dataset, hashes: np.ndarray) -> Dataset:
     """One row of each image, the first."""
     first = np.unique(hashes, return_index=True)[1]
@@ -161,7 +142,13 @@ def label_values(rows: Dataset, column: str | None) -> np.ndarray | None:
         raise UsageError(
             f"`label_column` {column}: not a column of the dataset, which has {', '.join(rows.column_names)}"
         )
-    return np.asarray(rows[column])
+    return stored_column(rows, column).to_numpy()
+
+
+def stored_column(rows: Dataset, column: str) -> pa.ChunkedArray:
+    """A column as it is stored. ``rows[column]`` reads row by row: 5 to 20 microseconds each."""
+    stored, selected = rows.data.table[column], rows._indices
+    return stored if selected is None else stored.take(selected.column(0))
 
 
 def decode(rows: Dataset, image_column: str, index: int) -> Image.Image:

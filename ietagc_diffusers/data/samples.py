@@ -4,15 +4,16 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torchvision import transforms
+from torchvision.transforms import functional as F
 
 from ..errors import UsageError
-from .batch import Batch
+from .batch import Batch, Tensors
 from .conditions import Condition
 from .rows import decode
 
@@ -32,6 +33,28 @@ def image_transform(resolution: int, center_crop: bool, random_flip: bool, inter
             transforms.Normalize([0.5], [0.5]),
         ]
     )
+
+
+def fixed_transforms(resolution: int, random_flip: bool, interpolation: str) -> tuple[transforms.Compose, ...]:
+    """What ``image_transform`` with centre crop shows without chance: the image and, with flips, its mirror image."""
+    plain = image_transform(resolution, True, False, interpolation)
+    mirrored = transforms.Compose([*plain.transforms[:2], transforms.Lambda(F.hflip), *plain.transforms[2:]])
+    return (plain, mirrored) if random_flip else (plain,)
+
+
+class View(Protocol):
+    """What a visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view.
+
+    ``fixed``: all that a visit may show, as functions without chance; () where that is no small number. ``draw`` says
+    which of them a visit shows, by the draws that a call makes.
+    """
+
+    @property
+    def fixed(self) -> tuple[Callable[[Any], torch.Tensor], ...]: ...
+
+    def draw(self) -> int: ...
+
+    def __call__(self, image: Any) -> tuple[torch.Tensor, Tensors]: ...
 
 
 class TrainingSamples(torch.utils.data.Dataset):
@@ -54,14 +77,14 @@ class TrainingSamples(torch.utils.data.Dataset):
         self,
         rows: Dataset,
         image_column: str,
-        transform: Callable[[Any], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+        transform: View,
         condition: Condition,
     ):
         self.images = rows.select_columns([image_column])
         # Apart from the images, so that reading a caption decodes none.
         self.conditions = rows.select_columns(list(condition.columns)) if condition.columns else None
         self.image_column = image_column
-        self.transform = transform
+        self.transform: Any = transform
         self.condition = condition
         self.pool = np.arange(len(rows))
 
@@ -80,7 +103,10 @@ class TrainingSamples(torch.utils.data.Dataset):
             value = self.condition.read({} if self.conditions is None else self.conditions[int(row)])
         except UsageError as error:
             raise UsageError(f"row {row} {error}") from error
-        return decode(self.images, self.image_column, row), value
+        return self._image(row), value
+
+    def _image(self, row):
+        return decode(self.images, self.image_column, row)
 
     def _read_or_replace(self, row, seed):
         """Returns image, condition, the row they are of, and [row, reason] for each that was bad."""
@@ -96,9 +122,33 @@ class TrainingSamples(torch.utils.data.Dataset):
     def _visit(self, image, value, seed):
         """One visit of a sample: its view and condition, from ``seed`` or, if that is None, from the streams."""
         if seed is None:
-            return *self.transform(image), self.condition.draw(value, random)
+            return self._show(image), self.condition.draw(value, random)
         torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
-        return *self.transform(image), self.condition.draw(value, random.Random(seed))
+        return self._show(image), self.condition.draw(value, random.Random(seed))
+
+    def _show(self, image):
+        """What one visit shows of an image, from the streams."""
+        return self.transform(image)
+
+    def _images(self, shown, drawn):
+        """The batch's fields that have to do with images and condition."""
+        views, told = zip(*shown, strict=True)
+        inputs = {name: torch.stack([of_view[name] for of_view in told]) for name in told[0]}
+        images = torch.stack(views).to(memory_format=torch.contiguous_format).float()
+        return {"images": images, "inputs": inputs | self.condition.tensors(drawn)}
+
+    def images_of(self, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The images of visits (row, seed), without their condition: float32 (N, 3, H, W)."""
+        shown = []
+        with torch.random.fork_rng(devices=[]):
+            for row, seed in keys:
+                torch.default_generator.manual_seed(seed)
+                shown.append(self.transform(self._image(row))[0])
+        return torch.stack(shown).to(memory_format=torch.contiguous_format).float()
+
+    def received(self, batch: Batch) -> Batch:
+        """A batch as it is used, on the process that asked for it."""
+        return batch
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         seeded = isinstance(keys[0], tuple)
@@ -107,11 +157,9 @@ class TrainingSamples(torch.utils.data.Dataset):
         seeds = [seed if seeded else None for _, seed in pairs]
         with torch.random.fork_rng(devices=[], enabled=seeded):
             visits = [self._visit(*visit) for visit in zip(images, values, seeds, strict=True)]
-        views, told, drawn = zip(*visits, strict=True)
-        inputs = {name: torch.stack([of_view[name] for of_view in told]) for name in told[0]}
+        shown, drawn = zip(*visits, strict=True)
         return Batch(
-            images=torch.stack(views).to(memory_format=torch.contiguous_format).float(),
-            inputs=inputs | self.condition.tensors(list(drawn)),
+            **self._images(shown, list(drawn)),
             samples=torch.tensor(rows),
             seeds=[seed for _, seed in pairs] if seeded else None,
             bad=[entry for entries in bad for entry in entries],

@@ -63,6 +63,12 @@ class DataSettings(CacheSettings):
         resume=Resume.FIXED,
         type=bool,
     )
+    cache_latents: str | None = setting(
+        None,
+        "Folder in which the frozen encoders' results are kept, computed once before training: a step then needs "
+        "neither VAE nor text encoder. Needs --center_crop.",
+        resume=Resume.FREE,  # the numbers are the same
+    )
     label_column: str | None = setting(
         None, "Column of class labels; each class is spread evenly over the shards.", resume=Resume.FIXED
     )
@@ -70,7 +76,7 @@ class DataSettings(CacheSettings):
         "error",
         "A row without image or caption: 'error' stops (in training after the step, with a checkpoint), 'skip' trains "
         "on another row of its shard instead.",
-        resume=Resume.SAME,
+        resume=Resume.FREE,  # which rows are bad is the data's, and those that are good are trained on either way
         choices=["error", "skip"],
     )
     seed: int | None = setting(

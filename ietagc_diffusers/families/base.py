@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ..data import Batch, Condition, DataSettings
+from ..data import Batch, Condition, DataSettings, View
 from ..method.config import MitigationConfig
 from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
 Image = Any  # PIL's
-View = Callable[[Image], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Tensors = dict[str, torch.Tensor]
 
 
 class Objective(ABC):
@@ -30,6 +30,14 @@ class Objective(ABC):
     @abstractmethod
     def num_levels(self) -> int:
         """T: how many noise levels there are."""
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor) -> Tensors:
+        """What is the same at each visit of images (B, 3, H, W): named tensors (B, ...), which a cache may keep."""
+
+    @abstractmethod
+    def encode_inputs(self, inputs: Tensors) -> Tensors:
+        """The same of what the model is told of them besides (a batch's ``inputs``)."""
 
     @abstractmethod
     def encode(self, batch: Batch) -> Any:
@@ -115,6 +123,16 @@ class Family(ABC):
         """What the model is told of a training row."""
 
     @abstractmethod
+    def encoder_marks(self) -> dict[str, dict[str, str]]:
+        """What stands for all that ``encode_images`` and ``encode_inputs`` depend on, by "images" and "inputs"."""
+
+    @abstractmethod
+    def rest(self, images: bool, inputs: bool) -> None:
+        """Move the encoders of images or of inputs, which will not be needed, to the host. They come back for as long
+        as images are drawn.
+        """
+
+    @abstractmethod
     def view(self, settings: DataSettings) -> View:
         """What one visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view."""
 
@@ -152,7 +170,7 @@ def place_name(place: str) -> str:
     return Path(place).resolve().name if Path(place).exists() else place
 
 
-def _name_places(folder):
+def _name_places(folder: Path) -> None:
     """Configurations say where a part came from: not with paths of this machine, which would go to the Hub."""
     for path in [folder / "model_index.json", *folder.glob("*/*.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))

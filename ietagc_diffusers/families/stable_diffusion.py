@@ -1,9 +1,12 @@
 """Stable Diffusion 1.x and 2.x: a UNet on VAE latents, told the caption by one CLIP text encoder."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torchvision.transforms import Compose
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..data import Batch, Captions, DataSettings, image_transform
+from ..data import Batch, Captions, DataSettings, fixed_transforms, image_transform
 from ..errors import UsageError
 from .base import Family, Image
 from .settings import BaseModelSettings
@@ -22,12 +25,20 @@ VALIDATION_STEPS = 20
 
 @dataclass(frozen=True)
 class Pixels:
-    """A view that tells the model nothing but its pixels."""
+    """A view that tells the model nothing but its pixels.
+
+    ``fixed``: what the transform shows without chance, the image and perhaps its mirror image; () where that is more.
+    """
 
     transform: Compose
+    fixed: tuple[Compose, ...] = ()
 
     def __call__(self, image: Image) -> tuple[torch.Tensor, Tensors]:
         return self.transform(image), {}
+
+    def draw(self) -> int:
+        """Which of the fixed views a visit shows, by the draw that the transform makes."""
+        return int(torch.rand(1) < 0.5) if len(self.fixed) > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class StableDiffusion(Family):
         self.tokenize = Tokenize(tokenizer)
         self.tokenizer, self.text_encoder, self.vae, self.denoiser = tokenizer, text_encoder, vae, denoiser
         self.device, self.dtype = torch.device(device), dtype
+        self.resting: list[torch.nn.Module] = []  # parts that wait on the host
         for frozen in (vae, text_encoder):
             frozen.requires_grad_(False)
             frozen.to(device)
@@ -167,11 +179,27 @@ class StableDiffusion(Family):
         )
 
     def view(self, settings: DataSettings) -> Pixels:
-        return Pixels(
-            image_transform(
-                settings.resolution, settings.center_crop, settings.random_flip, settings.image_interpolation_mode
-            )
-        )
+        size, flip, mode = settings.resolution, settings.random_flip, settings.image_interpolation_mode
+        fixed = fixed_transforms(size, flip, mode) if settings.center_crop else ()
+        return Pixels(image_transform(size, settings.center_crop, flip, mode), fixed)
+
+    def encoder_marks(self):
+        with TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            files = sorted(path.read_bytes() for path in Path(folder).iterdir())
+        precision = {"precision": str(self.dtype)}
+        tokenizer = hashlib.blake2b(b"".join(files), digest_size=8).hexdigest()
+        return {
+            "images": precision | {"vae": _mark(self.vae)},
+            "inputs": precision | {"text_encoder": _mark(self.text_encoder), "tokenizer": tokenizer},
+        }
+
+    def rest(self, images, inputs):
+        self.resting = [*([self.vae] if images else []), *([self.text_encoder] if inputs else [])]
+        for part in self.resting:
+            part.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def batch(self, images, texts):
         return Batch(images, self.tokenize(texts))
@@ -198,13 +226,24 @@ class StableDiffusion(Family):
         pipeline.scheduler.register_to_config(prediction_type=self.objective.scheduler.config.prediction_type)
         return pipeline
 
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Within it the resting parts are on the device."""
+        for part in self.resting:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part in self.resting:
+                part.to("cpu")
+
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
-        pipeline = self.pipeline()
-        pipeline.safety_checker = None
-        pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator(device=self.device).manual_seed(seed)
         half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
+        with self._awake(), torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
+            pipeline = self.pipeline()
+            pipeline.safety_checker = None
+            pipeline.set_progress_bar_config(disable=True)
+            generator = torch.Generator(device=self.device).manual_seed(seed)
             return [
                 pipeline(prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
                 for prompt in prompts
@@ -221,6 +260,17 @@ def _scheduler(base, prediction_type, **options):
     if prediction_type is not None:
         scheduler.register_to_config(prediction_type=prediction_type)
     return scheduler
+
+
+def _mark(module):
+    """A hash of a module's configuration and weights, wherever they came from."""
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    about = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _part(kind, base, subfolder, setting="pretrained_model_name_or_path", **options):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
 from ..data import Batch
@@ -118,8 +119,18 @@ class TextToImageObjective(Objective):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:
-        posterior = self.vae.encode(batch.images.to(self.dtype)).latent_dist
-        return Encoded(posterior.mean, posterior.std, self.encode_text(batch.inputs), batch.share)
+        moments = batch.encoded_images or self.encode_images(batch.images)
+        posterior = DiagonalGaussianDistribution(moments["moments"])
+        condition = batch.encoded_inputs or self.encode_inputs(batch.inputs)
+        return Encoded(posterior.mean, posterior.std, condition, batch.share)
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> Tensors:
+        """``moments`` (B, 2C, h, w): mean and logarithm of the variance of the VAE's posterior."""
+        return {"moments": self.vae.encode(images.to(self.dtype)).latent_dist.parameters}
+
+    def encode_inputs(self, inputs: Tensors) -> Tensors:
+        return self.encode_text(inputs)
 
     @torch.no_grad()
     def draw(self, encoded: Encoded) -> Drawn:

@@ -1,11 +1,13 @@
 """Threshold-aware augmentation: how strongly (eq. 6, 7), and with what (RandAugment)."""
 
+from collections.abc import Sequence
+
 import torch
 from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as F
 
 
-def augmentation_strength(ratio, skip_threshold, decay):
+def augmentation_strength(ratio: torch.Tensor, skip_threshold: float, decay: float) -> torch.Tensor:
     """rho = exp(-A d) (eq. 7) with d = |r - lambda| / lambda (eq. 6).
 
     Args:
@@ -37,7 +39,7 @@ class GradedRandAugment(RandAugment):
         space = super()._augmentation_space(num_bins, (height - 2 * (height // 4), width - 2 * (width // 4)))
         return {name: operation for name, operation in space.items() if name not in self.UNGRADED}
 
-    def forward(self, image):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[-2:]
         padded = F.pad(image, [width // 2, height // 2], padding_mode="reflect")
         return F.center_crop(super().forward(padded), [height, width])
@@ -51,16 +53,16 @@ class StrengthRandAugment:
     as it is. ``operations``: ``all`` of torchvision's, or the ``graded`` ones.
     """
 
-    def __init__(self, magnitude=5, num_ops=2, operations="all"):
+    def __init__(self, magnitude: int = 5, num_ops: int = 2, operations: str = "all"):
         self.magnitude = magnitude
         kind = OPERATIONS[operations]
         self.by_magnitude = [kind(num_ops=num_ops, magnitude=m) for m in range(magnitude + 1)]
 
-    def magnitudes(self, strength):
+    def magnitudes(self, strength: torch.Tensor) -> torch.Tensor:
         """(B,) strengths in [0, 1] -> (B,) int64 magnitudes in [0, M]."""
         return (strength * self.magnitude).round().long()
 
-    def __call__(self, images, magnitudes, seeds):
+    def __call__(self, images: torch.Tensor, magnitudes: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         """Augment images (N, 3, H, W) in [-1, 1].
 
         ``magnitudes`` and ``seeds`` are N integers on the host. Each image's draw comes from its own seed, so that it

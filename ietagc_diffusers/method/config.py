@@ -69,7 +69,8 @@ class MitigationConfig:
     )
     epochs_per_round: int | None = setting(
         None,
-        f"E: epochs a proxy trains on its shard before the proxies are averaged. Default: {DEFAULT_ROUNDS} rounds.",
+        "E: epochs a proxy trains on its shard before the proxies are averaged. "
+        f"Default: {DEFAULT_ROUNDS} rounds, or as many as a proxy has steps.",
         resume=Resume.FIXED,
         type=int,
         **at_least(1),
@@ -162,6 +163,13 @@ class MitigationConfig:
         resume=Resume.SAME,
         choices=["skips", "random"],
     )
+    redistribute_counts: str = setting(
+        "round",
+        "Skip counts by which samples are redistributed: of this 'round' (eq. 10), of all rounds with earlier ones "
+        "'decayed', or the 'total'.",
+        resume=Resume.SAME,
+        choices=["round", "decayed", "total"],
+    )
     optimizer_state: str = setting(
         "keep",
         "Adam's moments after a round: each proxy keeps its own, all start from their average, or from zero (reset). "
@@ -221,7 +229,7 @@ class MitigationConfig:
     )
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "MitigationConfig":
+    def preset(cls, name: str, **overrides: Any) -> "MitigationConfig":
         """The preset ``name``; overrides that are None leave its value."""
         if name not in PRESETS:
             raise UsageError(f"`mitigation` {name}: not one of {', '.join(PRESETS)}")

@@ -40,10 +40,10 @@ class Solo:
 
     size, rank = 1, 0
 
-    def gather(self, tensor):
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
 
@@ -96,10 +96,10 @@ class DecidingControl(Control):
         return objective.losses(model, drawn), ()
 
     @abstractmethod
-    def decide(self, losses, levels):
+    def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
         """losses (B,), levels (B,) -> ``Decision``."""
 
-    def observe(self, losses, levels):
+    def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
         """Learn from the losses (B,), after the decision."""
 
     def step(self, model, objective, batch):
@@ -190,7 +190,7 @@ class ThresholdAwareControl(DecidingControl):
         self.augment_range = augment_range
         self.augment_decay = augment_decay
 
-    def decide(self, losses, levels):
+    def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
         """losses (B,), levels (B,) -> ``Decision``. A sample whose noise level has no history is kept as it is."""
         ratio = self.bank.loss_ratio(losses, levels)
         skip = ratio < self.skip_threshold
@@ -199,7 +199,7 @@ class ThresholdAwareControl(DecidingControl):
             return Decision(skip, near, torch.zeros_like(ratio), ratio)
         return Decision(skip, near, augmentation_strength(ratio, self.skip_threshold, self.augment_decay), ratio)
 
-    def observe(self, losses, levels):
+    def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
         self.bank.update(losses, levels)
 
     def to(self, device):
@@ -224,7 +224,7 @@ class RandomControl(DecidingControl):
         self.augment_rate = augment_rate
         self.strength = strength
 
-    def decide(self, losses, levels):
+    def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
         skip = torch.rand_like(losses) < self.skip_rate
         augment = ~skip & (torch.rand_like(losses) < self.augment_rate)
         return Decision(skip, augment, torch.full_like(losses, self.strength), torch.full_like(losses, torch.inf))
@@ -236,7 +236,7 @@ class KeepAll(DecidingControl):
     def __init__(self):
         super().__init__(augment=None)
 
-    def decide(self, losses, levels):
+    def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
         nothing = torch.zeros_like(losses, dtype=torch.bool)
         return Decision(nothing, nothing, torch.zeros_like(losses), torch.full_like(losses, torch.inf))
 
@@ -264,13 +264,13 @@ class WenControl(DecidingControl):
         losses, magnitudes = objective.losses_and_magnitudes(model, drawn)
         return losses, (magnitudes,)
 
-    def decide(self, losses, levels, magnitudes):  # type: ignore[override]  # ``measure`` returns magnitudes too
+    def decide(self, losses: torch.Tensor, levels: torch.Tensor, magnitudes: torch.Tensor) -> Decision:  # type: ignore[override]  # ``measure`` returns magnitudes too
         """losses (B,), levels (B,), magnitudes (B,) -> ``Decision``."""
         filtered = ~(magnitudes < self.threshold)  # a magnitude that is not a number too
         decision = self.inner.decide(losses, levels)
         return decision._replace(skip=decision.skip | filtered, augment=decision.augment & ~filtered)
 
-    def observe(self, losses, levels):
+    def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
         self.inner.observe(losses, levels)
 
     def to(self, device):

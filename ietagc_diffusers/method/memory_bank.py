@@ -13,7 +13,9 @@ class LossMemoryBank:
         num_buckets: neighbouring timesteps share an entry; None gives each timestep its own.
     """
 
-    def __init__(self, num_timesteps, decay=0.8, bias_correction=True, num_buckets=None):
+    def __init__(
+        self, num_timesteps: int, decay: float = 0.8, bias_correction: bool = True, num_buckets: int | None = None
+    ):
         num_buckets = num_timesteps if num_buckets is None else num_buckets
         if not 1 <= num_buckets <= num_timesteps:
             raise ValueError(f"num_buckets {num_buckets}: must be in 1 to num_timesteps ({num_timesteps})")
@@ -26,14 +28,14 @@ class LossMemoryBank:
         self.averages = torch.zeros(num_buckets)
         self.visits = torch.zeros(num_buckets)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "LossMemoryBank":
         self.averages, self.visits = self.averages.to(device), self.visits.to(device)
         return self
 
     def _buckets(self, timesteps):
         return timesteps * self.num_buckets // self.num_timesteps
 
-    def loss_ratio(self, losses, timesteps):
+    def loss_ratio(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """r = loss / l_t (eq. 4). losses (B,), timesteps (B,) -> (B,); +inf where the entry was never visited."""
         buckets = self._buckets(timesteps)
         average, visits = self.averages[buckets], self.visits[buckets]
@@ -41,7 +43,7 @@ class LossMemoryBank:
             average = average / (1 - self.decay**visits)
         return torch.where(average > 0, losses.detach().float() / average, torch.inf)
 
-    def update(self, losses, timesteps):
+    def update(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
         """l_t <- eta l_t + (1 - eta) loss (eq. 3), for losses (B,) in batch order.
 
         A bucket that occurs m times decays by eta^m, and its j-th of m losses weighs (1 - eta) eta^(m - j): the
@@ -57,10 +59,10 @@ class LossMemoryBank:
         self.averages[buckets] = self.decay**occurrences * self.averages[buckets] + (same * weighted).sum(dim=1)
         self.visits[buckets] = self.visits[buckets] + occurrences
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         return {"averages": self.averages, "visits": self.visits}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if state["averages"].shape != self.averages.shape:
             raise ValueError(f"the saved memory bank has {len(state['averages'])} buckets, this one {self.num_buckets}")
         self.averages.copy_(state["averages"])

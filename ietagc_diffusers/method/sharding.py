@@ -2,6 +2,7 @@
 Pure functions of their seeds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,18 @@ class ShardPlan:
     groups: np.ndarray | None = None
 
     @property
-    def num_shards(self):
+    def num_shards(self) -> int:
         return len(self.shards)
 
     @classmethod
-    def split(cls, num_samples, num_shards, seed, labels=None, groups=None):
+    def split(
+        cls,
+        num_samples: int,
+        num_shards: int,
+        seed: int,
+        labels: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ) -> "ShardPlan":
         """Split ids 0..N-1 into K parts by a seeded permutation.
 
         Sizes differ by at most one (with groups: by at most the largest group). ``labels`` (N,) deals each class
@@ -52,14 +60,15 @@ class ShardPlan:
             sizes = np.bincount(groups)
             # Larger groups first, each to the shard that holds least: balanced, and stable for equal sizes.
             loads = np.zeros(num_shards, dtype=np.int64)
-            for unit in order[np.argsort(-sizes[order], kind="stable")]:
-                shard = int(loads.argmin())
-                shard_of_unit[unit] = shard
-                loads[shard] += sizes[unit]
+            order = order[np.argsort(-sizes[order], kind="stable")]
+            for some in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+                shard_of_unit[some] = _fill(loads, len(some), int(sizes[some[0]]))
         shard_of_sample = shard_of_unit[units]
         return cls(tuple(np.flatnonzero(shard_of_sample == k) for k in range(num_shards)), groups)
 
-    def easiest(self, shard, skip_counts, fraction, by, rng):
+    def easiest(
+        self, shard: int, skip_counts: np.ndarray, fraction: float, by: str, rng: np.random.Generator
+    ) -> np.ndarray:
         """D_easy of eq. 10: the share ``fraction`` of a shard with the highest skip counts, ties (and ``by='random'``)
         by ``rng``.
 
@@ -67,16 +76,25 @@ class ShardPlan:
         """
         samples = self.shards[shard]
         wanted = round(fraction * len(samples))
-        units = samples if self.groups is None else self.groups[samples]
-        unique, inverse, sizes = np.unique(units, return_inverse=True, return_counts=True)
-        scores = np.bincount(inverse, weights=skip_counts[samples]) / sizes if by == "skips" else np.zeros(len(unique))
-        order = np.lexsort((rng.random(len(unique)), -scores))
+        if self.groups is None:
+            inverse, sizes = np.arange(len(samples)), np.ones(len(samples), dtype=np.int64)
+        else:
+            inverse, sizes = np.unique(self.groups[samples], return_inverse=True, return_counts=True)[1:]
+        scores = np.bincount(inverse, weights=skip_counts[samples]) / sizes if by == "skips" else np.zeros(len(sizes))
+        order = np.lexsort((rng.random(len(sizes)), -scores))
         before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
-        chosen = np.zeros(len(unique), dtype=bool)
+        chosen = np.zeros(len(sizes), dtype=bool)
         chosen[order[before < wanted]] = True
         return samples[chosen[inverse]]
 
-    def redistribute(self, skip_counts, fraction, mode="move", by="skips", seed=0):
+    def redistribute(
+        self,
+        skip_counts: np.ndarray,
+        fraction: float,
+        mode: str = "move",
+        by: str = "skips",
+        seed: int | Sequence[int] = 0,
+    ) -> "ShardPlan":
         """Each shard passes its easiest samples to the next, the last to the first (eq. 11).
 
         Args:
@@ -97,13 +115,16 @@ class ShardPlan:
         easy = [self.easiest(k, by_shard[k], fraction, by, rng) for k in range(self.num_shards)]
         shards = []
         for k, samples in enumerate(self.shards):
-            kept = np.setdiff1d(samples, easy[k], assume_unique=True) if mode == "move" else samples
-            shards.append(np.union1d(kept, easy[k - 1]))
+            kept = samples[~_among(samples, easy[k])] if mode == "move" else samples
+            # A stable sort merges two sorted runs in one pass.
+            merged = np.sort(np.concatenate([kept, easy[k - 1]]), kind="stable")
+            shards.append(merged[np.diff(merged, prepend=-1) > 0])
         return ShardPlan(tuple(shards), self.groups)
 
-    def num_moved(self, previous):
+    def num_moved(self, previous: "ShardPlan") -> int:
         """How many samples are in a shard that did not hold them in ``previous``."""
-        return sum(len(np.setdiff1d(new, old)) for new, old in zip(self.shards, previous.shards, strict=True))
+        pairs = zip(self.shards, previous.shards, strict=True)
+        return sum(int((~_among(new, old)).sum()) for new, old in pairs)
 
     def state_dict(self) -> dict:
         """The plan as tensors."""
@@ -114,3 +135,56 @@ class ShardPlan:
     def from_state_dict(cls, state: dict) -> "ShardPlan":
         groups = state["groups"]
         return cls(tuple(s.numpy() for s in state["shards"]), None if groups is None else groups.numpy())
+
+
+def _among(samples, others):
+    """Which of the samples are among others, by a table over ids: (N,) bool."""
+    table = np.zeros(max(samples.max(initial=-1), others.max(initial=-1)) + 1, dtype=bool)
+    table[others] = True
+    return table[samples]
+
+
+def _fill(loads, count, size):
+    """Give ``count`` groups of one size to the shards, each to the one that then holds least, the first of equals.
+
+    Returns their shards (count,), and adds what they hold to ``loads`` (K,). A shard takes a group whenever its load
+    is the lowest: sorted, the loads at which the shards take them are the order of taking.
+    """
+    level = max(loads.max(), (loads.sum() + count * size) // len(loads) + size)
+    taken = (level - loads) // size + 1  # as many as each could take, and no fewer than it will
+    shards = np.repeat(np.arange(len(loads)), taken)
+    within = np.arange(len(shards)) - np.repeat(np.cumsum(taken) - taken, taken)
+    first = np.argsort(loads[shards] + size * within, kind="stable")[:count]
+    loads += size * np.bincount(shards[first], minlength=len(loads))
+    return shards[first]
+
+
+class SkipHistory:
+    """The skip counts by which samples are redistributed.
+
+    Args:
+        kind: ``round``: those of the round, as eq. 10 has them; ``decayed``: of all rounds so far, each weighing
+            ``DECAY`` times the next one; ``total``: of all rounds alike. With a few visits in a round a sample is
+            skipped by chance as much as for what it is; over several rounds chance evens out.
+    """
+
+    DECAY = 0.8
+    KINDS = ("round", "decayed", "total")
+
+    def __init__(self, kind: str = "round"):
+        self.decay = {"round": None, "decayed": self.DECAY, "total": 1.0}[kind]
+        self.counts: np.ndarray | None = None
+
+    def add(self, counts: np.ndarray) -> np.ndarray:
+        """A round's counts, (K, N) by shard -> those to redistribute by: (K, N), or (N,) of all shards."""
+        if self.decay is None:
+            return counts
+        summed = counts.sum(axis=0).astype(np.float64)
+        self.counts = summed if self.counts is None else self.decay * self.counts + summed
+        return self.counts
+
+    def state_dict(self) -> dict:
+        return {"counts": None if self.counts is None else torch.from_numpy(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts = None if state["counts"] is None else state["counts"].numpy().copy()

@@ -1,5 +1,6 @@
 """Rescaled cross-attention: more of it for the beginning token, none for padding."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,12 +51,12 @@ class RescaledAttention(Mitigation):
             handles += [a.register_forward_pre_hook(self._mask_padding, with_kwargs=True) for a in attentions]
         return handles
 
-    def _scale_key(self, projection, args, key):
+    def _scale_key(self, projection: torch.nn.Module, args: Any, key: torch.Tensor) -> torch.Tensor:
         scaled = torch.ones_like(key[..., :1])
         scaled[self.call.conditional, 0] = self.scale
         return key * scaled
 
-    def _mask_padding(self, attention, args, kwargs):
+    def _mask_padding(self, attention: Attention, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if not self.call.prompts:
             return None
         hidden_states = args[0]
@@ -65,18 +66,18 @@ class RescaledAttention(Mitigation):
         mask = kwargs.get("attention_mask")
         return args, {**kwargs, "attention_mask": bias if mask is None else bias + mask}
 
-    def _padding_bias(self):
+    def _padding_bias(self) -> torch.Tensor:
         """(B, 1, L): 0 for the tokens of each image's prompt, ``MASKED`` after them."""
         lengths = torch.tensor([max(counts) for counts in zip(*self._token_counts(), strict=True)])
         positions = torch.arange(self._tokenizers()[0].model_max_length)
         return torch.where(positions < lengths[:, None], 0.0, MASKED)[:, None]
 
-    def _tokenizers(self):
+    def _tokenizers(self) -> list[Any]:
         pipeline = self.call.pipeline
         pair = (getattr(pipeline, "tokenizer", None), getattr(pipeline, "tokenizer_2", None))
         return [tokenizer for tokenizer in pair if tokenizer is not None]
 
-    def _token_counts(self):
+    def _token_counts(self) -> Iterator[list[int]]:
         """For each text encoder, the number of tokens of each image's prompt, from begin to end of text."""
         for prompts, tokenizer in zip(self.call.prompts.values(), self._tokenizers(), strict=False):
             converted = self.call.pipeline.maybe_convert_prompt(prompts, tokenizer)

@@ -37,13 +37,13 @@ def mitigated_class(base: Any) -> type:
 
     class Mitigated(MitigatedPipeline, base):
         @functools.wraps(base.__call__)
-        def __call__(self, *args, **kwargs):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             arguments = call_signature.bind(self, *args, **kwargs).arguments
             with Call(self, arguments.get("generator")):
                 return super().__call__(*args, **kwargs)
 
         @functools.wraps(base.encode_prompt)
-        def encode_prompt(self, *args, **kwargs):
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
             encode = super().encode_prompt
             if self.current_call is None:
                 return encode(*args, **kwargs)

@@ -175,7 +175,7 @@ def text_conditional_noise(
     if resolution is not None and (resolution < 8 or resolution % 8):
         raise UsageError(f"`resolution` {resolution}: must be a multiple of 8")
 
-    def stop(pipeline, index, timestep, tensors):
+    def stop(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipeline._interrupt = index + 1 >= steps
         return {}
 

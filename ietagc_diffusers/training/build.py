@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import is_xformers_available
 
 from ..data.conditions import Condition
+from ..data.hashes import default_cache, pixel_hashes, stored_hashes
+from ..data.latent_cache import cache_samples
 from ..data.loaders import SeededLoader, StreamLoader
-from ..data.rows import deduplicate, label_values, load_training_rows, pixel_hashes
+from ..data.rows import deduplicate, label_values, load_training_rows
 from ..data.samples import TrainingSamples
 from ..errors import UsageError
 from ..families import Family, family_of
@@ -47,6 +50,8 @@ def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
     family = kind.load(settings, accelerator.device, dtype, settings.method)
     if settings.enable_xformers_memory_efficient_attention:
         _use_xformers(family.denoiser, accelerator.device)
+    if settings.channels_last:
+        family.denoiser.to(memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     return family
@@ -84,7 +89,8 @@ def load_rows(
         rows = load_training_rows(settings, condition)
     if not (settings.deduplicate or settings.group_duplicates):
         return rows, None
-    hashes = pixel_hashes(rows, settings.image_column, allow_bad=settings.replaces_bad_samples)
+    column, bad = settings.image_column, settings.replaces_bad_samples
+    hashes = _of_main(accelerator, lambda: pixel_hashes(rows, column, default_cache(), bad))
     num_images = len(np.unique(hashes))
     logger.info(f"{len(rows)} rows show {num_images} different images")
     if settings.deduplicate:
@@ -98,6 +104,31 @@ def load_rows(
     return rows, hashes if num_images < len(rows) else None
 
 
+def _of_main(accelerator, compute):
+    """What the main process computes, on all of them."""
+    return broadcast_object_list([compute() if accelerator.is_main_process else None])[0]
+
+
+def _cached(samples, rows, settings, accelerator, family, layout):
+    """The samples, read from the cache of latents; encoders that have nothing left to do leave the device."""
+    keys = _of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
+    samples = cache_samples(
+        samples,
+        settings.cache_latents,
+        keys,
+        rows,
+        family.objective,
+        family.encoder_marks(),
+        settings.train_batch_size,
+        accelerator.device,
+        settings.replaces_bad_samples,
+        layout,
+    )
+    method = settings.method
+    family.rest(images=not (method.augments or method.random_augment_rate), inputs=samples.texts is not None)
+    return samples
+
+
 def optimizer_factory(
     settings: OptimizationSettings, parameters: list[torch.nn.Parameter], learning_rate: float
 ) -> Callable[[], torch.optim.Optimizer]:
@@ -109,12 +140,14 @@ def optimizer_factory(
             raise UsageError("`use_8bit_adam`: bitsandbytes is not installed; `pip install bitsandbytes`") from error
     else:
         optimizer_class = torch.optim.AdamW
+    fused = {"fused": True} if settings.fused_adam else {}
     return lambda: optimizer_class(
         parameters,
         lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
+        **fused,
     )
 
 
@@ -200,6 +233,9 @@ class ProxyBuilder:
         layout: Layout,
         streams: RandomStreams,
     ):
+        if settings.seed is None:
+            raise ValueError("a run is built from a seed")
+        self.seed = settings.seed
         self.settings, self.samples, self.plan, self.rounds = settings, samples, plan, rounds
         self.budget, self.layout, self.streams = budget, layout, streams
         self.num_levels = weights.family.objective.num_levels
@@ -223,14 +259,14 @@ class ProxyBuilder:
             settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
         )
         if not self.official:
-            proxy.streams_state = self.streams.fresh([settings.seed, shard])
+            proxy.streams_state = self.streams.fresh([self.seed, shard])
         return proxy
 
     def _loader(self, shard):
         batch_size, workers = self.settings.train_batch_size, self.settings.dataloader_num_workers
         if self.official:
             return StreamLoader(self.samples, batch_size, workers, self.streams)
-        seed, shard_samples = [self.settings.seed, shard], self.plan.shards[shard]
+        seed, shard_samples = [self.seed, shard], self.plan.shards[shard]
         return SeededLoader(self.samples, batch_size, workers, seed, shard_samples, self.layout.size, self.layout.rank)
 
     def _schedule(self, optimizer) -> Any:
@@ -274,9 +310,13 @@ def build_run(
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
     samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition)
+    if settings.cache_latents is not None:
+        samples = _cached(samples, rows, settings, accelerator, family, layout)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
     model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    if settings.compile:
+        model = torch.compile(model)
     place = waiting_place(settings, family, layout)
     weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
     build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams)

@@ -6,6 +6,7 @@ All numbers are bytes, of one process where there are several. Activations are n
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,7 +116,7 @@ class Cost:
             steps = (step - rounds.steps_before(index)) // min(self.processes, self.num_shards)
         quota = rounds.steps_in(index) if index < rounds.num_rounds else 1
         done, midway = divmod(steps, quota)  # proxies of each process that are done, and steps of the next
-        files = {("theta", index): self.sets}
+        files: dict[Any, int] = {("theta", index): self.sets}
         groups = min(self.processes, self.num_shards)
         for number in range(self.num_shards):
             mine = number // groups  # the how-manieth of its process

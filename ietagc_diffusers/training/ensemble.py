@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import Checkpoint, Held
 from ..method.config import MitigationConfig
-from ..method.sharding import ShardPlan
+from ..method.sharding import ShardPlan, SkipHistory
 from ..tensor_files import Place
 from .layout import Layout
 from .moments import Moments
@@ -159,6 +159,7 @@ class IterativeEnsemble:
         self.seed = seed
         self.scaler = scaler
         self.moments = Moments(config.optimizer_state, place, alone=len(proxies) == 1)
+        self.history = SkipHistory(config.redistribute_counts)
         self.round = 0
         self.progress = [0] * layout.num_shards  # steps of each shard's proxy in this round
         self.active: Proxy | None = None  # the proxy on the device
@@ -172,12 +173,12 @@ class IterativeEnsemble:
         return self.layout.num_shards == 1
 
     @property
-    def global_step(self):
+    def global_step(self) -> int:
         """Steps taken by all proxies together."""
         return self.rounds.steps_before(self.round) + sum(self.progress)
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self.round >= self.rounds.num_rounds
 
     def run(self, callbacks: Sequence[Callback] = ()) -> bool:
@@ -271,7 +272,7 @@ class IterativeEnsemble:
         totals, skips = self._gather_counts()
         previous = self.plan
         self.plan = previous.redistribute(
-            skips.numpy(),
+            self.history.add(skips.numpy()),
             self.config.redistribute_fraction,
             mode=self.config.redistribute_mode,
             by=self.config.redistribute_by,
@@ -314,8 +315,8 @@ class IterativeEnsemble:
 
     def sample_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Visits and skips of each sample in the whole run, both int64 (N,), summed over shards."""
-        visits = sum(proxy.total_visits.cpu() for proxy in self.proxies.values())
-        skips = sum(proxy.total_skips.cpu() for proxy in self.proxies.values())
+        visits = torch.stack([proxy.total_visits.cpu() for proxy in self.proxies.values()]).sum(dim=0)
+        skips = torch.stack([proxy.total_skips.cpu() for proxy in self.proxies.values()]).sum(dim=0)
         return self.layout.total(visits), self.layout.total(skips)
 
     def states(self) -> Iterator[tuple[str, Any]]:
@@ -335,6 +336,7 @@ class IterativeEnsemble:
                 },
             )
             yield "plan", self.plan.state_dict()
+            yield "history", self.history.state_dict()
         for shard, proxy in self.proxies.items():
             state = proxy.state_dict(self.layout)
             if proxy is self.active:
@@ -367,6 +369,7 @@ class IterativeEnsemble:
         if self.scaler and run["scaler"]:
             self.scaler.load_state_dict(run["scaler"])
         self.plan = ShardPlan.from_state_dict(checkpoint.state("plan"))
+        self.history.load_state_dict(checkpoint.state("history"))
         self.weights.load(checkpoint.folder)
         counts = {int(name.split("-")[1]): checkpoint.state(name)["count"] for name in checkpoint.names("mean-")}
         if self.layout.is_main:

@@ -5,16 +5,18 @@ K processes train one shard together. Anything else is an error.
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UsageError
+from .gradients import GradientSum
 
 PATIENCE = timedelta(days=2)  # how long processes wait for one that writes, validates or uploads
 
 
-def valid_process_counts(num_shards, limit=64):
+def valid_process_counts(num_shards: int, limit: int = 64) -> list[int]:
     """Numbers of processes that K shards can be trained on: divisors of K and multiples of it."""
     return [w for w in range(1, limit + 1) if num_shards % w == 0 or w % num_shards == 0]
 
@@ -28,7 +30,9 @@ class Layout:
         size, rank: of the group of processes that trains the same shard.
     """
 
-    def __init__(self, num_shards, num_processes=1, process_index=0, device="cpu"):
+    def __init__(
+        self, num_shards: int, num_processes: int = 1, process_index: int = 0, device: torch.device | str = "cpu"
+    ):
         if num_shards % num_processes and num_processes % num_shards:
             counts = ", ".join(map(str, valid_process_counts(num_shards, max(16, 2 * num_processes))))
             raise UsageError(
@@ -44,9 +48,10 @@ class Layout:
         self.size = num_processes // num_groups
         self.rank = process_index % self.size
         self.shards = self.groups[process_index // self.size]
-        self._group = None
+        self._group: Any = None
         # On the host and with a time-out of its own: that of the default group is over while one writes a large file.
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
+        self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
+        self._gradients: GradientSum | None = None
         if self.size > 1:
             for leader in range(0, num_processes, self.size):
                 group = dist.new_group(list(range(leader, leader + self.size)))
@@ -54,15 +59,15 @@ class Layout:
                     self._group = group
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         return self.process_index == 0
 
     @property
-    def leads(self):
+    def leads(self) -> bool:
         """Whether this process speaks for its group."""
         return self.rank == 0
 
-    def gather(self, tensor):
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate the group's tensors, all of one shape, in the order of the batch."""
         if self.size == 1:
             return tensor
@@ -70,20 +75,26 @@ class Layout:
         dist.all_gather(parts, tensor.contiguous(), group=self._group)
         return torch.cat(parts)
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group."""
         if self.size > 1:
             tensor = tensor.to(self.device, copy=True)
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def sum_gradients(self, parameters):
-        """Make every member's gradients the sum of the group's."""
+    def expect_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """The backward pass that comes is the last of this step: gradients may be summed while it runs."""
         if self.size > 1:
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad, group=self._group)
+            if self._gradients is None:
+                self._gradients = GradientSum(parameters, self._group)
+            self._gradients.expect()
 
-    def total(self, tensor):
+    def sum_gradients(self) -> None:
+        """Make every member's gradients the sum of the group's, after ``expect_gradients``."""
+        if self._gradients is not None:
+            self._gradients.finish()
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all processes; takes and returns a host tensor."""
         if self.num_processes == 1:
             return tensor
@@ -92,16 +103,16 @@ class Layout:
         dist.all_reduce(total)
         return total.cpu()
 
-    def any(self, flag):
+    def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process. Waits for all of them, as long as it takes."""
         return bool(self.agree(torch.tensor([float(flag)])).item())
 
-    def agree(self, numbers):
+    def agree(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum of a few numbers, a host tensor, over all processes. Waits for all of them, as long as it takes."""
         if self.num_processes > 1:
             dist.all_reduce(numbers, group=self._patient)
         return numbers
 
-    def barrier(self):
+    def barrier(self) -> None:
         """Wait for all processes, as long as it takes."""
         self.any(False)

@@ -1,6 +1,7 @@
 """What waits of the proxies' optimizers while another proxy is on the device: their moments."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ class Moments:
         self.shared: Tensors | None = None
         self.round = 0
 
-    def activate(self, proxy) -> None:
+    def activate(self, proxy: Any) -> None:
         """Put a proxy's moments onto the device."""
         own = self.own.pop(proxy.shard, None)
         if own is not None:
@@ -79,7 +80,7 @@ class Moments:
             for name in self.shared:
                 put(proxy.optimizer, {name: self.shared[name].to(proxy.device, copy=True)})
 
-    def retire(self, proxy, leads: bool = True) -> None:
+    def retire(self, proxy: Any, leads: bool = True) -> None:
         """A proxy has done its steps of the round. ``leads``: whether this process counts for its group."""
         if self.kind == "average":
             found = _take(proxy.optimizer)
@@ -91,7 +92,7 @@ class Moments:
         elif not self.alone:
             self.wait(proxy)
 
-    def wait(self, proxy) -> None:
+    def wait(self, proxy: Any) -> None:
         """Move a proxy's moments off the device."""
         found = _take(proxy.optimizer)
         if found:
@@ -106,21 +107,21 @@ class Moments:
                 "moments", self.mean.like, self.mean.mean(total), self.shared, torch.float32, owned=True
             )
 
-    def of(self, proxy) -> Tensors:
+    def of(self, proxy: Any) -> Tensors:
         """A proxy's moments, wherever they are."""
         return self.own.get(proxy.shard) or moments(proxy.optimizer)
 
-    def held(self, proxies, layout) -> Iterator[Held]:
+    def held(self, proxies: dict[int, Any], layout: Any) -> Iterator[Held]:
         """What a checkpoint keeps of all this."""
         for shard, proxy in proxies.items():
             if layout.leads and (found := self.of(proxy)):
                 yield Held(_own_file(shard), (proxy.steps, self.round), found)
         if layout.is_main and self.shared is not None:
             yield Held("ietagc/moments.safetensors", self.round, self.shared)
-        if self.mean is not None and self.mean.count:
+        if self.mean is not None and self.mean.count and self.mean.sums is not None:
             yield Held(_mean_file(layout.process_index), (self.round, self.mean.count), self.mean.sums)
 
-    def resume(self, checkpoint: Checkpoint, proxies, counts: dict[int, int], is_main: bool) -> None:
+    def resume(self, checkpoint: Checkpoint, proxies: dict[int, Any], counts: dict[int, int], is_main: bool) -> None:
         """``counts``: how many models each process that wrote the checkpoint had added to its means."""
         for shard in proxies:
             file = checkpoint.held(_own_file(shard))

@@ -57,7 +57,7 @@ class Proxy:
         self.steps = 0
         self.nonfinite_in_a_row = 0  # steps
         self.left_out = False  # whether the last step was, since its gradient was not finite
-        self.streams_state = None
+        self.streams_state: dict[str, Any] | None = None
         self.weights: Any = None  # those with which a checkpoint found this proxy in the middle of a round
         self.round_totals = torch.zeros(len(ROUND_TOTALS))
         self.round_skips = torch.zeros(num_samples, dtype=torch.int64)
@@ -96,9 +96,12 @@ class Proxy:
         was not), and [row, reason] of replaced rows.
         """
         nonfinite, bad, seen = [], [], []
-        full, kept = 0, 0  # samples, and those of them that are kept (a tensor on the device)
-        for _ in range(self.accumulation):
+        full = 0  # samples of the step
+        kept: Any = 0  # those of them that are kept: a tensor on the device
+        for number in range(1, self.accumulation + 1):
             batch, last_of_epoch = self.loader.next()
+            if last_of_epoch or number == self.accumulation:
+                layout.expect_gradients(self.parameters)
             bad += batch.bad
             seen.append(batch.samples)
             batch = batch.to(self.device)
@@ -119,7 +122,7 @@ class Proxy:
         for parameter in self.parameters:
             if parameter.grad is None:  # nothing was kept
                 parameter.grad = torch.zeros_like(parameter)
-        layout.sum_gradients(self.parameters)
+        layout.sum_gradients()
         if full:
             self._scale_gradients(full / kept.clamp(min=1))
         if scaler:

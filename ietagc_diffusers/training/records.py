@@ -7,7 +7,7 @@ import yaml
 from datasets import Dataset
 
 from .. import __version__
-from ..data.rows import SAMPLE_ID
+from ..data.rows import SAMPLE_ID, stored_column
 from ..files import write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble
@@ -33,7 +33,12 @@ def write_sample_counts(run: IterativeEnsemble, rows: Dataset, folder: RunFolder
     shard = np.full(len(rows), -1)
     for k, samples in enumerate(run.plan.shards):
         shard[samples] = k
-    table = {SAMPLE_ID: rows[SAMPLE_ID], "visits": visits.numpy(), "skips": skips.numpy(), "shard": shard}
+    table = {
+        SAMPLE_ID: stored_column(rows, SAMPLE_ID),
+        "visits": visits.numpy(),
+        "skips": skips.numpy(),
+        "shard": shard,
+    }
     version = {"ietagc_diffusers": __version__}
     pq.write_table(pa.table(table).replace_schema_metadata(version), folder.skip_counts_file)
 

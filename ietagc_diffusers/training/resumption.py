@@ -59,7 +59,13 @@ def _find(wanted, folder):
             "are not read here. To start from its weights, put its unet folder into a copy of the base model, and give "
             "that as `pretrained_model_name_or_path`, with another `output_dir`"
         )
-    return find(wanted, folder)
+    found = find(wanted, folder)
+    if found is None and folder.is_finished:
+        raise CheckpointError(
+            f"`resume_from_checkpoint` {wanted}: {folder.path} holds a finished run without a checkpoint to continue "
+            "from; give another `output_dir` to train again"
+        )
+    return found
 
 
 def take_over(settings: TrainingSettings, found: Checkpoint | None) -> None:
@@ -139,7 +145,7 @@ def resume(
         if name not in marks or name == RESOLVED:
             known = ", ".join(sorted(marks.keys() - fixed - {RESOLVED}))
             raise UsageError(f"`resume_allow` {name}: not among {known}")
-    check_fingerprint(found.fingerprint, marks, {*settings.resume_allow, *budget, RESOLVED})
+    check_fingerprint(found.fingerprint, marks, {*settings.resume_allow, *budget, RESOLVED}, fixed)
     _continue_rounds(run, found)
     fresh = {shard: _hyperparameters(proxy) for shard, proxy in run.proxies.items()}
     run.resume(found)

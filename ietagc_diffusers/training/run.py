@@ -57,6 +57,8 @@ def set_up(settings: TrainingSettings) -> Accelerator:
         )
     except ValueError as error:
         raise UsageError(f"accelerate: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("`mixed_precision` fp16: needs an accelerator, this run is on the CPU; give no or bf16")
     if accelerator.mixed_precision == "fp8":
         raise UsageError("`mixed_precision` fp8: is not trained here; give no, fp16 or bf16")
     settings.mixed_precision = accelerator.mixed_precision
@@ -107,6 +109,10 @@ def agree_on_seed(settings: TrainingSettings) -> int:
     return settings.seed
 
 
+def _many(number, thing):
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int) -> None:
     """What the official script says before the first step, and the method's part of it."""
     rounds, epochs = run.rounds, run.rounds.total_steps / budget.steps_per_epoch
@@ -118,8 +124,8 @@ def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget
     logger.info(f"  Gradient Accumulation steps = {settings.gradient_accumulation_steps}")
     logger.info(f"  Total optimization steps = {rounds.total_steps}")
     logger.info(
-        f"  {settings.method.mitigation}: {num_rows} samples in {rounds.num_shards} shards, {rounds.num_rounds} rounds "
-        f"of {rounds.steps_per_round} steps per proxy"
+        f"  {settings.method.mitigation}: {num_rows} samples in {_many(rounds.num_shards, 'shard')}, "
+        f"{_many(rounds.num_rounds, 'round')} of {_many(rounds.steps_per_round, 'step')} per proxy"
     )
 
 

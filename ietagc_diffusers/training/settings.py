@@ -62,6 +62,24 @@ class OptimizationSettings:
         **not_negative(),
     )
     use_8bit_adam: bool = setting(False, "8-bit Adam of bitsandbytes.", resume=Resume.FIXED, type=bool)
+    fused_adam: bool = setting(
+        False,
+        "AdamW as one kernel: faster on GPUs, and equal but for rounding.",
+        resume=Resume.FREE,  # rounding
+        type=bool,
+    )
+    compile: bool = setting(
+        False,
+        "Compile the trained module (torch.compile); the first steps then take minutes.",
+        resume=Resume.FREE,  # rounding
+        type=bool,
+    )
+    channels_last: bool = setting(
+        False,
+        "Memory format with the channels last: faster in half precision on GPUs.",
+        resume=Resume.FREE,  # rounding
+        type=bool,
+    )
     adam_beta1: float = setting(
         0.9, "Adam's beta1.", resume=Resume.SAME, type=float, check=lambda b: 0 <= b < 1, wanted="in [0, 1)"
     )
@@ -74,7 +92,7 @@ class OptimizationSettings:
         1.0, "Gradient clipping norm; 0 turns clipping off.", resume=Resume.SAME, type=float, **not_negative()
     )
     use_ema: bool = setting(
-        False, "Keep a moving average of the weights and save that.", resume=Resume.FIXED, type=bool
+        False, "Keep a moving average of the weights, and save it as the model.", resume=Resume.FIXED, type=bool
     )
     offload_ema: bool = setting(
         False, "Keep the moving average in host memory between steps.", resume=Resume.FREE, type=bool
@@ -155,7 +173,7 @@ class RecordSettings:
     )
     log_every: int = setting(
         10,
-        "Steps between log lines; the device is read only then.",
+        "Steps of a proxy between two entries of the tracker and the bar.",
         resume=Resume.FREE,
         type=int,
         **at_least(1),
@@ -215,6 +233,13 @@ class TrainingSettings(
                 "`hub_token` with `report_to` wandb would store the token in the tracker: use `hf auth login` instead"
             )
         check_values(self)
+        if self.use_8bit_adam and self.fused_adam:
+            raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
+        if self.cache_latents is not None and not self.center_crop:
+            raise UsageError(
+                "`cache_latents`: without `center_crop` each visit crops the image at another place, and a cache holds "
+                "one; set `center_crop`, or leave `cache_latents` out"
+            )
         if self.non_ema_revision is None:
             self.non_ema_revision = self.revision
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -44,7 +45,7 @@ class Weights:
     ):
         self.family = family
         self.place = place or HostMemory()
-        self.ema = ema
+        self.ema: Any = ema
         self.offload_ema = offload_ema
         self.round = 0  # how many times theta_hat was made
         live = self.live()
@@ -92,7 +93,7 @@ class Weights:
     def put(self, sets: Sets | None = None) -> None:
         """Copy sets onto the device; None is theta_hat."""
         live = self.live()
-        for key, tensors in (self.aggregated if sets is None else sets).items():
+        for key, tensors in (self.aggregated or {} if sets is None else sets).items():
             for name, tensor in tensors.items():
                 live[key][name].copy_(tensor)
 

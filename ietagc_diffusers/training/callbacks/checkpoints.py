@@ -32,7 +32,7 @@ class Checkpoints(Callback):
         if not run.layout.is_main:
             return
         left = room(self.folder.path)
-        if left < final:
+        if left < final and not run.global_step:  # a resumed run has checkpoints that can make room at its end
             raise UsageError(
                 f"`output_dir` {self.folder.path}: the trained pipeline needs {gigabytes(final)}, the disk has "
                 f"{gigabytes(left)} left"

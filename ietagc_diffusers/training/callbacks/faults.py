@@ -73,6 +73,12 @@ class BadSamples(Callback):
                 self.named.add(sample_id)
                 with self.path.open("a") as file:
                     file.write(json.dumps({"sample_id": sample_id, "shard": proxy.shard, "reason": reason}) + "\n")
-                logger.warning(f"Replaced by another sample of its shard: {reason}", main_process_only=False)
+                if self.stop is None:
+                    logger.warning(f"Replaced by another sample of its shard: {reason}", main_process_only=False)
         if self.stop is not None:
-            self.stop(UsageError(f"{bad[0][1]}; repair or remove it, or set `on_bad_sample` to skip"))
+            self.stop(
+                UsageError(
+                    f"{bad[0][1]}. To continue from the checkpoint without it, set `on_bad_sample` to skip; with the "
+                    "row repaired or removed the training set is another one, for a new run"
+                )
+            )

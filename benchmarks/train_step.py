@@ -1,0 +1,295 @@
+"""What a step of the method costs, as a ratio to the official script's step: VAE, text encoder, forward, backward,
+clipping, AdamW.
+
+The official step is written out below as Diffusers' train_text_to_image.py has it. Official steps and ours are taken in
+turn, on one model and one optimizer with random weights; a ratio is the median over such pairs, with the quartiles.
+Random weights skip nothing, so the shares of skipped and augmented samples are set: by default as in the demo's last
+round. Images are decoded beforehand, as data workers do it; with the cache those that are augmented are decoded within
+the step.
+
+    python -m benchmarks.train_step --model tiny --steps 100
+    python -m benchmarks.train_step --model sd15 --size 64 --batch 1 --steps 3
+"""
+
+import argparse
+import io
+import statistics
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ietagc_diffusers import testing
+from ietagc_diffusers.data import Batch, image_transform
+from ietagc_diffusers.families.text_to_image import TextToImageObjective
+from ietagc_diffusers.method.augmentation import StrengthRandAugment
+from ietagc_diffusers.method.control import PlainControl, ThresholdAwareControl
+from ietagc_diffusers.method.memory_bank import LossMemoryBank
+from ietagc_diffusers.training.layout import Layout
+from ietagc_diffusers.training.proxy import Proxy
+
+ATTENTION, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+UNETS = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd21": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sdxl": {
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "use_linear_projection": True,
+        "down_block_types": (PLAIN, ATTENTION, ATTENTION),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": [1, 2, 10],
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+TEXT = {
+    "sd15": [(768, 12, 12)],
+    "sd21": [(1024, 23, 16)],
+    "sdxl": [(768, 12, 12), (1280, 32, 20)],
+}  # width, layers, heads
+# Whether a variant augments, and whether it reads the cache.
+VARIANTS = {"none": (False, False), "agc": (False, False), "iet-agc+": (True, False), "iet-agc+ cached": (True, True)}
+
+
+class WithSizes(torch.nn.Module):
+    """SDXL's denoiser, told what it is told besides the caption as tensors of one batch."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample, timesteps, encoder_hidden_states, text_embeds, time_ids, return_dict):
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.unet(sample, timesteps, encoder_hidden_states, added_cond_kwargs=added, return_dict=return_dict)
+
+
+class Texts(torch.nn.Module):
+    """The text encoders of a model, together: token ids -> its condition."""
+
+    def __init__(self, encoders, sizes):
+        super().__init__()
+        self.encoders, self.sizes = torch.nn.ModuleList(encoders), sizes
+
+    def forward(self, inputs):
+        told = [encoder(inputs["input_ids"], return_dict=False)[0] for encoder in self.encoders]
+        condition = {"encoder_hidden_states": torch.cat(told, dim=-1)}
+        if self.sizes is not None:
+            batch = len(inputs["input_ids"])
+            condition |= {"text_embeds": told[-1][:, 0], "time_ids": self.sizes.to(told[-1]).expand(batch, 6)}
+        return condition
+
+
+class Decoded:
+    """Images that are decoded when they are asked for, as with the cache."""
+
+    def __init__(self, files, transform, device):
+        self.files, self.transform, self.device = files, transform, device
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, rows):
+        images = [self.transform(Image.open(io.BytesIO(self.files[row])).convert("RGB")) for row in rows]
+        return torch.stack(images).to(self.device)
+
+    def to(self, device, non_blocking=False):
+        return self
+
+
+class Batches:
+    """A loader that gives one batch again and again."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def next(self):
+        return self.batch, False
+
+
+class SetShares(ThresholdAwareControl):
+    """The method's control, whose decisions are computed and then replaced: the first samples of a batch are skipped,
+    the next augmented with all strength.
+    """
+
+    def __init__(self, skip, augment, *options):
+        super().__init__(*options)
+        self.shares = skip, augment
+
+    def decide(self, losses, levels):
+        decision = super().decide(losses, levels)
+        skip, augment = (round(share * len(losses)) for share in self.shares)
+        row = torch.arange(len(losses), device=losses.device)
+        chosen = (row >= skip) & (row < skip + augment)
+        return decision._replace(skip=row < skip, augment=chosen, strength=torch.ones_like(losses))
+
+
+def build(args, device, dtype):
+    """Denoiser, objective and tokens of a model with random weights."""
+    torch.manual_seed(0)
+    if args.model == "tiny":
+        tokenizer = testing.build_tokenizer(["a picture"] * 2)
+        unet, vae = testing.build_unet((64, 128)), testing.build_vae()
+        texts, vocabulary, sizes = [testing.build_text_encoder(tokenizer)], len(tokenizer), None
+    else:
+        unet = UNet2DConditionModel(**UNETS[args.model])
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        )
+        texts = [
+            CLIPTextModel(
+                CLIPTextConfig(
+                    hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
+                )
+            )
+            for width, layers, heads in TEXT[args.model]
+        ]
+        vocabulary = 49408
+        sizes = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]]) if args.model == "sdxl" else None
+    vae.decoder = None  # half of its memory
+    unet.train().to(device)
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    told = Texts(texts, sizes)
+    for frozen in (vae, told):
+        frozen.requires_grad_(False).eval().to(device, dtype)
+    objective = TextToImageObjective(vae, torch.no_grad()(told), testing.build_scheduler("epsilon"), dtype)
+    return WithSizes(unet) if sizes is not None else unet, objective, vocabulary
+
+
+def pictures(args):
+    """JPEG files of a photograph's size: smooth noise of 1.5 times the training size."""
+    rng, edge = np.random.default_rng(0), args.size * 3 // 2
+    for _ in range(args.batch):
+        noise = Image.fromarray(rng.integers(0, 256, (edge // 8, edge // 8, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        noise.resize((edge, edge), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=90)
+        yield buffer.getvalue()
+
+
+def batches(args, objective, vocabulary, device):
+    """The batch as it is read without and with the cache, on the device."""
+    files = list(pictures(args))
+    decoded = Decoded(files, image_transform(args.size, True, False, "lanczos"), device)
+    ids = torch.randint(0, vocabulary - 2, (args.batch, 77))
+    samples = torch.arange(args.batch)
+    plain = Batch(decoded[range(args.batch)], {"input_ids": ids}, samples, samples.tolist()).to(device)
+    cached = replace(
+        plain,
+        images=decoded,
+        encoded_images=objective.encode_images(plain.images),
+        encoded_inputs=objective.encode_inputs(plain.inputs),
+    )
+    return plain, cached
+
+
+def official_step(model, objective, batch, optimizer, schedule):
+    """A step of Diffusers' train_text_to_image.py."""
+    vae, scheduler = objective.vae, objective.scheduler
+    with torch.no_grad():
+        latents = vae.encode(batch.images.to(objective.dtype)).latent_dist.sample()
+    latents = latents * vae.config.scaling_factor
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    condition = objective.encode_text(batch.inputs)
+    prediction = model(noisy, timesteps, **condition, return_dict=False)[0]
+    loss = F.mse_loss(prediction.float(), noise.float(), reduction="mean")
+    loss.item()  # gathered for the log at each step
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def control_of(name, args, num_levels):
+    if name == "none":
+        return PlainControl()
+    augments = VARIANTS[name][0]
+    augment = StrengthRandAugment(5, 2) if augments else None
+    options = (LossMemoryBank(num_levels, 0.8, False), 0.8, 1.4 if augments else 1.0, 5.0, augment)
+    return SetShares(args.skip_share, args.augment_share if augments else 0, *options)
+
+
+def timed(step, device, clock):
+    start = clock()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["tiny", *UNETS], default="tiny")
+    parser.add_argument("--size", type=int, help="of the images, in pixels; default: 32 (tiny), 512, 1024 (sdxl)")
+    parser.add_argument("--batch", type=int, help="default: 30 (tiny) or 8")
+    parser.add_argument("--steps", type=int, default=30, help="pairs that are measured, after a step to warm up")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--skip_share", type=float, default=0.25)
+    parser.add_argument("--augment_share", type=float, default=0.3)
+    parser.add_argument("--cpu_time", action="store_true", help="of all threads, for a machine that does other work")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    for flag in ("compile", "channels_last", "fused_adam", "gradient_checkpointing", "allow_tf32"):
+        parser.add_argument(f"--{flag}", action="store_true", help="of the training script; for both steps")
+    args = parser.parse_args()
+    args.size = args.size or {"tiny": 32, "sdxl": 1024}.get(args.model, 512)
+    args.batch = args.batch or (30 if args.model == "tiny" else 8)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    device = accelerator.device
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+    denoiser, objective, vocabulary = build(args, device, dtype)
+    model = accelerator.prepare_model(denoiser, evaluation_mode=True)
+    if args.compile:
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-6, **({"fused": True} if args.fused_adam else {}))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    plain, cached = batches(args, objective, vocabulary, device)
+
+    layout, proxies = Layout(1, device=device), {}
+    for name in args.variants:
+        control = control_of(name, args, objective.num_levels).to(device)
+        loader = Batches(cached if VARIANTS[name][1] else plain)
+        proxies[name] = Proxy(0, loader, control, optimizer, schedule, args.batch)
+        proxies[name]._move(device)
+    steps = {"official": lambda: official_step(model, objective, plain, optimizer, schedule)}
+    steps |= {name: lambda proxy=proxy: proxy.step(model, objective, layout) for name, proxy in proxies.items()}
+    seconds = {name: [] for name in steps}
+    for number in range(args.steps + 1):
+        for name, step in steps.items():
+            took = timed(step, device, time.process_time if args.cpu_time else time.perf_counter)
+            if number:
+                seconds[name].append(took)
+    parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    official = statistics.median(seconds["official"])
+    clock = "CPU time" if args.cpu_time else "time"
+    print(f"{args.model}: {parameters:.0f} M parameters, {args.batch} images of {args.size} px, {where}, {clock}")
+    print(
+        f"skipped {args.skip_share:.0%}, augmented {args.augment_share:.0%}; the official step takes {official:.3f} s"
+    )
+    print("| variant | ratio to the official step | quartiles |\n|---|---|---|")
+    for name in args.variants:
+        ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds["official"], strict=True)]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
