@@ -46,6 +46,7 @@ def test_where_proxies_wait_does_not_show(flags, on_host, on_disk, tmp_path):
     assert unet_bytes(tmp_path) == unet_bytes(on_host)
 
 
+@pytest.mark.slow
 def test_averaged_moments_depend_on_no_layout(flags, on_host, tmp_path):
     flags = [*flags, "--optimizer_state=average"]
     whole = train_here(flags, tmp_path / "whole")
