@@ -75,7 +75,8 @@ def built(flags, found=None):
     extend(settings, found)
     run, _ = build_run(settings, accelerator, family, average, condition, rows, groups)
     marks = fingerprint(settings, rows, condition, run, buckets)
-    resume(settings, run, found, marks)
+    if found:
+        resume(settings, run, found, marks, RunFolder(found.folder.parent))
     return run
 
 

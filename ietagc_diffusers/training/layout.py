@@ -50,7 +50,8 @@ class Layout:
         self.shards = self.groups[process_index // self.size]
         self._group: Any = None
         # On the host and with a time-out of its own: that of the default group is over while one writes a large file.
-        self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
+        together = num_processes > 1 and dist.is_initialized()  # a layout can be looked at without the processes
+        self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if together else None
         self._gradients: GradientSum | None = None
         if self.size > 1:
             for leader in range(0, num_processes, self.size):
