@@ -128,6 +128,8 @@ def measure(num_shards: int, ema: bool, place: str, scratch: Path) -> dict[str, 
 
 def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     """The run itself, in a process of its own; prints its numbers as JSON."""
+    from accelerate.state import AcceleratorState
+
     from ietagc_diffusers import testing
     from ietagc_diffusers.arguments import parse_args
     from ietagc_diffusers.training import cost as costs
@@ -136,7 +138,11 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     from .faults import make_inputs
 
     scratch.mkdir(parents=True)
-    flags, process = make_inputs(scratch), _memory("VmRSS")
+    flags = make_inputs(scratch)
+    tiny = ["--num_shards=2", "--max_train_steps=4", "--steps_per_round=1"]
+    train(parse_args([*flags, *tiny, f"--output_dir={scratch / 'tiny'}"]))  # loads all that a run loads
+    process = _memory("VmRSS")
+    AcceleratorState._reset_state(reset_partial_state=True)
     pipeline = testing.random_pipeline(["a red picture"])
     pipeline.unet = testing.build_unet(CHECKED, sample_size=8, text_width=16)
     pipeline.save_pretrained(scratch / "base")
