@@ -3,6 +3,7 @@ at most a given share of innocent images exceed.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import Embedded, embed, first_of_each
+from .features import Extractor, Several, embed, first_of_each
 from .image_sets import ImageSet
 from .neighbours import most_similar
+from .views import Mirrored, Views, best_of, spacing_of
 
 NEAR_DUPLICATE = 0.95  # training images that are more alike are taken for one picture in two versions
 MOST_COMPARED = 10_000  # training images that are compared with all others: enough for the last percent
@@ -69,8 +71,9 @@ def calibrate(
     innocent: ImageSet | None = None,
     false_positives: float = 0.01,
     cache: Path | None = None,
+    views: Views = Views(),  # noqa: B008: frozen
 ) -> Calibration:
-    """Measure the copy threshold of a descriptor.
+    """Measure the copy threshold of a descriptor, with the comparison that an audit makes.
 
     Args:
         training: the images that a model is trained on.
@@ -78,6 +81,7 @@ def calibrate(
             captions. None: the training images themselves, each compared with the others.
         false_positives: share of innocent images that may exceed the threshold, more than 0 and less than 1.
         cache: folder where features are kept.
+        views: what training may show of an image, by default all.
 
     Raises:
         UsageError: there are too few innocent images for this share, or no image can be used.
@@ -85,16 +89,20 @@ def calibrate(
     if not 0 < false_positives < 1:
         raise UsageError(f"`false_positives` {false_positives}: must be more than 0 and less than 1")
 
-    def described(images: ImageSet, desc: str) -> Embedded:
-        return embed(images.files(), {"descriptor": descriptor}, cache, desc=desc)
-
-    known = described(training, "Describing training images")
-    vectors = known.features["descriptor"][first_of_each(known.features)]
+    crops = views.crops(descriptor, spacing_of(descriptor))
+    training_extractors: dict[str, Extractor] = {"descriptor": descriptor, "views": crops}
+    known = embed(training.files(), training_extractors, cache, desc="Describing training images")
+    distinct = known.select(first_of_each(known.features))
+    shown = distinct.several["views"]
     if innocent is None:
-        similarity = _among_themselves(vectors, descriptor.device)
+        similarity = _among_themselves(shown, descriptor.device)
     else:
-        others = described(innocent, "Describing innocent images").features["descriptor"]
-        similarity = most_similar(others, vectors, device=descriptor.device)[0][:, 0]
+        extractors: dict[str, Extractor] = {"descriptor": descriptor}
+        if views.mirrored:
+            extractors["descriptor_mirrored"] = Mirrored(descriptor)
+        others = embed(innocent.files(), extractors, cache, desc="Describing innocent images")
+        search = partial(most_similar, references=shown.vectors, device=descriptor.device)
+        similarity = best_of(search, others.both_ways("descriptor"))[0]
     near = similarity > NEAR_DUPLICATE
     kept = similarity if innocent is not None else similarity[~near]
     if len(kept) * false_positives < 1:
@@ -112,8 +120,8 @@ def calibrate(
         innocent=None if innocent is None else innocent.source,
         num_near_duplicates=int(near.sum()),
         train=training.source,
-        num_train=len(vectors),
-        num_train_duplicates=len(known.kept) - len(vectors),
+        num_train=len(distinct.kept),
+        num_train_duplicates=len(known.kept) - len(distinct.kept),
         descriptor=descriptor.identity,
     )
 
@@ -123,10 +131,10 @@ def threshold_over(values: torch.Tensor, share: float) -> float:
     return values.sort(descending=True).values[int(share * len(values))].item()
 
 
-def _among_themselves(vectors: torch.Tensor, device: str) -> torch.Tensor:
-    """Similarity of each vector, or of a seeded draw of many, to its nearest other one: (N,)."""
-    if len(vectors) < 2:
-        return vectors.new_empty(0)
-    rows = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MOST_COMPARED]
-    groups = (rows, torch.arange(len(vectors)))
-    return most_similar(vectors[rows], vectors, groups=groups, device=device)[0][:, 0]
+def _among_themselves(shown: Several, device: str) -> torch.Tensor:
+    """Similarity of each image, or of a seeded draw of many, to its nearest other one: (N,)."""
+    queries = shown.middle()
+    if len(queries) < 2:
+        return queries.new_empty(0)
+    rows = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))[:MOST_COMPARED]
+    return most_similar(queries[rows], shown.vectors, groups=(rows, shown.owners), device=device)[0][:, 0]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ PIXELS_AT_ONCE = 16_000_000  # 16 photographs of a megapixel, or one large one
 class Extractor(Protocol):
     """Images uint8 (N, 3, H, W) -> vectors (N, D), float32 or uint8. Every descriptor is one.
 
+    Some give several vectors of each image, (N, V, D), with V depending on H and W only.
+
     identity: a dict of JSON values that changes whenever the vectors do.
     """
 
@@ -44,24 +47,20 @@ def default_cache() -> Path:
 class FeatureCache:
     """Vectors of one extractor, by content hash: one SQLite file, committed batch by batch, that processes can share.
 
-    Without a folder, or if the file cannot be written, vectors are kept in memory.
+    Without a folder, or if the file cannot be read or written, nothing is kept.
     """
 
     def __init__(self, folder: str | Path | None, identity: dict) -> None:
         self.path = None
+        self.connection: sqlite3.Connection | None = None
         if folder is not None:
             text = json.dumps(identity, sort_keys=True)
             self.path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.sqlite"
-        self.connection = self._open(str(identity))
-
-    def _open(self, identity: str) -> sqlite3.Connection:
-        if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                return self._connect(self.path, identity)
+                self.connection = self._connect(self.path, str(identity))
             except (OSError, sqlite3.Error) as error:
                 self._give_up(error)
-        return self._connect(":memory:", identity)
 
     @staticmethod
     def _connect(where: str | Path, identity: str) -> sqlite3.Connection:
@@ -73,63 +72,171 @@ class FeatureCache:
         return connection
 
     def _give_up(self, error: Exception) -> None:
-        """Rename a damaged file, so that the next run starts a new one."""
+        """Keep nothing from now on. A damaged file is renamed, so that the next run starts a new one."""
+        self.connection = None
         warnings.warn(f"{self.path}: features are not cached in this run: {error}", stacklevel=3)
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
         if damaged and self.path is not None and self.path.exists():
             self.path.replace(self.path.with_suffix(".damaged"))
 
-    def _or_in_memory(self, action: Callable[[], Any]) -> Any:
-        """The result of ``action``; if the file fails, that of a cache in memory, which is used from now on."""
-        try:
-            return action()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            self.connection = self._connect(":memory:", "")
-            return action()
-
     def get(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         """{key: vector} of the keys that are in the cache."""
-        return self._or_in_memory(lambda: self._get(keys))
-
-    def _get(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
+        if self.connection is None:
+            return {}
         marks = ",".join("?" * len(keys))
-        rows = self.connection.execute(f"SELECT key, kind, vector FROM vectors WHERE key IN ({marks})", keys)
-        return {key: np.frombuffer(vector, dtype=DTYPES[kind]) for key, kind, vector in rows}
+        query = f"SELECT key, kind, vector FROM vectors WHERE key IN ({marks})"
+        try:
+            rows = self.connection.execute(query, keys).fetchall()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return {}
+        return {key: _unpacked(kind, vector) for key, kind, vector in rows}
 
     def put(self, vectors: dict[bytes, np.ndarray]) -> None:
         """Add {key: vector}."""
-        rows = [(key, "u" if v.dtype == np.uint8 else "f", v.tobytes()) for key, v in vectors.items()]
-        self._or_in_memory(lambda: self._put(rows))
+        if self.connection is None:
+            return
+        rows = [(key, _kind(v), v.tobytes()) for key, v in vectors.items()]
+        try:
+            with self.connection:
+                self.connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            self._give_up(error)
 
-    def _put(self, rows: list[tuple]) -> None:
-        with self.connection:
-            self.connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+
+def _kind(vectors: np.ndarray) -> str:
+    """How an image's vectors are stored: their type and, if there are several, how many."""
+    return ("u" if vectors.dtype == np.uint8 else "f") + (str(len(vectors)) if vectors.ndim == 2 else "")
+
+
+def _unpacked(kind: str, stored: bytes) -> np.ndarray:
+    values = np.frombuffer(stored, dtype=DTYPES[kind[0]])
+    return values.reshape(int(kind[1:]), -1) if kind[1:] else values
+
+
+class Vectors:
+    """Vectors (R, D) that are added image by image and at the end are one tensor, without a second copy of them.
+
+    Of images with one vector each the tensor is allocated at once. Others, of which it is not known how many there will
+    be, go into a nameless file in the system's folder for temporary files, which is mapped into memory.
+    """
+
+    def __init__(self, num_images: int):
+        self.num_images = num_images
+        self.counts: list[int] = []
+        self.like: np.ndarray | None = None
+        self.rows: np.ndarray | None = None
+        self.file: Any = None
+
+    def append(self, vectors: np.ndarray) -> None:
+        """Add an image's vectors, (D,) or (V, D)."""
+        if self.like is None:
+            self.like = vectors
+            if vectors.ndim == 1:
+                self.rows = np.empty((self.num_images, len(vectors)), vectors.dtype)
+            else:
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115: it lives as long as the tensor
+        if self.rows is not None:
+            self.rows[len(self.counts)] = vectors
+            self.counts.append(1)
+        else:
+            self._write(vectors.tobytes())
+            self.counts.append(len(vectors))
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            raise UsageError(
+                f"{tempfile.gettempdir()}: {error.strerror}: vectors of many crops of each image are kept there while "
+                "they are compared; name a larger folder by the environment variable TMPDIR"
+            ) from error
+
+    def result(self) -> "torch.Tensor | Several":
+        """All of them: (M, D), or several of each image."""
+        if self.rows is not None:
+            return torch.from_numpy(self.rows[: len(self.counts)])
+        if self.like is None:
+            raise ValueError("there are no vectors")
+        self.file.flush()
+        shape = (sum(self.counts), self.like.shape[1])
+        mapped = torch.from_numpy(np.memmap(self.file, self.like.dtype, "c", shape=shape))
+        return Several(mapped, torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts)))
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several vectors of each of M images.
+
+    vectors: (R, D), image by image; owners: int64 (R,), ascending: which image each is of.
+    """
+
+    vectors: torch.Tensor
+    owners: torch.Tensor
+
+    @classmethod
+    def of_one(cls, vectors: torch.Tensor) -> "Several":
+        """One vector of each of R images."""
+        return cls(vectors, torch.arange(len(vectors)))
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """How many of each image: (M,)."""
+        return torch.bincount(self.owners)
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """The row of the first of each image: (M,)."""
+        return self.counts.cumsum(0) - self.counts
+
+    def middle(self) -> torch.Tensor:
+        """The middle one of each image, as a generated image would show it: (M, D)."""
+        return self.vectors[self.starts + (self.counts - 1) // 2]
+
+    def select(self, indices: list[int]) -> "Several":
+        """Those of some of the images, in this order."""
+        counts, starts = self.counts[indices], self.starts[indices]
+        owners = torch.arange(len(indices)).repeat_interleave(counts)
+        within = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
+        return Several(self.vectors[starts[owners] + within], owners)
 
 
 @dataclass(frozen=True)
 class Embedded:
     """Features of the images of a set that could be used.
 
-    images: these M images; features: {extractor name: (M, D)}; kept: their indices in the set; keys: the hashes of
-    their files; skipped: [name, reason] of the others.
+    images: these M images; features: {extractor name: (M, D)}; several: the same of extractors that give several
+    vectors of an image; kept: their indices in the set; keys: the hashes of their files; skipped: [name, reason] of the
+    others.
     """
 
     images: ImageSet
     features: dict[str, torch.Tensor]
+    several: dict[str, Several]
     kept: list[int]
     keys: list[bytes]
     skipped: list[list[str]]
 
     def select(self, indices: list[int]) -> "Embedded":
         """Some of the M images with their features."""
+        if indices == list(range(len(self.kept))):
+            return self  # no second copy
         return Embedded(
             self.images.select(indices),
             {name: vectors[indices] for name, vectors in self.features.items()},
+            {name: vectors.select(indices) for name, vectors in self.several.items()},
             [self.kept[i] for i in indices],
             [self.keys[i] for i in indices],
             self.skipped,
         )
+
+    def both_ways(self, name: str) -> list[torch.Tensor]:
+        """The features (M, D) of the images, and those of their mirror images if they were computed too."""
+        return [self.features[key] for key in (name, f"{name}_mirrored") if key in self.features]
+
+    def content_groups(self) -> torch.Tensor:
+        """int64 (M,): the same for images with the same features."""
+        return torch.tensor(_first_with_same(self.features))
 
     def content(self) -> str:
         """A hash of the images' files that does not depend on their names and order."""
@@ -158,7 +265,7 @@ def embed(
         UsageError: no image could be used.
     """
     caches = {name: FeatureCache(cache, extractor.identity) for name, extractor in extractors.items()}
-    vectors: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
+    vectors = {name: Vectors(len(images)) for name in extractors}
     kept, keys, skipped = [], [], list(images.skipped)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, tqdm(total=len(images), desc=desc) as bar:
         for start in range(0, len(images), batch_size):
@@ -176,8 +283,15 @@ def embed(
     if not kept:
         why = f": {skipped[0][0]} {skipped[0][1]}" if skipped else ""
         raise UsageError(f"{images.source}: none of its {len(images)} images can be used{why}")
-    features = {name: torch.from_numpy(np.stack(vectors[name])) for name in extractors}
-    return Embedded(images.select(kept), features, kept, keys, skipped)
+    found_of = {name: of_images.result() for name, of_images in vectors.items()}
+    return Embedded(
+        images.select(kept),
+        {name: found for name, found in found_of.items() if isinstance(found, torch.Tensor)},
+        {name: found for name, found in found_of.items() if isinstance(found, Several)},
+        kept,
+        keys,
+        skipped,
+    )
 
 
 def _embed_batch(
@@ -249,23 +363,29 @@ def _in_stacks(extractor: Extractor, images: dict[bytes, torch.Tensor]) -> dict[
 
 def first_of_each(features: dict[str, torch.Tensor]) -> list[int]:
     """The indices of the images whose features differ from those of all images before them."""
+    return [index for index, first in enumerate(_first_with_same(features)) if first == index]
+
+
+def _first_with_same(features: dict[str, torch.Tensor]) -> list[int]:
+    """Of each image the index of the first one with the same features."""
     seen: dict[bytes, int] = {}
+    found = []
     for index, vectors in enumerate(zip(*features.values(), strict=True)):
         key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
-        seen.setdefault(key, index)
-    return list(seen.values())
+        found.append(seen.setdefault(key, index))
+    return found
 
 
 @dataclass(frozen=True)
-class SmallEdge:
-    """The length of the small edge; float32 (N, 1)."""
+class Size:
+    """Height and width in pixels; float32 (N, 2)."""
 
     @property
     def identity(self) -> dict:
-        return {"small_edge": 1}
+        return {"size": 1}
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(images), 1), float(min(images.shape[2:])))
+        return torch.tensor(images.shape[2:], dtype=torch.float32).repeat(len(images), 1)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from ietagc_diffusers.sscd import Descriptor
 from .features import embed
 from .image_sets import ImageSet, to_tensor
 from .neighbours import most_similar
+from .views import Views, best_of, spacing_of
 
+FORMAT = 2  # of a saved index
 PER_PROMPT = {
     "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
@@ -31,38 +34,63 @@ OF_A_BATCH = ("ip_adapter_image", "ip_adapter_image_embeds")  # with these a par
 
 @dataclass(frozen=True)
 class TrainingIndex:
-    """Descriptors of the training images.
+    """Descriptors of all that training may have shown of the training images.
 
     Args:
-        vectors: float32 (M, D) of unit length.
-        names: of the M images.
+        vectors: float32 (R, D) of unit length, several of each image.
+        names: of the image that each is of: R.
         identity: of the descriptor that computed them.
+        mirrored: whether a mirror image counts as a copy too.
     """
 
     vectors: torch.Tensor
     names: list[str]
     identity: dict[str, Any]
+    mirrored: bool = True
 
     @classmethod
     def build(
-        cls, images: ImageSet, descriptor: Descriptor, cache: Path | None = None, batch_size: int = 32
+        cls,
+        images: ImageSet,
+        descriptor: Descriptor,
+        cache: Path | None = None,
+        batch_size: int = 32,
+        views: Views = Views(),  # noqa: B008: frozen
     ) -> "TrainingIndex":
-        """The index of a set of images; those that cannot be read are left out. ``cache``: folder for features."""
-        described = embed(images, {"descriptor": descriptor}, cache, batch_size, desc="Describing training images")
-        return cls(described.features["descriptor"], [images.names[i] for i in described.kept], descriptor.identity)
+        """The index of a set of images; those that cannot be read are left out.
+
+        Args:
+            cache: folder for features.
+            views: what training may have shown of them, by default all.
+        """
+        crops = views.crops(descriptor, spacing_of(descriptor))
+        described = embed(images, {"views": crops}, cache, batch_size, desc="Describing training images")
+        found = described.several["views"]
+        names = [described.images.names[owner] for owner in found.owners.tolist()]
+        return cls(found.vectors, names, descriptor.identity, views.mirrored)
 
     def save(self, folder: str | Path) -> None:
         """Write index.safetensors and index.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"vectors": self.vectors.contiguous()}, folder / "index.safetensors")
-        write_json(folder / "index.json", {"version": __version__, "descriptor": self.identity, "names": self.names})
+        write_json(folder / "index.json", self._about)
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        of_index = {"descriptor": self.identity, "names": self.names, "mirrored": self.mirrored}
+        return {"version": __version__, "format": FORMAT} | of_index
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainingIndex":
-        """The index that ``save`` wrote. Raises ``UsageError`` if there is none."""
+        """The index that ``save`` wrote. Raises ``UsageError`` if there is none, or one of an earlier version, which
+        held only whole images.
+        """
         about = read_json(Path(folder) / "index.json")
-        return cls(load_file(Path(folder) / "index.safetensors")["vectors"], about["names"], about["descriptor"])
+        if about.get("format") != FORMAT:
+            raise UsageError(f"{folder}: was built by another version, and lacks views of the images: build it again")
+        vectors = load_file(Path(folder) / "index.safetensors")["vectors"]
+        return cls(vectors, about["names"], about["descriptor"], about["mirrored"])
 
 
 @dataclass
@@ -158,9 +186,11 @@ class SimilarityGuard:
 
     def _compare(self, images: Sequence[Image.Image]) -> tuple[list[float], list[str]]:
         """Similarity to the nearest training image, and its name, of each PIL image."""
-        vectors = self.descriptor(torch.stack([to_tensor(image.convert("RGB")) for image in images]))
-        values, found = most_similar(vectors, self.index.vectors, index="exact", device=self.descriptor.device)
-        return values[:, 0].tolist(), [self.index.names[i] for i in found[:, 0]]
+        drawn = torch.stack([to_tensor(image.convert("RGB")) for image in images])
+        both_ways = [drawn, drawn.flip(3)] if self.index.mirrored else [drawn]
+        search = partial(most_similar, references=self.index.vectors, index="exact", device=self.descriptor.device)
+        similarity, rows, _ = best_of(search, [self.descriptor(each) for each in both_ways])
+        return similarity.tolist(), [self.index.names[row] for row in rows]
 
 
 def _states(generator: Any) -> list[bytes]:

@@ -11,10 +11,12 @@ from ietagc_diffusers.sscd.descriptor import protocol_of
 
 from .image_sets import MIN_EDGE
 from .neighbours import GIB, uses_faiss
+from .views import Views
 
 CHOICES = {
     "l2": ("iet-agc", "paper"),
     "clip_preprocess": (None, "own", "dcr"),
+    "views": (None, "training", "image"),
     "index": ("auto", "exact", "faiss"),
 }
 
@@ -36,6 +38,10 @@ class Protocol:
         fid: features of the Fréchet distance: ``inception``, ``inception:FILE``, ``pixel-8``, or ``none``.
         fid_antialias: whether Inception's images are shrunk with antialiasing.
         patches: whether crops are compared too.
+        views: ``training``: images are compared with all that training may have shown of an image, see ``eval.views``;
+            ``image``: only with the image, as the protocols of the papers do; None: ``image`` with a descriptor that
+            has a protocol of a paper, ``training`` with any other.
+        center_crop, random_flip: what the training did; None: not known, so it may have shown all.
         distinct: whether exact duplicates among the training images count once, so that a copy of a duplicated image
             has a second neighbour to be compared with.
         index: search for neighbours, see ``eval.neighbours``.
@@ -57,6 +63,9 @@ class Protocol:
     fid: str = "pixel-8"
     fid_antialias: bool = False
     patches: bool = False
+    views: str | None = None
+    center_crop: bool | None = None
+    random_flip: bool | None = None
     distinct: bool = False
     index: str = "auto"
     device: str = "cpu"
@@ -79,6 +88,11 @@ class Protocol:
     def resolved_name(self) -> str:
         """The name, or what the descriptor makes of None."""
         return self.name or protocol_of(self.descriptor)
+
+    def resolved_views(self, descriptor: Descriptor) -> Views | None:
+        """What training may have shown of an image; None if only whole images are compared."""
+        views = self.views or ("training" if descriptor.name == "pixel" else "image")
+        return Views.of(self.center_crop, self.random_flip) if views == "training" else None
 
     def copy_threshold(self, descriptor: Descriptor) -> float:
         """The similarity above which an image counts as a copy."""

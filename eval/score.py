@@ -17,10 +17,11 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor, load_descriptor
 
-from .features import Embedded, Extractor, Pixels, SmallEdge, embed, first_of_each
+from .features import Embedded, Extractor, Pixels, Size, embed, first_of_each
 from .image_sets import ImageSet, load_images, unusable
 from .metrics import KINDS, ImageSets, Kind, Measured
 from .protocol import Protocol
+from .views import PIXEL_SPACING, Mirrored, Views, spacing_of
 
 __all__ = ["BACKGROUND", "NEAREST", "SCORES", "Protocol", "Tools", "images_of", "load_scores", "score"]
 
@@ -40,25 +41,45 @@ class Tools:
     protocol: Protocol
     descriptor: Descriptor = field(init=False)
     kinds: list[Kind] = field(init=False)
+    views: Views | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.descriptor = load_descriptor(self.protocol.descriptor, self.protocol.name, self.protocol.device)
         self.kinds = [kind(self.protocol, self.descriptor) for kind in KINDS]
+        self.views = self.protocol.resolved_views(self.descriptor)
 
     @property
     def protocol_name(self) -> str | None:
-        """The name of the protocol; None with the descriptor ``pixel``, which has no protocols."""
-        return None if self.descriptor.name == "pixel" else self.protocol.resolved_name
+        """The name of the protocol; None with the descriptor ``pixel``, which has no protocols. The papers compare
+        whole images only: with views the name says so.
+        """
+        if self.descriptor.name == "pixel":
+            return None
+        return self.protocol.resolved_name + (" with views" if self.views else "")
 
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
-        always: dict[str, Extractor] = {"descriptor": self.descriptor, "pixels": pixels, "edge": SmallEdge()}
+        always: dict[str, Extractor] = {"descriptor": self.descriptor, "pixels": pixels, "size": Size()}
         return always | _merged(kind.extractors for kind in self.kinds)
+
+    def training_extractors(self, pixels: Pixels) -> dict[str, Extractor]:
+        """What is computed of training images only."""
+        if self.views is None:
+            return {}
+        found: dict[str, Extractor] = {"views": self.views.crops(self.descriptor, spacing_of(self.descriptor))}
+        if self.protocol.l2 != "paper":
+            found["pixel_views"] = self.views.crops(pixels, PIXEL_SPACING, whole=False)
+        return found
 
     @property
     def generated_extractors(self) -> dict[str, Extractor]:
         """What is computed of generated images only."""
-        return _merged(kind.generated_extractors for kind in self.kinds)
+        mirrored: dict[str, Extractor] = {}
+        if self.views is not None and self.views.mirrored:
+            several = _merged(kind.extractors for kind in self.kinds if kind.mirrors)
+            mirrored = {f"{name}_mirrored": Mirrored(one) for name, one in several.items()}
+            mirrored["descriptor_mirrored"] = Mirrored(self.descriptor)
+        return mirrored | _merged(kind.generated_extractors for kind in self.kinds)
 
     @property
     def reference_extractors(self) -> dict[str, Extractor]:
@@ -139,7 +160,9 @@ def _describe(
     describe = functools.partial(embed, cache=cache, batch_size=protocol.batch_size)
     pixels = Pixels(protocol.pixels or _common_edge(generated, describe))
     extractors = tools.extractors(pixels)
-    training_features = describe(training, extractors, desc="Describing training images")
+    training_features = describe(
+        training, extractors | tools.training_extractors(pixels), desc="Describing training images"
+    )
     generated_features = describe(
         generated, extractors | tools.generated_extractors, desc="Describing generated images"
     )
@@ -165,16 +188,16 @@ def _describe(
 
 def _common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
     """The small edge that most images have, at most 64; of two equally frequent ones the smaller."""
-    edges = describe(images, {"edge": SmallEdge()}, desc="Measuring generated images").features["edge"]
-    sizes, counts = edges.clamp(max=LARGEST_L2_EDGE).int().unique(return_counts=True)
-    return int(sizes[counts.argmax()])
+    sizes = describe(images, {"size": Size()}, desc="Measuring generated images").features["size"]
+    edges, counts = sizes.amin(dim=1).clamp(max=LARGEST_L2_EDGE).int().unique(return_counts=True)
+    return int(edges[counts.argmax()])
 
 
 def _about_images(sets: ImageSets, num_repeated_rows: int) -> Measured:
     """How many images there are of each sort, with notes on those that bear on the scores."""
     num_one_colour = _num_of_one_colour(sets.generated)
     num_duplicates = len(sets.all_training.kept) - len(sets.distinct_training.kept)
-    num_small = [int((x.features["edge"] < sets.pixels).sum()) for x in (sets.generated, sets.all_training)]
+    num_small = [int((x.features["size"].amin(dim=1) < sets.pixels).sum()) for x in (sets.generated, sets.all_training)]
     notes = []
     if num_repeated_rows:
         notes.append(f"{num_repeated_rows} rows name an image file that another row names: the file counts once")
@@ -219,6 +242,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
         **tools.descriptor.identity,
         "searches": measured.searches,
         **measured.protocol,
+        "views": tools.views and tools.views.record,
         "distinct": tools.protocol.distinct,
     }
     return measured.scores | {

@@ -180,6 +180,9 @@ class Kind(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     # Whether the images that the Fréchet distance is measured to are described by its extractors too.
     uses_reference: ClassVar[bool] = False
+    # Whether its extractors are computed of mirrored generated images too, where training may have mirrored; their
+    # names then end in ``_mirrored``.
+    mirrors: ClassVar[bool] = False
 
     def __init__(self, protocol: Protocol, descriptor: Descriptor) -> None:
         self.protocol, self.descriptor = protocol, descriptor

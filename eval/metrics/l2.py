@@ -2,14 +2,16 @@
 al.'s memorization ratio.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
 from ietagc_diffusers.errors import UsageError
 
+from ..features import Several
 from ..neighbours import nearest_l2
+from ..views import mirrored_pixels, nearest_of_both
 from .base import ImageSets, Kind, Measured, Metric, mean, missing
 
 THRESHOLDS = (0.4, 0.5, 0.6)
@@ -87,20 +89,32 @@ class L2(Kind):
     metrics = (*MQ.values(), MEMORIZATION_RATIO)
 
     def measure(self, sets: ImageSets) -> Measured:
-        generated, training = (x.features["pixels"] for x in (sets.generated, sets.training))
-        num_training = len(training)
+        queries, num_training = [sets.generated.features["pixels"]], len(sets.training.kept)
+        training = Several.of_one(sets.training.features["pixels"])
+        if "pixel_views" in sets.training.several:
+            training = sets.training.several["pixel_views"]
+            if "descriptor_mirrored" in sets.generated.features:
+                queries.append(mirrored_pixels(queries[0]))
         about = Measured(
             protocol={
                 "l2": self.protocol.l2,
                 "l2_neighbours": min(NUM_NEIGHBOURS, num_training),
                 "l2_pixels": sets.pixels,
             },
-            searches={"l2": self.protocol.search(training)},
+            searches={"l2": self.protocol.search(training.vectors)},
         )
         if num_training < 2:
             return about | missing(self.metrics, "needs two training images")
-        found = nearest_l2(generated, training, NUM_NEIGHBOURS, progress=True, **self.protocol.search_options)
-        ratios, gu_ratios = (l2_ratio(*found, training, protocol) for protocol in (self.protocol.l2, "gu"))
+        search = partial(
+            nearest_l2,
+            references=training.vectors,
+            k=NUM_NEIGHBOURS,
+            owners=training.owners,
+            progress=True,
+            **self.protocol.search_options,
+        )
+        found = nearest_of_both(search, queries, training.owners, NUM_NEIGHBOURS)
+        ratios, gu_ratios = (l2_ratio(*found, training.vectors, protocol) for protocol in (self.protocol.l2, "gu"))
         few = (
             f"MQ compares with all {num_training} training images, which are fewer than {NUM_NEIGHBOURS}: l2 ratios "
             "are higher than with more",

@@ -1,9 +1,13 @@
 """Similarity of whole images to the nearest training image: Sim Score (eq. 14), mean, and copy rate."""
 
+import functools
+
 import numpy as np
 import torch
 
+from ..features import Several
 from ..neighbours import most_similar
+from ..views import best_of
 from .base import ImageSets, Kind, Measured, Metric, Values, mean, missing
 from .intervals import as_float64
 
@@ -41,13 +45,15 @@ class Similarity(Kind):
     metrics = (SIM_SCORE, SIM_MEAN, COPY_RATE, NUM_COPIED, TRAINING_SIM_SCORE)
 
     def measure(self, sets: ImageSets) -> Measured:
-        generated, training = (x.features["descriptor"] for x in (sets.generated, sets.training))
         names = sets.training.images.names
+        training = sets.training.several.get("views") or Several.of_one(sets.training.features["descriptor"])
         copy_threshold = self.protocol.copy_threshold(self.descriptor)
-        similarity, nearest = (x[:, 0] for x in most_similar(generated, training, **self.protocol.search_options))
+        search = functools.partial(most_similar, references=training.vectors, **self.protocol.search_options)
+        similarity, rows, _ = best_of(search, sets.generated.both_ways("descriptor"))
+        nearest = training.owners[rows]
         copies = is_copy(similarity, copy_threshold)
         scores = SIM_SCORE.of(similarity) | SIM_MEAN.of(similarity) | COPY_RATE.of(copies)
-        search = self.protocol.search(training)
+        searched = self.protocol.search(training.vectors)
         return Measured(
             scores | NUM_COPIED.of(nearest[copies.bool()]),
             columns={
@@ -55,17 +61,17 @@ class Similarity(Kind):
                 "nearest": [names[i] for i in nearest],
                 "copy": copies.bool().tolist(),
             },
-            protocol={"copy_similarity": copy_threshold, "neighbours": search},
-            searches={"descriptor": search},
+            protocol={"copy_similarity": copy_threshold, "neighbours": searched},
+            searches={"descriptor": searched},
         ) | self._background(training, names)
 
-    def _background(self, training: torch.Tensor, names: list[str]) -> Measured:
-        """The similarity of each training image to its nearest other one."""
-        if len(training) < 2:
+    def _background(self, training: Several, names: list[str]) -> Measured:
+        """The similarity of each training image, as its middle view shows it, to the nearest other one."""
+        if len(names) < 2:
             unknown = {"file_name": names, "similarity": [None], "nearest": [None]}
             return missing([TRAINING_SIM_SCORE], "needs two training images", background=unknown)
         notes: tuple[str, ...] = ()
-        rows = groups = torch.arange(len(training))
+        rows = torch.arange(len(names))
         if len(rows) > BACKGROUND_SAMPLES:
             generator = torch.Generator().manual_seed(0)
             rows = torch.randperm(len(rows), generator=generator)[:BACKGROUND_SAMPLES].sort().values
@@ -73,8 +79,9 @@ class Similarity(Kind):
                 "the similarity of training images to one another was measured on a random sample of "
                 f"{BACKGROUND_SAMPLES:,} of them",
             )
-        found = most_similar(training[rows], training, groups=(rows, groups), **self.protocol.search_options)
-        similarity, nearest = (x[:, 0] for x in found)
+        groups, options = (rows, training.owners), self.protocol.search_options
+        found = most_similar(training.middle()[rows], training.vectors, groups=groups, **options)
+        similarity, nearest = found[0][:, 0], training.owners[found[1][:, 0]]
         background = {
             "file_name": [names[i] for i in rows],
             "similarity": similarity.tolist(),
