@@ -41,7 +41,7 @@ def write_runs(folder: Path, seed: int, controls: bool) -> Path:
     for key in ("train", "reference", "prompts", "output"):
         config[key] = str(folder / Path(config[key]).relative_to("runs/demo"))
     fresh = load_images(folder / "fresh", "folder").select(range(NUM_IMAGES))
-    calibration = calibrate(pixel_descriptor(), load_images(folder / "pictures", "folder"), fresh)
+    calibration = calibrate(pixel_descriptor(), load_images(folder / "pictures", "folder"), fresh, views=None)
     write_json(folder / "calibration.json", asdict(calibration))
     print(calibration.sentence)
     config["score"]["copy_similarity"] = calibration.copy_similarity

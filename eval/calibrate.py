@@ -12,10 +12,10 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import Extractor, Several, embed, first_of_each
+from .features import Extractor, Several, embed
 from .image_sets import ImageSet
 from .neighbours import most_similar
-from .views import Mirrored, Views, best_of, spacing_of
+from .views import ALL_VIEWS, Views, Whole, best_of
 
 NEAR_DUPLICATE = 0.95  # training images that are more alike are taken for one picture in two versions
 MOST_COMPARED = 10_000  # training images that are compared with all others: enough for the last percent
@@ -71,7 +71,7 @@ def calibrate(
     innocent: ImageSet | None = None,
     false_positives: float = 0.01,
     cache: Path | None = None,
-    views: Views = Views(),  # noqa: B008: frozen
+    views: Views | None = ALL_VIEWS,
 ) -> Calibration:
     """Measure the copy threshold of a descriptor, with the comparison that an audit makes.
 
@@ -81,7 +81,7 @@ def calibrate(
             captions. None: the training images themselves, each compared with the others.
         false_positives: share of innocent images that may exceed the threshold, more than 0 and less than 1.
         cache: folder where features are kept.
-        views: what training may show of an image, by default all.
+        views: what training may show of an image, by default all; None: whole images are compared.
 
     Raises:
         UsageError: there are too few innocent images for this share, or no image can be used.
@@ -89,20 +89,18 @@ def calibrate(
     if not 0 < false_positives < 1:
         raise UsageError(f"`false_positives` {false_positives}: must be more than 0 and less than 1")
 
-    crops = views.crops(descriptor, spacing_of(descriptor))
-    training_extractors: dict[str, Extractor] = {"descriptor": descriptor, "views": crops}
-    known = embed(training.files(), training_extractors, cache, desc="Describing training images")
-    distinct = known.select(first_of_each(known.features))
+    whole: dict[str, Extractor] = {"views": Whole(descriptor)}
+    of_training = views.of_training(descriptor) if views else whole
+    known = embed(training.files(), of_training, cache, desc="Describing training images")
+    distinct = known.distinct()
     shown = distinct.several["views"]
     if innocent is None:
         similarity = _among_themselves(shown, descriptor.device)
     else:
-        extractors: dict[str, Extractor] = {"descriptor": descriptor}
-        if views.mirrored:
-            extractors["descriptor_mirrored"] = Mirrored(descriptor)
-        others = embed(innocent.files(), extractors, cache, desc="Describing innocent images")
+        of_others = views.of_others(descriptor) if views else whole
+        others = embed(innocent.files(), of_others, cache, desc="Describing innocent images")
         search = partial(most_similar, references=shown.vectors, device=descriptor.device)
-        similarity = best_of(search, others.both_ways("descriptor"))[0]
+        similarity = best_of(search, others.both_ways())[0]
     near = similarity > NEAR_DUPLICATE
     kept = similarity if innocent is not None else similarity[~near]
     if len(kept) * false_positives < 1:

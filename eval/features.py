@@ -135,7 +135,7 @@ class Vectors:
             if vectors.ndim == 1:
                 self.rows = np.empty((self.num_images, len(vectors)), vectors.dtype)
             else:
-                self.file = tempfile.TemporaryFile()  # noqa: SIM115: it lives as long as the tensor
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the tensor)
         if self.rows is not None:
             self.rows[len(self.counts)] = vectors
             self.counts.append(1)
@@ -179,6 +179,11 @@ class Several:
         """One vector of each of R images."""
         return cls(vectors, torch.arange(len(vectors)))
 
+    @classmethod
+    def of_each(cls, vectors: torch.Tensor) -> "Several":
+        """V vectors of each of M images, (M, V, D)."""
+        return cls(vectors.flatten(0, 1), torch.arange(len(vectors)).repeat_interleave(vectors.shape[1]))
+
     @property
     def counts(self) -> torch.Tensor:
         """How many of each image: (M,)."""
@@ -188,6 +193,14 @@ class Several:
     def starts(self) -> torch.Tensor:
         """The row of the first of each image: (M,)."""
         return self.counts.cumsum(0) - self.counts
+
+    def best(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values (R,) of the vectors, the row of the highest of each image: (M,)."""
+        return self.starts + torch.stack([of_image.argmax() for of_image in values.split(self.counts.tolist())])
+
+    def last(self) -> torch.Tensor:
+        """The last one of each image: (M, D)."""
+        return self.vectors[self.starts + self.counts - 1]
 
     def middle(self) -> torch.Tensor:
         """The middle one of each image, as a generated image would show it: (M, D)."""
@@ -230,13 +243,24 @@ class Embedded:
             self.skipped,
         )
 
-    def both_ways(self, name: str) -> list[torch.Tensor]:
-        """The features (M, D) of the images, and those of their mirror images if they were computed too."""
-        return [self.features[key] for key in (name, f"{name}_mirrored") if key in self.features]
+    def both_ways(self) -> list[Several]:
+        """The views of the images, and those of their mirror images if they were computed too."""
+        return [self.several[name] for name in ("views", "views_mirrored") if name in self.several]
 
     def content_groups(self) -> torch.Tensor:
-        """int64 (M,): the same for images with the same features."""
-        return torch.tensor(_first_with_same(self.features))
+        """int64 (M,): of each image the index of the first one that looks the same to all extractors."""
+        wholes = [views.last() for name, views in self.several.items() if name == "views"]
+        seen: dict[bytes, int] = {}
+        groups = []
+        for index, vectors in enumerate(zip(*self.features.values(), *wholes, strict=True)):
+            key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
+            groups.append(seen.setdefault(key, index))
+        return torch.tensor(groups)
+
+    def distinct(self) -> "Embedded":
+        """The first of each group of images that look the same."""
+        groups = self.content_groups()
+        return self.select((groups == torch.arange(len(groups))).nonzero()[:, 0].tolist())
 
     def content(self) -> str:
         """A hash of the images' files that does not depend on their names and order."""
@@ -358,21 +382,6 @@ def _in_stacks(extractor: Extractor, images: dict[bytes, torch.Tensor]) -> dict[
     for keys in sizes.values():
         vectors = extractor(torch.stack([images[key] for key in keys])).cpu().numpy()
         found |= dict(zip(keys, vectors, strict=True))
-    return found
-
-
-def first_of_each(features: dict[str, torch.Tensor]) -> list[int]:
-    """The indices of the images whose features differ from those of all images before them."""
-    return [index for index, first in enumerate(_first_with_same(features)) if first == index]
-
-
-def _first_with_same(features: dict[str, torch.Tensor]) -> list[int]:
-    """Of each image the index of the first one with the same features."""
-    seen: dict[bytes, int] = {}
-    found = []
-    for index, vectors in enumerate(zip(*features.values(), strict=True)):
-        key = hashlib.blake2b(b"".join(vector.numpy().tobytes() for vector in vectors), digest_size=16).digest()
-        found.append(seen.setdefault(key, index))
     return found
 
 

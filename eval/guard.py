@@ -19,10 +19,10 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import embed
+from .features import Several, embed
 from .image_sets import ImageSet, to_tensor
 from .neighbours import most_similar
-from .views import Views, best_of, spacing_of
+from .views import ALL_VIEWS, Views, best_of
 
 FORMAT = 2  # of a saved index
 PER_PROMPT = {
@@ -55,7 +55,7 @@ class TrainingIndex:
         descriptor: Descriptor,
         cache: Path | None = None,
         batch_size: int = 32,
-        views: Views = Views(),  # noqa: B008: frozen
+        views: Views = ALL_VIEWS,
     ) -> "TrainingIndex":
         """The index of a set of images; those that cannot be read are left out.
 
@@ -63,8 +63,7 @@ class TrainingIndex:
             cache: folder for features.
             views: what training may have shown of them, by default all.
         """
-        crops = views.crops(descriptor, spacing_of(descriptor))
-        described = embed(images, {"views": crops}, cache, batch_size, desc="Describing training images")
+        described = embed(images, views.of_training(descriptor), cache, batch_size, desc="Describing training images")
         found = described.several["views"]
         names = [described.images.names[owner] for owner in found.owners.tolist()]
         return cls(found.vectors, names, descriptor.identity, views.mirrored)
@@ -187,9 +186,10 @@ class SimilarityGuard:
     def _compare(self, images: Sequence[Image.Image]) -> tuple[list[float], list[str]]:
         """Similarity to the nearest training image, and its name, of each PIL image."""
         drawn = torch.stack([to_tensor(image.convert("RGB")) for image in images])
-        both_ways = [drawn, drawn.flip(3)] if self.index.mirrored else [drawn]
+        extractors = Views(mirrored=self.index.mirrored).of_others(self.descriptor)
+        queries = [Several.of_each(extractor(drawn)) for extractor in extractors.values()]
         search = partial(most_similar, references=self.index.vectors, index="exact", device=self.descriptor.device)
-        similarity, rows, _ = best_of(search, [self.descriptor(each) for each in both_ways])
+        similarity, rows = best_of(search, queries)
         return similarity.tolist(), [self.index.names[row] for row in rows]
 
 

@@ -17,11 +17,11 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor, load_descriptor
 
-from .features import Embedded, Extractor, Pixels, Size, embed, first_of_each
+from .features import Embedded, Extractor, Pixels, Size, embed
 from .image_sets import ImageSet, load_images, unusable
 from .metrics import KINDS, ImageSets, Kind, Measured
 from .protocol import Protocol
-from .views import PIXEL_SPACING, Mirrored, Views, spacing_of
+from .views import Mirrored, Views, Whole
 
 __all__ = ["BACKGROUND", "NEAREST", "SCORES", "Protocol", "Tools", "images_of", "load_scores", "score"]
 
@@ -59,27 +59,26 @@ class Tools:
 
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
-        always: dict[str, Extractor] = {"descriptor": self.descriptor, "pixels": pixels, "size": Size()}
+        always: dict[str, Extractor] = {"pixels": pixels, "size": Size()}
         return always | _merged(kind.extractors for kind in self.kinds)
 
     def training_extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of training images only."""
         if self.views is None:
-            return {}
-        found: dict[str, Extractor] = {"views": self.views.crops(self.descriptor, spacing_of(self.descriptor))}
-        if self.protocol.l2 != "paper":
-            found["pixel_views"] = self.views.crops(pixels, PIXEL_SPACING, whole=False)
-        return found
+            return {"views": Whole(self.descriptor)}
+        views = self.views.of_training(self.descriptor)
+        return views if self.protocol.l2 == "paper" else views | {"pixel_views": self.views.crops_of_pixels(pixels)}
 
     @property
     def generated_extractors(self) -> dict[str, Extractor]:
         """What is computed of generated images only."""
-        mirrored: dict[str, Extractor] = {}
-        if self.views is not None and self.views.mirrored:
+        own = _merged(kind.generated_extractors for kind in self.kinds)
+        if self.views is None:
+            return own | {"views": Whole(self.descriptor)}
+        if self.views.mirrored:
             several = _merged(kind.extractors for kind in self.kinds if kind.mirrors)
-            mirrored = {f"{name}_mirrored": Mirrored(one) for name, one in several.items()}
-            mirrored["descriptor_mirrored"] = Mirrored(self.descriptor)
-        return mirrored | _merged(kind.generated_extractors for kind in self.kinds)
+            own |= {f"{name}_mirrored": Mirrored(one) for name, one in several.items()}
+        return own | self.views.of_others(self.descriptor)
 
     @property
     def reference_extractors(self) -> dict[str, Extractor]:
@@ -166,7 +165,7 @@ def _describe(
     generated_features = describe(
         generated, extractors | tools.generated_extractors, desc="Describing generated images"
     )
-    distinct_features = training_features.select(first_of_each(training_features.features))
+    distinct_features = training_features.distinct()
     searched_features = distinct_features if protocol.distinct else training_features
     reference_features, reference_name = searched_features, "train"
     if reference is not None:

@@ -1,7 +1,7 @@
 """Views: what training may have shown of an image besides the image as a whole.
 
-A random crop shows any part along the long side, and a random flip the mirror image. A model that reproduces what it was
-shown draws these, so generated images, as they are and mirrored, are compared with crops of the training images too.
+A random crop shows any part along the long side, and a random flip the mirror image. A model that reproduces what it
+was shown draws these, so generated images, as they are and mirrored, are compared with crops of the training images.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import Extractor
+from .features import Extractor, Several
 
 # Distance between neighbouring crops, as a share of the small edge. Pixels of a crop that lies half of this away must
 # still be found (docs/evaluation.md has the measurements); networks tolerate larger shifts.
@@ -42,8 +42,24 @@ class Views:
         return {"crops": "random" if self.random_crop else "centre", "mirrored": self.mirrored}
 
     def crops(self, extractor: Extractor, spacing: float, whole: bool = True) -> "Crops":
-        """The extractor on the crops of an image."""
+        """The extractor on what training may have shown of an image, not mirrored."""
         return Crops(extractor, spacing if self.random_crop else None, whole)
+
+    def crops_of_pixels(self, pixels: Extractor) -> "Crops":
+        """The same for l2 distances, for which only squares can be compared."""
+        return self.crops(pixels, PIXEL_SPACING, whole=False)
+
+    def of_training(self, descriptor: Descriptor) -> dict[str, Extractor]:
+        """What is computed of training images."""
+        return {"views": self.crops(descriptor, spacing_of(descriptor))}
+
+    def of_others(self, descriptor: Descriptor) -> dict[str, Extractor]:
+        """What is computed of images that are compared with them: of the centre and the whole, perhaps mirrored too."""
+        crops = Crops(descriptor, None)
+        return {"views": crops} | ({"views_mirrored": Mirrored(crops)} if self.mirrored else {})
+
+
+ALL_VIEWS = Views()
 
 
 def spacing_of(descriptor: Descriptor) -> float:
@@ -66,7 +82,8 @@ class Crops:
     Args:
         extractor: describes a crop by D values.
         spacing: at most between neighbouring crops, as a share of the small edge; None: only the crop at the centre.
-        whole: whether an image that is not square is described as a whole too, after the crops.
+        whole: whether an image that is not square is described as a whole too, after the crops; the last vector of an
+            image is then that of the whole.
     """
 
     extractor: Extractor
@@ -80,15 +97,27 @@ class Crops:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
         side, long = sorted((height, width))
-        if self.spacing is None:
-            starts = [(long - side) // 2]
-        else:
-            starts = places(long, side, self.spacing * side)
+        centre = [round((long - side) / 2)]  # as torchvision
+        starts = centre if self.spacing is None else places(long, side, self.spacing * side)
         wide = width > height
         crops = [images[..., s : s + side] if wide else images[..., s : s + side, :] for s in starts]
         if self.whole and side != long:
             crops.append(images)
         return torch.stack([self.extractor(crop) for crop in crops], dim=1)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An extractor on whole images, as the only view of each: (N, 1, D)."""
+
+    extractor: Extractor
+
+    @property
+    def identity(self) -> dict:
+        return {"whole": self.extractor.identity}
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.extractor(images)[:, None]
 
 
 @dataclass(frozen=True)
@@ -112,21 +141,25 @@ def mirrored_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def best_of(
-    search: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], queries: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    search: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], queries: list[Several]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The most similar reference of each image, whichever way round the image is.
 
     Args:
         search: vectors (N, D) -> similarities and rows (N, 1).
-        queries: vectors of the images as they are, and perhaps of their mirror images, each (N, D).
+        queries: vectors of M images as they are, and perhaps of their mirror images.
 
     Returns:
-        Similarities (N,), rows (N,), and which of ``queries`` it was (N,).
+        Similarities (M,) and rows (M,).
     """
-    found = [search(query) for query in queries]
-    similarity, rows = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
-    best = similarity.max(dim=1)
-    return best.values, rows.gather(1, best.indices[:, None])[:, 0], best.indices
+    best_similarity, best_rows = [], []
+    for query in queries:
+        similarity, rows = (found[:, 0] for found in search(query.vectors))
+        best = query.best(similarity)
+        best_similarity.append(similarity[best])
+        best_rows.append(rows[best])
+    similarity, way = torch.stack(best_similarity).max(dim=0)
+    return similarity, torch.stack(best_rows).gather(0, way[None])[0]
 
 
 def nearest_of_both(

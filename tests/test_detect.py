@@ -199,5 +199,5 @@ def test_an_unreadable_training_image_does_not_stop_the_index(tmp_path):
     folder = write_folder(tmp_path / "train", 3)
     (folder / "001_0.png").write_bytes(b"")
     index = TrainingIndex.build(load_images(folder, "train"), pixel_descriptor())
-    assert index.names == ["000_0.png", "002_0.png"]
+    assert set(index.names) == {"000_0.png", "002_0.png"}
     assert isinstance(Image.open(folder / "000_0.png"), Image.Image)

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.eval.features import Pixels
+from ietagc_diffusers.eval.features import Pixels, Several
 from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_distances
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScorer, clip_scores
 from ietagc_diffusers.eval.metrics.frechet import PooledPixels, frechet_distance, kernel_distance, load_inception
 from ietagc_diffusers.eval.metrics.intervals import bootstrap_interval, wilson_interval
 from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorized_quantity
-from ietagc_diffusers.eval.features import Several
 from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_crops
 from ietagc_diffusers.eval.metrics.similarity import is_copy, sim_score
 from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
@@ -271,11 +270,6 @@ def scene(seed, logo=None, at=(0, 0)):
     return (image * 255).to(torch.uint8)
 
 
-def crops_of(patches, images):
-    vectors = patches(images)
-    return Several(vectors.flatten(0, 1), torch.arange(len(images)).repeat_interleave(vectors.shape[1]))
-
-
 def test_an_object_copied_into_another_scene_is_found():
     logo = (
         torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(99)).repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -283,7 +277,9 @@ def test_an_object_copied_into_another_scene_is_found():
     training = torch.stack([scene(n) for n in range(8)] + [scene(8, logo, (0, 32))])
     generated = torch.stack([scene(20, logo, (32, 0)), scene(21)])
     patches = PatchDescriptor(pixel_descriptor())
-    similarity, image, crop, of_training = most_similar_crops(crops_of(patches, generated), crops_of(patches, training))
+    similarity, image, crop, of_training = most_similar_crops(
+        Several.of_each(patches(generated)), Several.of_each(patches(training))
+    )
     assert similarity[0] > 0.999 and image[0] == 8
     assert (crop[0], of_training[0]) == (6, 2)  # bottom left, top right of a 3 x 3 grid
     assert similarity[1] < 0.99
@@ -295,7 +291,7 @@ def test_flat_crops_are_similar_to_nothing_and_an_image_not_to_itself():
     patches = PatchDescriptor(pixel_descriptor(), grid=2)
     flat = torch.full((1, 3, 40, 40), 200, dtype=torch.uint8)
     assert not patches(flat).any()
-    training = crops_of(patches, torch.stack([scene(n) for n in range(6)]))
+    training = Several.of_each(patches(torch.stack([scene(n) for n in range(6)])))
     own = torch.arange(6)
     similarity, image, *_ = most_similar_crops(training, training, (own, own))
     assert (image != torch.arange(6)).all() and (similarity < 0.999).all()

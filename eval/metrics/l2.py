@@ -93,7 +93,7 @@ class L2(Kind):
         training = Several.of_one(sets.training.features["pixels"])
         if "pixel_views" in sets.training.several:
             training = sets.training.several["pixel_views"]
-            if "descriptor_mirrored" in sets.generated.features:
+            if "views_mirrored" in sets.generated.several:
                 queries.append(mirrored_pixels(queries[0]))
         about = Measured(
             protocol={

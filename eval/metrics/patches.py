@@ -106,10 +106,9 @@ def most_similar_crops(
     """
     of_crops = groups and (groups[0][generated.owners], groups[1][training.owners])
     found, rows = (x[:, 0] for x in most_similar(generated.vectors, training.vectors, groups=of_crops, **options))
-    starts, counts = generated.starts, generated.counts
-    best = starts + torch.stack([of_image.argmax() for of_image in found.split(counts.tolist())])
+    best = generated.best(found)
     owners = training.owners[rows[best]]
-    return found[best], owners, best - starts, rows[best] - training.starts[owners]
+    return found[best], owners, best - generated.starts, rows[best] - training.starts[owners]
 
 
 class Patches(Kind):
@@ -174,7 +173,7 @@ class Patches(Kind):
             rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:BACKGROUND_SAMPLES]
         crops, search = training.several["patches"], self.protocol.search_options
         among = most_similar_crops(crops.select(rows.tolist()), crops, (groups[rows], groups), **search)[0]
-        whole = training.features["descriptor"]
+        whole = training.several["views"].last()
         similar_as_a_whole = most_similar(whole[rows], whole, groups=(groups[rows], groups), **search)[0][:, 0]
         usual = among[similar_as_a_whole <= copy_threshold].sort().values[:-2]
         if len(usual):

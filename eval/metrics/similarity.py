@@ -46,10 +46,10 @@ class Similarity(Kind):
 
     def measure(self, sets: ImageSets) -> Measured:
         names = sets.training.images.names
-        training = sets.training.several.get("views") or Several.of_one(sets.training.features["descriptor"])
+        training = sets.training.several["views"]
         copy_threshold = self.protocol.copy_threshold(self.descriptor)
         search = functools.partial(most_similar, references=training.vectors, **self.protocol.search_options)
-        similarity, rows, _ = best_of(search, sets.generated.both_ways("descriptor"))
+        similarity, rows = best_of(search, sets.generated.both_ways())
         nearest = training.owners[rows]
         copies = is_copy(similarity, copy_threshold)
         scores = SIM_SCORE.of(similarity) | SIM_MEAN.of(similarity) | COPY_RATE.of(copies)

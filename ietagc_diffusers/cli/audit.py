@@ -47,6 +47,8 @@ def run(args: Namespace) -> int:
     state, device = common.processes(common.device_of(args))
     training, reference = common.training_images(args), common.reference_images(args)
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
+    if args.views is None and args.protocol is None:
+        args.views = "training"
     protocol = common.protocol_of(args, device)
     # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
     tools = Tools(protocol) if state.is_main_process else None

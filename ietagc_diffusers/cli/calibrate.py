@@ -32,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="share of innocent images that may exceed the threshold; default: 0.01",
     )
     common.add_descriptor(parser)
+    common.add_views(parser)
     parser.add_argument("--output", default="calibration.json", metavar="FILE", help="default: calibration.json")
     common.add_device(parser)
 
@@ -40,12 +41,14 @@ def run(args: Namespace) -> None:
     check_output(args.output, "output", file=True)
     from ietagc_diffusers.eval.calibrate import calibrate
     from ietagc_diffusers.eval.image_sets import load_images
+    from ietagc_diffusers.eval.views import ALL_VIEWS
     from ietagc_diffusers.sscd import load_descriptor
 
     training = load_images(args.train, "train", args.image_column)
     innocent = load_images(args.innocent, "innocent", args.image_column) if args.innocent else None
     descriptor = load_descriptor(args.descriptor, args.protocol, common.device_of(args))
-    result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args))
+    views = None if args.views == "image" else ALL_VIEWS
+    result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args), views)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, {"version": __version__} | asdict(result))
     print(f"{result.sentence} ({args.output})")

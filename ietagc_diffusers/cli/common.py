@@ -64,6 +64,15 @@ def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
     group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
 
 
+def add_views(group: ArgumentParser | _ArgumentGroup) -> None:
+    group.add_argument(
+        "--views",
+        choices=["training", "image"],
+        help="compare with all that training may have shown of an image, crops and mirror images (training), or only "
+        "with the image, as the papers do (image); default: training, but image with a protocol of a paper",
+    )
+
+
 def add_scoring(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("scoring")
     add_descriptor(group)
@@ -86,6 +95,7 @@ def add_scoring(parser: ArgumentParser) -> None:
     group.add_argument("--fid_antialias", action="store_true", help="shrink with antialiasing (torchmetrics' default)")
     group.add_argument("--reference", metavar="DIR|ID", help="images for the Fréchet distance; default: --train")
     group.add_argument("--patches", action="store_true", help="also compare crops with crops, to find local copies")
+    add_views(group)
     group.add_argument("--distinct", action="store_true", help="count exact duplicates among training images once")
     group.add_argument(
         "--index", default="auto", choices=["auto", "exact", "faiss"], help="nearest-neighbour search; default: auto"
@@ -184,6 +194,7 @@ def protocol_of(args: Namespace, device: str) -> "Protocol":
         fid=args.fid,
         fid_antialias=args.fid_antialias,
         patches=args.patches,
+        views=args.views,
         distinct=args.distinct,
         index=args.index,
         device=device,

@@ -1,0 +1,30 @@
+"""By hand: what training may show of a picture."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ietagc_diffusers.eval.image_sets import to_tensor
+
+
+def crops(picture: Image.Image, apart: float | None) -> list[Image.Image]:
+    """Squares along the long side, from end to end, at most so many pixels apart; None: the one at the centre."""
+    side, room = min(picture.size), max(picture.size) - min(picture.size)
+    starts = [round(room / 2)]
+    if apart is not None:
+        few = next(n for n in range(1, 1000) if (n == 1 and not room) or (n > 1 and room / (n - 1) <= apart))
+        starts = [round(start) for start in np.linspace(0, room, few)]
+    wide = picture.width > picture.height
+    return [picture.crop((s, 0, s + side, side) if wide else (0, s, side, s + side)) for s in starts]
+
+
+def similarity(drawn: Image.Image, picture: Image.Image, descriptor, apart: float, mirrored: bool = True) -> float:
+    """The highest similarity of an image, either way round, to the picture or to one of its crops."""
+
+    def vector(image):
+        return descriptor(to_tensor(image)[None])[0].double()
+
+    drawn = [drawn, *crops(drawn, None)]
+    ours = torch.stack([vector(x) for x in [*drawn, *map(ImageOps.mirror, drawn)][: len(drawn) * (1 + mirrored)]])
+    theirs = torch.stack([vector(shown) for shown in [picture, *crops(picture, apart)]])
+    return float((ours @ theirs.T).max())
