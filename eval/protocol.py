@@ -10,12 +10,12 @@ from ietagc_diffusers.sscd import Descriptor
 from ietagc_diffusers.sscd.descriptor import protocol_of
 
 from .image_sets import MIN_EDGE
-from .neighbours import GIB, uses_faiss
+from .neighbours import GIB
 
 CHOICES = {
     "l2": ("iet-agc", "paper"),
     "clip_preprocess": (None, "own", "dcr"),
-    "index": ("auto", "exact", "faiss"),
+    "index": ("exact", "faiss"),
 }
 
 
@@ -58,7 +58,7 @@ class Protocol:
     fid_antialias: bool = False
     patches: bool = False
     distinct: bool = False
-    index: str = "auto"
+    index: str = "exact"
     device: str = "cpu"
     batch_size: int = 32
     max_memory: int = 2 * GIB
@@ -91,4 +91,4 @@ class Protocol:
 
     def search(self, vectors: torch.Tensor) -> str:
         """How the neighbours among these vectors are found: ``exact`` or ``faiss``."""
-        return "faiss" if uses_faiss(self.index, vectors, self.max_memory) else "exact"
+        return self.index
