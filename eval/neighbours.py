@@ -1,20 +1,23 @@
 """Exact nearest neighbours by chunked matrix products, in bounded memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 MARGIN = 8  # candidates beyond k: rounding of the expanded square can swap neighbours that are nearly tied
+# An expanded square is the difference of sums; where it is a smaller share of them than this, rounding shows in it.
+# Above, the rounding of float32 products (about 1e-6 of the sums) changes a distance by 1e-5 of itself at most.
+CANCELS = 1 / 16
 QUERY_CHUNK = 1024
-FAISS_FROM = 300_000
-FAISS_PROBES = 64
-FAISS_POINTS = 39  # training points for each list, the fewest without a warning of FAISS
-CACHE = 2**23  # bytes that fit into a core's cache, where measuring is several times as fast
+PAIRS = 2**18  # pairs of vectors that are listed at a time
+BLOCK = 32  # columns that stand together when the best are sought
+CACHE = 2**19  # bytes that fit into a core's cache, where passes over them are several times as fast
 GIB = 2**30
 
 Found = tuple[torch.Tensor, torch.Tensor]
+Groups = tuple[torch.Tensor, torch.Tensor]
 
 
 def nearest_l2(
@@ -23,41 +26,45 @@ def nearest_l2(
     k: int = 1,
     max_memory: int = 2 * GIB,
     device: str | torch.device = "cpu",
-    index: str = "auto",
+    index: str = "exact",
     progress: bool = False,
+    owners: torch.Tensor | None = None,
 ) -> Found:
     """The k nearest references of each query in l2.
 
-    Candidates come from the expanded square ||r||^2 - 2 q.r of vectors centred on the references' mean. There a
-    duplicate's distance can still round to more than 0, so candidates are measured again by subtraction.
+    Candidates come from the expanded square ||q||^2 + ||r||^2 - 2 q.r of vectors centred on the references. There a
+    duplicate's distance can round to more than 0, so distances that are small beside the vectors are measured again by
+    subtraction.
 
     Args:
         queries: (N, D), references: (M, D), float32 or uint8; uint8 counts as value / 255.
-        k: number of neighbours; with fewer references all of them.
+        k: number of neighbours; with fewer references (or owners) all of them.
         max_memory: bytes of working memory, in addition to inputs and results.
-        index: ``exact``; ``faiss``: candidates from an inverted file in memory, which can miss neighbours; ``auto``:
-            FAISS for 300,000 references or more, if it is installed and its copy of them fits into ``max_memory``.
+        index: ``exact``; ``faiss``: candidates from an inverted file, which can miss neighbours, see
+            ``eval.approximate``.
         progress: whether a progress bar is shown.
+        owners: (M,) int64, not decreasing: what each reference is a view of. The neighbours of a query are then of k
+            different owners, each by its nearest row.
 
     Returns:
-        Distances float32 (N, k), ascending, and indices (N, k), on the CPU.
+        Distances float32 (N, k), ascending, right to about 1e-5 of themselves, and indices of rows (N, k), on the CPU.
 
     Raises:
         ImportError: ``faiss`` was asked for and is not installed.
+        ValueError: ``owners`` decrease, or are not one for each reference.
     """
-    centre = _mean(references, max_memory)
+    ranges = None if owners is None else Owners.of(owners, len(references))
+    search = Search(queries, references, k + MARGIN, max_memory, device, ranges, _centre(references), progress)
+    if index == "faiss":
+        from .approximate import candidates
 
-    def exact(queries: torch.Tensor) -> torch.Tensor:
-        def offset(chunk):
-            return chunk.pow(2).sum(dim=1) / -2  # max of q.r - ||r||^2 / 2 is min of ||q - r||
-
-        return _chunked(queries, references, k + MARGIN, offset, centre, max_memory, device, progress)[0]
-
-    if uses_faiss(index, references, max_memory):
-        candidates = _faiss_candidates(queries, references, k + MARGIN, centre, exact)
+        rows = candidates(search)
+        squared = torch.full(rows.shape, -1.0)  # not known
     else:
-        candidates = exact(queries)
-    return _measured(queries, references, candidates, k, max_memory, device)
+        rows, squared = search.best()
+    search.refine(rows, squared)
+    distances, rows = best_of_owners(squared.neg_(), rows, ranges, k)
+    return distances.neg_().clamp_(min=0).sqrt_(), rows
 
 
 def most_similar(
@@ -65,163 +72,274 @@ def most_similar(
     references: torch.Tensor,
     k: int = 1,
     exclude_self: bool = False,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    groups: Groups | torch.Tensor | None = None,
     max_memory: int = 2 * GIB,
     device: str | torch.device = "cpu",
-    index: str = "auto",
+    index: str = "exact",
+    owners: torch.Tensor | None = None,
 ) -> Found:
     """The k most similar references of each query by dot product, which for unit vectors is the cosine.
 
     Args:
-        exclude_self: queries are the references, and none is its own neighbour.
-        groups: (N,) and (M,) integers; references of a query's own group are not its neighbours. Such a search is
-            always exact.
+        exclude_self: queries are the references, and none is its own neighbour, nor its owner's rows.
+        groups: (N,) and (M,) integers; references of a query's own group are not its neighbours. With ``owners`` it
+            may be (N,) only: the owner that each query belongs to. Such a search is always exact.
 
     Other arguments as for ``nearest_l2``.
 
     Returns:
-        Similarities float32 (N, k), descending, and indices (N, k), on the CPU.
+        Similarities float32 (N, k), descending, and indices of rows (N, k), on the CPU. Where ``groups`` leave a query
+        fewer than k neighbours, the last similarities are -inf.
     """
+    ranges = None if owners is None else Owners.of(owners, len(references))
     if exclude_self:
-        groups = (torch.arange(len(queries)), torch.arange(len(references)))
+        own = torch.arange(len(references)) if owners is None else owners
+        groups = own, own
+    elif isinstance(groups, torch.Tensor):
+        if owners is None:
+            raise ValueError("groups of the queries only need owners to compare with")
+        groups = groups, owners
+    search = Search(queries, references, k, max_memory, device, ranges, groups=groups)
+    if index == "faiss" and groups is None:
+        from .approximate import candidates
 
-    def exact(queries: torch.Tensor) -> Found:
-        return _chunked(queries, references, k, None, None, max_memory, device, False, groups)
-
-    if groups is None and uses_faiss(index, references, max_memory):
-        found = _faiss_candidates(queries, references, k, None, lambda left: exact(left)[0])
-        return torch.einsum("nd,nkd->nk", queries, references[found]), found
-
-    indices, values = exact(queries)
-    return values, indices
-
-
-def uses_faiss(index: str, references: torch.Tensor, max_memory: int) -> bool:
-    """Whether a search with ``index`` among these references uses FAISS."""
-    fits = 4 * references.numel() <= max_memory
-    if index == "exact" or (index == "auto" and not (len(references) >= FAISS_FROM and fits)):
-        return False
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        if index == "faiss":
-            raise
-        return False
-    return True
+        rows = candidates(search)
+        pairs = zip(queries.split(QUERY_CHUNK), rows.split(QUERY_CHUNK), strict=True)
+        similarities = torch.cat([torch.einsum("nd,nkd->nk", some, references[found]) for some, found in pairs])
+        return best_of_owners(similarities, rows, ranges, k)
+    rows, similarities = search.best()
+    return similarities, rows
 
 
-def _floats(
-    vectors: torch.Tensor, centre: torch.Tensor | None = None, device: str | torch.device = "cpu"
-) -> torch.Tensor:
-    """A float32 copy on the device, minus ``centre``; bytes are divided by 255."""
-    copy = vectors.to(device, torch.float32, copy=True)
-    if vectors.dtype == torch.uint8:
-        copy.div_(255)
-    return copy if centre is None else copy.sub_(centre.to(device))
+@dataclass(frozen=True)
+class Owners:
+    """Which rows belong together: each owner's are a range.
+
+    Args:
+        of_row: (M,) the number of each row's owner, from 0.
+        first: (owners,) the first row, ``count``: (owners,) the number of rows of each.
+    """
+
+    of_row: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def of(cls, owners: torch.Tensor, num_rows: int) -> "Owners":
+        """From (M,) integers that do not decrease; otherwise ``ValueError``."""
+        if owners.shape != (num_rows,) or bool((owners[1:] < owners[:-1]).any()):
+            raise ValueError(f"owners {tuple(owners.shape)}: must be {num_rows} numbers that do not decrease")
+        _, of_row, count = owners.cpu().unique_consecutive(return_inverse=True, return_counts=True)
+        return cls(of_row, count.cumsum(0) - count, count)
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+    def rows_for(self, k: int) -> int:
+        """How many of the best rows are sure to be of ``k`` owners, where there are as many."""
+        return (k - 1) * int(self.count.max()) + 1 if k and len(self) else 0
 
 
-def _mean(vectors: torch.Tensor, max_memory: int) -> torch.Tensor:
-    rows = max(1, max_memory // (8 * vectors.shape[1]))
-    return torch.stack([_floats(chunk).sum(dim=0) for chunk in vectors.split(rows)]).sum(dim=0) / len(vectors)
+def best_of_owners(scores: torch.Tensor, rows: torch.Tensor, owners: Owners | None, k: int) -> Found:
+    """The k highest scores of (N, C) and their rows, best first; of each owner only its best row."""
+    if owners is not None:
+        ordered = scores.sort(dim=1, descending=True, stable=True)
+        scores, rows = ordered.values, rows.gather(1, ordered.indices)
+        owner = owners.of_row[rows].sort(dim=1, stable=True)
+        again = torch.zeros_like(rows, dtype=torch.bool)
+        again[:, 1:] = owner.values[:, 1:] == owner.values[:, :-1]
+        scores.masked_fill_(torch.zeros_like(again).scatter_(1, owner.indices, again), -torch.inf)
+        k = min(k, len(owners))
+    best = scores.topk(min(k, scores.shape[1]))
+    return best.values, rows.gather(1, best.indices)
+
+
+class Search:
+    """A search for the references with the highest score: q.r, or with a centre minus the squared distance.
+
+    Args:
+        k: how many references, or owners, are sought.
+        centre: (D,) what is subtracted from all vectors, for distances; None for dot products.
+
+    Other arguments as for ``nearest_l2`` and ``most_similar``.
+    """
+
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        references: torch.Tensor,
+        k: int,
+        max_memory: int,
+        device: str | torch.device,
+        owners: Owners | None,
+        centre: torch.Tensor | None = None,
+        progress: bool = False,
+        groups: Groups | None = None,
+    ):
+        self.queries, self.references, self.owners = queries, references, owners
+        self.k = min(k, len(references) if owners is None else len(owners))
+        self.max_memory, self.device, self.progress, self.groups = max_memory, torch.device(device), progress, groups
+        self.centre = None if centre is None else centre.to(device)
+
+    def floats(self, vectors: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As float32 on the device, minus the centre; bytes are divided by 255. ``out``: for all of them."""
+        if out is None:
+            out = torch.empty(vectors.shape, device=self.device)
+        rows = max(1, CACHE // (4 * max(1, vectors.shape[1]))) if self.device.type == "cpu" else max(1, len(vectors))
+        for some, into in zip(vectors.split(rows), out.split(rows), strict=True):
+            into.copy_(some)
+            if vectors.dtype == torch.uint8:
+                into.div_(255)
+            if self.centre is not None:
+                into.sub_(self.centre)
+        return out
+
+    def best(self, queries: torch.Tensor | None = None) -> Found:
+        """The rows (N, k) of the k best of ``queries``, by default of all, best first; and their dot products, or with
+        a centre their squared distances.
+
+        References are the outer loop, so that each chunk of them is converted once; the best so far of each query are
+        kept.
+        """
+        queries = self.queries if queries is None else queries
+        num_queries, dim = queries.shape
+        rows, columns = _chunk_sizes(num_queries, len(self.references), dim, self.max_memory)
+        best = torch.full((num_queries, self.k), -torch.inf)
+        indices = torch.zeros((num_queries, self.k), dtype=torch.long)
+        # Large buffers are made once: to have the system clear new ones takes longer than to fill them.
+        products = torch.empty(rows * columns, device=self.device)
+        query_buffer, buffer = (torch.empty((size, dim), device=self.device) for size in (rows, columns))
+        total = -(-num_queries // rows) * -(-len(self.references) // columns)
+        with tqdm(total=total, desc="Nearest neighbours", disable=not self.progress, leave=False) as bar:
+            for first in range(0, len(self.references), columns):
+                there = slice(first, first + columns)
+                chunk = self._converted(self.references[there], buffer)
+                # The highest q.r - ||r||^2 / 2 has the lowest ||q - r||^2.
+                added = torch.zeros(len(chunk), device=self.device)
+                if self.centre is not None:
+                    added = _squares(chunk) / -2
+                mask = None if self.groups is None else _Mask(self.groups[1][there], self.device)
+                for start in range(0, num_queries, rows):
+                    here = slice(start, start + rows)
+                    block = self._converted(queries[here], query_buffer)
+                    scores = products[: len(block) * len(chunk)].view(len(block), len(chunk))
+                    torch.addmm(added, block, chunk.T, out=scores)
+                    if mask is not None and self.groups is not None:
+                        mask.hide(scores, self.groups[0][here])
+                    values, found = (x.cpu() for x in _top(scores, self.rows_of(len(chunk))))
+                    values = torch.cat([best[here], values], dim=1)
+                    found = torch.cat([indices[here], found + first], dim=1)
+                    best[here], indices[here] = best_of_owners(values, found, self.owners, self.k)
+                    bar.update()
+        if self.centre is not None:
+            best = self._squared_lengths(queries)[:, None] - 2 * best
+        return indices, best
+
+    def rows_of(self, num_rows: int) -> int:
+        """How many of a chunk's best rows can be among the k best owners' best."""
+        return min(num_rows, self.k if self.owners is None else self.owners.rows_for(self.k))
+
+    def _converted(self, vectors: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        if self.centre is None and vectors.dtype == torch.float32 and vectors.device == self.device:
+            return vectors
+        return self.floats(vectors, buffer[: len(vectors)])
+
+    def _squared_lengths(self, vectors: torch.Tensor) -> torch.Tensor:
+        rows = max(1, CACHE // (4 * vectors.shape[1]))
+        return torch.cat([_squares(self.floats(some)).cpu() for some in vectors.split(rows)])
+
+    def squared_distances(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """By subtraction, of pairs: queries (P,) and rows of the references (P,), as indices."""
+        on_host = self.device.type == "cpu"
+        size = max(1, (CACHE if on_host else self.max_memory // 4) // (8 * self.queries.shape[1]))
+        squared = torch.empty(len(rows))  # filled in place: small results between large buffers fragment the heap
+        for start in range(0, len(rows), size):
+            here = slice(start, start + size)
+            near = self.floats(self.references[rows[here]])
+            squared[here] = _squares(near.sub_(self.floats(self.queries[queries[here]]))).cpu()
+        return squared
+
+    def refine(self, rows: torch.Tensor, squared: torch.Tensor) -> None:
+        """Replace those of the squared distances (N, C) to ``rows`` (N, C) that rounding may have spoilt, or that are
+        not known (negative), by exact ones. Where another row of the same owner is nearer, it takes the row's place.
+        """
+        lengths = self._squared_lengths(self.queries)[:, None]
+        # ||r|| is at most ||q|| + ||q - r||, so that no lengths of references have to be kept.
+        sums = lengths + (lengths.sqrt() + squared.clamp(min=0).sqrt()).square()
+        query, place = ((squared < 0) | (squared < CANCELS * sums)).nonzero(as_tuple=True)
+        if self.owners is None:
+            squared[query, place] = self.squared_distances(query, rows[query, place])
+            return
+        owner = self.owners.of_row[rows[query, place]]
+        for some in torch.arange(len(query)).split(max(1, PAIRS // int(self.owners.count.max()))):
+            which, row = _ranges(self.owners.first[owner[some]], self.owners.count[owner[some]])
+            apart = self.squared_distances(query[some][which], row)
+            nearest = torch.full((len(some),), torch.inf).scatter_reduce_(0, which, apart, "amin")
+            row = row.where(apart == nearest[which], len(self.references))
+            first = torch.full((len(some),), len(self.references)).scatter_reduce_(0, which, row, "amin")
+            squared[query[some], place[some]], rows[query[some], place[some]] = nearest, first
+
+
+class _Mask:
+    """Hides the scores of references of a query's own group.
+
+    ``groups``: (columns,) of the references of a chunk.
+    """
+
+    def __init__(self, groups: torch.Tensor, device: torch.device):
+        ordered = groups.cpu().sort(stable=True)
+        self.groups, self.columns, self.device = ordered.values, ordered.indices, device
+
+    def hide(self, scores: torch.Tensor, groups: torch.Tensor) -> None:
+        """In scores (rows, columns) of queries of ``groups`` (rows,)."""
+        groups = groups.cpu().contiguous()
+        start = torch.searchsorted(self.groups, groups)
+        count = torch.searchsorted(self.groups, groups, right=True) - start
+        row, place = _ranges(start, count)
+        scores[row.to(self.device), self.columns[place].to(self.device)] = -torch.inf
+
+
+def _ranges(first: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The members of the ranges of ``count`` numbers from ``first`` one after another: which range, and the number."""
+    which = torch.arange(len(count)).repeat_interleave(count)
+    place = torch.arange(len(which)) - (count.cumsum(0) - count)[which]
+    return which, first[which] + place
+
+
+def _squares(vectors: torch.Tensor) -> torch.Tensor:
+    """The squared length of each row, without a copy of the rows."""
+    return torch.linalg.vector_norm(vectors, dim=1).square_()
+
+
+def _centre(vectors: torch.Tensor) -> torch.Tensor:
+    """Roughly the mean of vectors (M, D): any point among them keeps the expanded squares small."""
+    some = vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), QUERY_CHUNK)).long()].float()
+    return some.mean(dim=0) / (255 if vectors.dtype == torch.uint8 else 1)
 
 
 def _chunk_sizes(num_queries: int, num_references: int, dim: int, max_memory: int) -> tuple[int, int]:
     """How many queries and references are processed at a time. Working memory holds two copies of both (float32, and
-    their squares or bytes) and their products, at 4 bytes a value.
+    what moves between devices) and their products, at 4 bytes a value.
     """
-    rows = min(QUERY_CHUNK, num_queries, max(1, max_memory // (32 * dim)))
+    rows = min(QUERY_CHUNK, max(1, num_queries), max(1, max_memory // (32 * dim)))
     left = max_memory - 8 * rows * dim
     return rows, max(1, min(num_references, left // (8 * dim + 8 * rows)))
 
 
-def _chunked(
-    queries: torch.Tensor,
-    references: torch.Tensor,
-    k: int,
-    offset: Callable | None,
-    centre: torch.Tensor | None,
-    max_memory: int,
-    device: str | torch.device,
-    progress: bool,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> Found:
-    """The k references with the highest q.r + offset(r) of each query: indices and scores (N, min(k, M)), best first.
+def _top(scores: torch.Tensor, k: int) -> Found:
+    """The k highest of each row of scores (rows, columns), and their columns, in any order.
 
-    References are the outer loop, so that each chunk of them is converted once; the best so far of each query are kept.
+    They are in the k blocks of columns with the highest maxima, so that only the maxima and these blocks are sorted.
     """
-    k = min(k, len(references))
-    rows, columns = _chunk_sizes(len(queries), len(references), queries.shape[1], max_memory)
-    best = torch.full((len(queries), k), -torch.inf)
-    indices = torch.zeros((len(queries), k), dtype=torch.long)
-    total = -(-len(queries) // rows) * -(-len(references) // columns)
-    with tqdm(total=total, desc="Nearest neighbours", disable=not progress, leave=False) as bar:
-        for first in range(0, len(references), columns):
-            there = slice(first, first + columns)
-            chunk = _floats(references[there], centre, device)
-            added = torch.zeros(len(chunk), device=device) if offset is None else offset(chunk)
-            for start in range(0, len(queries), rows):
-                here = slice(start, start + rows)
-                scores = torch.addmm(added, _floats(queries[here], centre, device), chunk.T)
-                if groups is not None:
-                    same = groups[0][here, None] == groups[1][there]
-                    scores.masked_fill_(same.to(scores.device), -torch.inf)
-                found = scores.topk(min(k, scores.shape[1]), sorted=False)
-                values = torch.cat([best[here], found.values.cpu()], dim=1)
-                merged = values.topk(k)
-                best[here] = merged.values
-                indices[here] = torch.cat([indices[here], found.indices.cpu() + first], dim=1).gather(1, merged.indices)
-                bar.update()
-    return indices, best
+    columns = scores.shape[1]
+    whole = columns // BLOCK * BLOCK
+    if 4 * BLOCK * k > columns:
+        found = scores.topk(k, sorted=False)
+        return found.values, found.indices
+    blocks = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2).topk(k, sorted=False).indices
+    among = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    rest = torch.arange(whole, columns, device=scores.device).expand(len(scores), -1)
+    among = torch.cat([among, rest], dim=1)
+    found = scores.gather(1, among).topk(k, sorted=False)
+    return found.values, among.gather(1, found.indices)
 
-
-def _measured(
-    queries: torch.Tensor,
-    references: torch.Tensor,
-    candidates: torch.Tensor,
-    k: int,
-    max_memory: int,
-    device: str | torch.device,
-) -> Found:
-    """The k nearest of each query's candidates, measured by subtraction."""
-    on_host = torch.device(device).type == "cpu"
-    budget = min(max_memory // 4, CACHE) if on_host else max_memory // 4
-    rows = max(1, budget // (4 * candidates.shape[1] * queries.shape[1]))
-    # Filled in place: small results allocated between large buffers would fragment the heap.
-    exact = torch.empty(candidates.shape)
-    for start in range(0, len(queries), rows):
-        here = slice(start, start + rows)
-        near = _floats(references[candidates[here].flatten()], device=device).view(*candidates[here].shape, -1)
-        near.sub_(_floats(queries[here], device=device)[:, None])
-        exact[here] = torch.linalg.vector_norm(near, dim=2).cpu()
-    nearest = exact.topk(min(k, exact.shape[1]), largest=False)
-    return nearest.values, candidates.gather(1, nearest.indices)
-
-
-def _faiss_candidates(
-    queries: torch.Tensor,
-    references: torch.Tensor,
-    k: int,
-    centre: torch.Tensor | None,
-    exact: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """The k nearest that FAISS finds in the inverted lists nearest to each query: (N, min(k, M)) indices, best first.
-    Without a centre the vectors must have unit length: then the nearest are the most similar.
-
-    exact: finds the neighbours of queries whose lists hold fewer than k.
-    """
-    import faiss
-
-    k, dim = min(k, len(references)), references.shape[1]
-    lists = max(1, min(int(4 * len(references) ** 0.5), len(references) // FAISS_POINTS))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim), dim, lists)
-    sample = torch.linspace(0, len(references) - 1, min(len(references), FAISS_POINTS * lists)).long()
-    index.train(_floats(references[sample], centre).numpy())
-    for chunk in tqdm(references.split(50_000), desc="FAISS index", leave=False):
-        index.add(_floats(chunk, centre).numpy())
-    index.nprobe = min(lists, FAISS_PROBES)
-    blocks = [index.search(_floats(block, centre).numpy(), k)[1] for block in queries.split(QUERY_CHUNK)]
-    found = torch.from_numpy(np.concatenate(blocks))
-    short = (found < 0).any(dim=1)
-    if short.any():
-        found[short] = exact(queries[short])
-    return found

@@ -10,14 +10,14 @@ from ietagc_diffusers.sscd import Descriptor
 from ietagc_diffusers.sscd.descriptor import protocol_of
 
 from .image_sets import MIN_EDGE
-from .neighbours import GIB, uses_faiss
+from .neighbours import GIB
 from .views import Views
 
 CHOICES = {
     "l2": ("iet-agc", "paper"),
     "clip_preprocess": (None, "own", "dcr"),
     "views": (None, "training", "image"),
-    "index": ("auto", "exact", "faiss"),
+    "index": ("exact", "faiss"),
 }
 
 
@@ -67,7 +67,7 @@ class Protocol:
     center_crop: bool | None = None
     random_flip: bool | None = None
     distinct: bool = False
-    index: str = "auto"
+    index: str = "exact"
     device: str = "cpu"
     batch_size: int = 32
     max_memory: int = 2 * GIB
@@ -105,4 +105,4 @@ class Protocol:
 
     def search(self, vectors: torch.Tensor) -> str:
         """How the neighbours among these vectors are found: ``exact`` or ``faiss``."""
-        return "faiss" if uses_faiss(self.index, vectors, self.max_memory) else "exact"
+        return self.index

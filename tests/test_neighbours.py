@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT, environment
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval import approximate
 from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorization_ratio, memorized_quantity
-from ietagc_diffusers.eval.neighbours import _chunk_sizes, most_similar, nearest_l2, uses_faiss
+from ietagc_diffusers.eval.neighbours import CANCELS, _chunk_sizes, _top, most_similar, nearest_l2
 
 KIB = 2**10
 
@@ -98,6 +99,90 @@ def test_groups_are_no_neighbours_of_their_own():
     assert not (groups[indices[:, 0]] == groups).any()
 
 
+def owned(counts):
+    """The owner of each row, of owners with so many rows each; their numbers leave gaps."""
+    counts = torch.tensor(counts)
+    return (3 * torch.arange(len(counts))).repeat_interleave(counts)
+
+
+def best_row_of_each(costs, owners):
+    """By brute force: of each query the owners in order of their best row's cost, as (costs, rows)."""
+    rows = []
+    for cost in costs:
+        best = [min((owners == owner).nonzero()[:, 0].tolist(), key=cost.__getitem__) for owner in owners.unique()]
+        rows.append(sorted(best, key=cost.__getitem__))
+    rows = torch.tensor(rows)
+    return costs.gather(1, rows), rows
+
+
+OWNED = {"one to four": [1, 4, 2, 3] * 10, "equal": [3] * 30, "one of many": [2, 60, 1, 1, 5]}
+
+
+@pytest.mark.parametrize("max_memory", [6 * KIB, 2**30])
+@pytest.mark.parametrize("k", [1, 2, 7, 100])
+@pytest.mark.parametrize("counts", OWNED.values(), ids=OWNED)
+def test_neighbours_are_of_different_owners_each_by_its_best_row(counts, k, max_memory):
+    """With little memory the rows of an owner are in several chunks; k = 100 is more than there are owners."""
+    owners = owned(counts)
+    queries, references = points(0, 21), points(1, len(owners))
+    assert max_memory > 2**20 or _chunk_sizes(21, len(owners), 12, max_memory)[1] < 50
+    wanted, rows = best_row_of_each(torch.cdist(queries.double(), references.double()), owners)
+    distances, indices = nearest_l2(queries, references, k, max_memory, owners=owners)
+    assert torch.equal(indices, rows[:, :k])
+    torch.testing.assert_close(distances.double(), wanted[:, :k], rtol=1e-5, atol=1e-6)
+    queries, references = queries - 0.5, references - 0.5
+    wanted, rows = best_row_of_each(-queries.double() @ references.double().T, owners)
+    similarity, indices = most_similar(queries, references, k, max_memory=max_memory, owners=owners)
+    assert torch.equal(indices, rows[:, :k])
+    torch.testing.assert_close(similarity.double(), -wanted[:, :k], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_memory", [6 * KIB, 2**30])
+def test_no_view_of_a_query_s_own_owner_is_its_neighbour(max_memory):
+    owners = owned([1, 4, 2, 3] * 5)
+    vectors = points(2, len(owners)) - 0.5
+    scores = (vectors @ vectors.T).masked_fill(owners[:, None] == owners, -9)
+    wanted, rows = best_row_of_each(-scores, owners)
+    for choice in ({"exclude_self": True}, {"groups": owners}, {"groups": (owners, owners)}):
+        similarity, indices = most_similar(vectors, vectors, 3, owners=owners, max_memory=max_memory, **choice)
+        assert torch.equal(indices, rows[:, :3])
+        torch.testing.assert_close(similarity, -wanted[:, :3])
+    alone = most_similar(vectors[:1], vectors[:1], owners=owners[:1], exclude_self=True)[0]
+    assert alone.tolist() == [[-torch.inf]]
+
+
+def test_of_nearly_equal_views_the_nearest_is_found():
+    """Rounding of the products hides what one value of one view differs by."""
+    references = points(2, 200, 3072).repeat_interleave(2, dim=0)
+    references[::2, 5] += 1 / 255
+    distances, indices = nearest_l2(references[1::2], references, 2, owners=torch.arange(400) // 2)
+    assert not distances[:, 0].any() and torch.equal(indices[:, 0], torch.arange(1, 400, 2))
+
+
+@pytest.mark.parametrize("owners", [torch.tensor([0, 1, 0]), torch.tensor([0, 1])])
+def test_owners_that_decrease_or_are_too_few_are_refused(owners):
+    for search in (nearest_l2, most_similar):
+        with pytest.raises(ValueError, match="owners"):
+            search(points(0, 2), points(1, 3), owners=owners)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_the_best_of_blocks_are_the_best(k):
+    scores = points(7, 9, 1003)
+    values, columns = _top(scores, k)
+    assert torch.equal(values.sort(descending=True).values, scores.topk(k).values)
+    assert torch.equal(scores.gather(1, columns), values)
+
+
+def test_the_rounding_of_products_is_far_below_what_is_measured_again():
+    """A distance that is not measured again is right to 1e-5: the products' rounding over CANCELS is below 2e-5."""
+    queries, references = points(0, 40, 12_288) - 0.5, points(1, 300, 12_288) - 0.5
+    exact = torch.cdist(queries.double(), references.double())
+    sums = queries.double().square().sum(1)[:, None] + references.double().square().sum(1)
+    rounding = (sums - 2 * (queries @ references.T).double() - exact.square()).abs() / sums
+    assert rounding.max() < 2e-5 * CANCELS
+
+
 @pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is optional")
 def test_faiss_finds_clear_neighbours_with_exact_distances():
     references = points(6, 3000, 16)
@@ -117,18 +202,34 @@ def test_faiss_on_a_few_images_is_exact_and_counts_none_twice(number):
     queries, references = points(0, 7), points(1, number)
     distances, indices = nearest_l2(queries, references, 50, index="faiss")
     exact, nearest = nearest_l2(queries, references, 50, index="exact")
-    assert torch.equal(distances, exact) and torch.equal(indices, nearest)
+    assert torch.equal(indices, nearest)
+    torch.testing.assert_close(distances, exact)
 
 
-def test_faiss_is_taken_of_itself_only_for_many_vectors_that_fit():
-    def many(n, d):
-        return torch.empty(n, d, device="meta")
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is optional")
+def test_faiss_looks_into_more_lists_until_it_finds_the_neighbours(monkeypatch):
+    """In directions without structure the lists nearest to a query hold few of its neighbours."""
+    references, queries = (torch.nn.functional.normalize(points(n, n, 64) - 0.5, dim=1) for n in (4000, 300))
+    nearest = most_similar(queries, references)[1]
 
-    assert not uses_faiss("auto", many(299_999, 8), 2**40)
-    assert not uses_faiss("auto", many(300_000, 512), 2**29)
-    assert not uses_faiss("exact", many(10**6, 8), 2**40)
-    if importlib.util.find_spec("faiss") is not None:
-        assert uses_faiss("auto", many(300_000, 512), 2**30) and uses_faiss("faiss", many(3, 8), 1)
+    def found():
+        return (most_similar(queries, references, index="faiss")[1] == nearest).double().mean()
+
+    monkeypatch.setattr(approximate, "PROBES", 1)
+    assert found() > 0.96
+    monkeypatch.setattr(approximate, "WANTED", 0)
+    assert found() < 0.5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is optional")
+@pytest.mark.parametrize("k", [1, 4, 50])
+def test_faiss_finds_the_best_views_of_different_owners(k):
+    owners = owned([1, 4, 2, 3] * 30)
+    queries, references = points(8, 20), points(9, len(owners))
+    wanted, rows = nearest_l2(queries, references, k, owners=owners)
+    distances, indices = nearest_l2(queries, references, k, owners=owners, index="faiss")
+    assert torch.equal(indices, rows)
+    torch.testing.assert_close(distances, wanted)
 
 
 def ratios_of(generated, training, protocol):

@@ -98,7 +98,7 @@ def add_scoring(parser: ArgumentParser) -> None:
     add_views(group)
     group.add_argument("--distinct", action="store_true", help="count exact duplicates among training images once")
     group.add_argument(
-        "--index", default="auto", choices=["auto", "exact", "faiss"], help="nearest-neighbour search; default: auto"
+        "--index", default="exact", choices=["exact", "faiss"], help="nearest-neighbour search; default: exact"
     )
     group.add_argument("--scoring_batch_size", type=int, default=32, help="images described at once; default: 32")
     group.add_argument(
