@@ -18,13 +18,16 @@ def crops(picture: Image.Image, apart: float | None) -> list[Image.Image]:
     return [picture.crop((s, 0, s + side, side) if wide else (0, s, side, s + side)) for s in starts]
 
 
-def similarity(drawn: Image.Image, picture: Image.Image, descriptor, apart: float, mirrored: bool = True) -> float:
-    """The highest similarity of an image, either way round, to the picture or to one of its crops."""
+def similarity(drawn: list[Image.Image], picture: Image.Image, descriptor, apart: float) -> float:
+    """The highest similarity of some images to the picture or to one of its crops."""
 
-    def vector(image):
-        return descriptor(to_tensor(image)[None])[0].double()
+    def vectors(images):
+        return torch.stack([descriptor(to_tensor(image)[None])[0].double() for image in images])
 
+    return float((vectors(drawn) @ vectors([picture, *crops(picture, apart)]).T).max())
+
+
+def both_ways(drawn: Image.Image) -> list[Image.Image]:
+    """An image, its centre, and the mirror images of both."""
     drawn = [drawn, *crops(drawn, None)]
-    ours = torch.stack([vector(x) for x in [*drawn, *map(ImageOps.mirror, drawn)][: len(drawn) * (1 + mirrored)]])
-    theirs = torch.stack([vector(shown) for shown in [picture, *crops(picture, apart)]])
-    return float((ours @ theirs.T).max())
+    return [*drawn, *map(ImageOps.mirror, drawn)]

@@ -87,7 +87,7 @@ def test_the_runs_are_a_benchmark_in_the_folder_with_the_measured_threshold(fold
 def scored(folder):
     """Scores of two models, one of which repeats the training pictures and one draws fresh ones, and of fresh ones."""
     drawn = {page.CONTROL: training_pictures(), page.METHOD: fresh_pictures(3)}
-    tools = Tools(Protocol(descriptor="pixel", copy_similarity=0.918, distinct=True))
+    tools = Tools(Protocol(descriptor="pixel", copy_similarity=0.918, distinct=True, views="image"))
     pictures, reference = (load_images(folder / name, "folder") for name in ("pictures", "reference"))
     scored = []
     for number, name in enumerate([*drawn, page.FRESH]):

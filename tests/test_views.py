@@ -95,8 +95,8 @@ def test_the_similarity_is_the_highest_of_all_views(pictures, drawn, tmp_path):
 
     found = load_scores(tmp_path)[1]["similarity"]
     for row in range(0, 24, 5):
-        image, originals = drawn.image(row), [training.image(n) for n in range(24)]
-        by_hand = max(shown.similarity(image, o, pixel_descriptor(), min(o.size) / 16) for o in originals)
+        ways, originals = shown.both_ways(drawn.image(row)), [training.image(n) for n in range(24)]
+        by_hand = max(shown.similarity(ways, o, pixel_descriptor(), min(o.size) / 16) for o in originals)
         assert found[row] == pytest.approx(by_hand, abs=1e-5)
 
 

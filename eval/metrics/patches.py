@@ -20,7 +20,7 @@ from .similarity import is_copy, sim_score
 FLAT = 8 / 255  # a crop whose pixels deviate less shows a wall or the sky and is similar to every other one
 # The threshold of a crop: what so many percent of the training images stay under among the others, apart from the two
 # that are most similar, and no more than HIGHEST (measured: docs/evaluation.md).
-INNOCENT_PERCENTILE = 99
+INNOCENT_PERCENTILE = 99.9
 HIGHEST = 0.98
 BACKGROUND_SAMPLES = 1000  # training images whose crops are compared with those of all others
 
