@@ -127,7 +127,8 @@ class Patches(Kind):
         similarity, nearest, crop, training_crop = most_similar_crops(generated, training, self.patches, **search)
         copy_threshold, among = self._among_training(sets.distinct_training.features["patches"], self.patches)
         copies = is_copy(similarity, copy_threshold)
-        scores = PATCH_SIM_SCORE.of(similarity) | PATCH_COPY_RATE.of(copies)
+        prompts = sets.prompts
+        scores = PATCH_SIM_SCORE.of(similarity, groups=prompts) | PATCH_COPY_RATE.of(copies, groups=prompts)
         measured = Measured(
             scores | {"patch_copy_similarity": copy_threshold},
             columns={
