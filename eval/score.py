@@ -199,7 +199,7 @@ def _describe(
             )
     heldout_features = None
     if heldout is not None:
-        described = {"descriptor": tools.descriptor, "pixels": pixels}
+        described: dict[str, Extractor] = {"descriptor": tools.descriptor, "pixels": pixels}
         found = describe(heldout.files(), described, desc="Describing held-out pictures")
         heldout_features = found.select(first_of_each(found.features))
         _check_held_out(heldout_features, training_features)

@@ -199,10 +199,10 @@ def _of_images(scores: dict[str, Any]) -> list[Finding]:
     if distance is not None and distance >= TOO_FAR:
         seen.append(
             "their distribution is about as far from that of the training images as one grey picture is "
-            f"({distance:.2f} of their variance)"
+            f"(distance / variance {distance:.2f})"
         )
     if seen:
-        text = f"the images do not look like what the model was trained on ({'; '.join(seen)})"
+        text = f"the images do not look like what the model was trained on: {', and '.join(seen)}"
         advice = "Noise and pictures of another kind prove nothing about copying: look at the images in the report."
         findings.append(Finding("inconclusive", text, advice))
     return findings

@@ -19,7 +19,7 @@ Values = torch.Tensor | np.ndarray
 INTERVALS: dict[str, Callable[..., list[float]]] = {
     "bootstrap": lambda values, statistic, groups: bootstrap_interval(values[0], statistic, groups=groups),
     "wilson": lambda values, _, groups: wilson_interval(values[0], groups=groups),
-    "newcombe": lambda values, _, groups: newcombe_interval(*values, groups=groups),
+    "newcombe": lambda values, _, groups: newcombe_interval(values[0], values[1], groups=groups),
 }
 
 

@@ -88,8 +88,8 @@ class Similarity(Kind):
 
     def _nearest(self, images: Embedded, training: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
         """The similarity (N,) of each image to the nearest training image, and the number (N,) of that image."""
-        vectors = (x.features["descriptor"] for x in (images, training))
-        similarity, nearest = most_similar(*vectors, **self.protocol.search_options)
+        vectors, known = (x.features["descriptor"] for x in (images, training))
+        similarity, nearest = most_similar(vectors, known, **self.protocol.search_options)
         return similarity[:, 0], nearest[:, 0]
 
     def _copies(self, similarity: torch.Tensor) -> torch.Tensor:

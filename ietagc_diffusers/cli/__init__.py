@@ -16,7 +16,7 @@ from ..errors import UsageError, with_flags
 
 COMMANDS = {
     "train": "fine-tune a model without memorizing the training set",
-    "audit": "draw images, compare them with the training set, write a report; exit with 3 above the limits, 4 if it cannot be told",
+    "audit": "draw images, compare them with the training set, report; exit with 3 above the limits, 4 if in doubt",
     "generate": "draw images, each from its own seed; continues where it was interrupted",
     "score": "compare generated images with the training set",
     "report": "write one HTML file about one or more scored models",
