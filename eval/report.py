@@ -249,7 +249,8 @@ def _verdict(verdict: tuple[str, str] | None) -> str:
     if verdict is None:
         return ""
     outcome, sentence = verdict
-    return f'<p class="verdict {outcome}">{_html(sentence)}</p>'
+    word, space, rest = sentence.partition(" ")
+    return f'<p class="verdict {outcome}"><b>{_html(word)}</b>{space}{_html(rest)}</p>'
 
 
 def _histogram(scored: list[Scored]) -> str:
