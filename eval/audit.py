@@ -1,105 +1,33 @@
-"""The gate: generate, score, report, and a verdict that can fail a build."""
+"""The gate: generate, score, judge, and tell everyone. What is told cannot change the verdict."""
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from ietagc_diffusers.console import say
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.files import write_text
+from ietagc_diffusers.files import write_json, write_text
+from ietagc_diffusers.run_folder import RunFolder
 
-from .generate import Settings, generate, model_hash
+from .drawing import drawing_of, sentence_of
+from .features import file_keys
+from .generate import Settings, generate, model_hash, pipeline_folder
 from .image_sets import ImageSet, load_images, unusable
-from .metrics.patches import PATCH_COPY_RATE
-from .metrics.similarity import COPY_RATE, SIM_SCORE
 from .prompts import Prompt
-from .report import SIDES, Scored, table_rows, write_report
-from .score import Tools, score
+from .report import Scored, table_rows, write_report
+from .score import Tables, Tools, compare
+from .verdict import FAILED, INCONCLUSIVE, PASSED, SIDES, Limits, Verdict, judge
 
-PASSED, OVER = 0, 3
-BROKEN = 0.05  # with a larger share of unusable images, generated or training, a low copy rate proves nothing
+__all__ = ["Limits", "Verdict", "audit", "card_path", "check_plain", "judge", "report_to_github", "write_card"]
+
+IMAGES = "images"
+WRITTEN = ("scores.json", "nearest.parquet", "background.parquet", "verdict.json", "report.html", "summary.md")
 CARD_START, CARD_END = "<!-- memorization audit -->", "<!-- end of memorization audit -->"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The highest values that pass; None: no limit."""
-
-    copy_rate: float | None = 0.01
-    sim_score: float | None = None
-    patch_copy_rate: float | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a model passed, and a sentence that says why."""
-
-    passed: bool
-    sentence: str
-
-    @property
-    def exit_code(self) -> int:
-        return PASSED if self.passed else OVER
-
-
-def judge(scores: dict[str, Any], limits: Limits) -> Verdict:
-    """Compare scores with limits."""
-    protocol = scores["protocol"]
-    unread = {side: len(unusable(scores["skipped"][side])) for side in SIDES}
-    findings = _findings(scores, limits, unread)
-    passed = not any(fails for fails, _ in findings)
-    measured = f"descriptor {protocol['descriptor']}, copies over {protocol['copy_similarity']:g}"
-    sentence = f"{'Passed' if passed else 'Failed'} ({measured}): {'; '.join(text for _, text in findings)}."
-    if protocol["descriptor"] == "pixel":
-        sentence += (
-            " The descriptor pixel detects only near-exact copies: for a model to be published, set `descriptor` to "
-            "sscd_disc_mixup."
-        )
-    left_out = [
-        f"{unread[side]} of {scores['num_files'][side]} {name} images" for side, name in SIDES.items() if unread[side]
-    ]
-    if left_out:
-        sentence += f" Left out as unreadable: {', '.join(left_out)}."
-    if passed and limits.copy_rate is not None and COPY_RATE.interval(scores)[1] > limits.copy_rate:
-        sentence += f" The upper end of the interval is over the limit: generate {_enough(limits.copy_rate)} images."
-    return Verdict(passed, sentence)
-
-
-def _findings(scores: dict[str, Any], limits: Limits, unread: dict[str, int]) -> list[tuple[bool, str]]:
-    """(whether it fails the audit, what was found) of each limit, and of images too broken to prove anything.
-
-    unread: how many images of each side are unreadable.
-    """
-    findings = []
-    for metric, limit, found in (
-        (COPY_RATE, limits.copy_rate, "are copies"),
-        (PATCH_COPY_RATE, limits.patch_copy_rate, "contain local copies"),
-    ):
-        if limit is not None:
-            rate, (low, high) = metric.value(scores), metric.interval(scores)
-            text = (
-                f"{round(rate * scores['num_generated'])} of {scores['num_generated']} images {found}: {rate:.1%} "
-                f"(95% interval {low:.1%} to {high:.1%}), limit {limit:.1%}"
-            )
-            findings.append((rate > limit, text))
-    broken = scores["num_of_one_colour"] + unread["generated"]
-    if broken > BROKEN * scores["num_files"]["generated"]:
-        text = f"{broken} images are a single flat colour or unreadable: a broken model proves nothing"
-        findings.append((True, text))
-    if unread["train"] > BROKEN * scores["num_files"]["train"]:
-        text = f"more than {BROKEN:.0%} of the training images are unreadable: copies of them would go undetected"
-        findings.append((True, text))
-    if limits.sim_score is not None:
-        sim_score = SIM_SCORE.value(scores)
-        findings.append((sim_score > limits.sim_score, f"Sim Score {sim_score:.3f}, limit {limits.sim_score:.3f}"))
-    return findings
-
-
-def _enough(rate: float) -> str:
-    """How many images without a copy bring the end of the Wilson interval, z^2 / (n + z^2), under ``rate``."""
-    return "more" if rate <= 0 else f"about {round(3.84 * (1 - rate) / rate)} or more"
+MARKS = {PASSED: "✅", FAILED: "❌", INCONCLUSIVE: "⚠️"}
 
 
 def audit(
@@ -114,49 +42,185 @@ def audit(
     device: str = "cpu",
     state: PartialState | None = None,
     reference: ImageSet | None = None,
+    heldout: ImageSet | None = None,
+    strict: bool = False,
+    warnings: Sequence[str] = (),
+    prompts_file: str | None = None,
+    card: bool = False,
+    github: bool = False,
+    tell: Callable[[Verdict], None] = lambda verdict: say(verdict.sentence),
 ) -> Verdict | None:
     """Generate an image for each prompt, compare the images with the training set, and write ``images/``,
-    ``scores.json``, ``report.html`` and ``summary.md`` into ``output``.
+    ``verdict.json``, ``scores.json``, ``report.html`` and ``summary.md`` into ``output``.
+
+    Once the images are compared nothing changes the verdict: a file that cannot be written is told in a line.
 
     Args:
         model: a pipeline's folder, or its id on the Hub.
         tools: for scoring; None on processes that only generate.
         state: of the processes, if several generate.
-        cache, reference: see ``score``.
+        cache, reference, heldout: see ``score.compare``.
+        strict, warnings: see ``judge``.
+        prompts_file: the name of the file of the prompts, if they are not the training images' captions.
+        card, github: whether the summary is put into the model's card, and shown by GitHub Actions.
+        tell: called with the verdict as soon as there is one, before the report is written.
 
     Returns:
         The verdict; None on processes that only generated images.
+
+    Raises:
+        UsageError: see ``generate`` and ``score.compare``. Held-out files that are also training files are refused
+            before anything is drawn.
     """
     output = Path(output)
-    generate(model, prompts, output / "images", settings, device, state, desc="Drawing")
+    if tools is not None:
+        _remove_earlier(output)
+    if heldout is not None:
+        check_held_out_files(heldout, train)
+    generate(model, prompts, output / IMAGES, settings, device, state, desc="Drawing")
     if tools is None:
         return None
-    generated = load_images(output / "images", "output")
-    about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
-    scores = score(generated, train, output, tools, cache, reference, about)
-    verdict = judge(scores, limits)
-    scored = [Scored.load(output, Path(str(model)).name)]
-    write_report(scored, output / "report.html", verdict=(verdict.passed, verdict.sentence))
-    write_text(output / "summary.md", summary(scored, verdict))
+    generated = load_images(output / IMAGES, "output")
+    about = {
+        "model": str(model),
+        "model_hash": model_hash(model),
+        "settings": asdict(settings),
+        "drawing": drawing_of(output / IMAGES, len(prompts), pipeline_folder(model), prompts_file),
+    }
+    found = compare(generated, train, tools, cache, reference, about, heldout)
+    verdict = judge(found.scores, limits, strict, warnings)
+    unharmed("verdict.json", lambda: write_json(output / "verdict.json", verdict.record()))
+    tell(verdict)
+    unharmed("the scores", lambda: found.save(output))
+    scored, text = _scored(found, Path(str(model)).name), verdict.sentence
+    try:
+        text = summary([scored], verdict)
+    except Exception as error:  # as below
+        say(_not_written("the summary", error))
+    unharmed("summary.md", lambda: write_text(output / "summary.md", text))
+    if card:
+        unharmed("the model's card", lambda: write_card(model, text))
+    if github:
+        unharmed("GitHub's summary", lambda: report_to_github(text, verdict))
+    shown = (verdict.outcome, verdict.sentence)
+    if unharmed("report.html", lambda: write_report([scored], output / "report.html", verdict=shown)):
+        say(output / "report.html")
     return verdict
+
+
+def _remove_earlier(output: Path) -> None:
+    """Remove the verdict of an earlier audit, which would be read as this one's if this one is cut off."""
+    for name in ("verdict.json", "summary.md", "report.html"):
+        try:
+            (output / name).unlink(missing_ok=True)
+        except OSError:  # a folder that cannot be written is told of when it is written to
+            return
+
+
+def _not_written(name: str, error: Exception) -> str:
+    return f"{name} could not be written: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def unharmed(name: str, write: Callable[[], Any]) -> bool:
+    """Whether ``write()``, which writes ``name``, succeeded; if not, a line says why."""
+    try:
+        write()
+    except Exception as error:  # of whatever kind: the verdict is already known
+        say(_not_written(name, error))
+        return False
+    return True
+
+
+def _scored(found: Tables, name: str) -> Scored:
+    nearest, background = found.columns()
+    return Scored(name, found.scores, nearest, background)
+
+
+def check_held_out_files(heldout: ImageSet, training: ImageSet) -> None:
+    """Raise ``UsageError`` if files of held-out pictures are also files of the training set, whatever their names."""
+    known = set(file_keys(training))
+    shared = sum(key in known for key in file_keys(heldout))
+    if shared:
+        raise UsageError(
+            f"`heldout` {heldout.source}: {shared} of its {len(heldout)} pictures are also among the training images; "
+            "give pictures that were not trained on"
+        )
+
+
+def check_plain(settings: Settings) -> None:
+    """Raise ``UsageError`` unless images are drawn as the weights draw them by themselves, which a card is about."""
+    for name in ("mitigation", "negative_prompt"):
+        value = getattr(settings, name)
+        if value is not None:
+            raise UsageError(
+                f"`card` with `{name}` {value}: the card is read as a statement on the weights, which others use "
+                f"without it; audit without `{name}`, or without `card`"
+            )
+
+
+def check_apart(
+    output: str | Path, inputs: dict[str, str | None], model: str | Path | None = None, setting: str = "output"
+) -> None:
+    """Raise ``UsageError`` if what is written into the folder ``output`` would change what is read.
+
+    Args:
+        inputs: {setting: folder of images, or file of prompts, that is read}; what is not on this machine, such as an
+            id on the Hub, cannot be changed.
+        model: the model's folder, or its id on the Hub.
+    """
+    place = Path(output).resolve()
+    drawn = place / IMAGES
+    for name, value in inputs.items():
+        if value is None or not Path(value).exists():
+            continue
+        read = Path(value).resolve()
+        if read.is_dir():
+            spoilt = place.is_relative_to(read) or drawn.is_relative_to(read) or read.is_relative_to(drawn)
+        else:
+            spoilt = read.is_relative_to(drawn) or (read.parent == place and read.name in WRITTEN)
+        if spoilt:
+            raise UsageError(
+                f"`{setting}` {output}: what is written there would get into `{name}` {value}; give a folder elsewhere"
+            )
+    if model is not None and Path(model).is_dir() and _spoils_model((place, drawn), Path(model).resolve()):
+        raise UsageError(
+            f"`{setting}` {output}: is the model's folder or inside one of its parts; give another folder, such as "
+            f"{Path(model) / 'audit'}"
+        )
+
+
+def _spoils_model(places: Sequence[Path], model: Path) -> bool:
+    run = RunFolder(model)
+    parts = [path.resolve() for path in [run.records, *run.belongings()]]
+    inside = any(place.is_relative_to(part) for place in places for part in parts)
+    return inside or model in places or model.is_relative_to(places[-1])
 
 
 def summary(scored: list[Scored], verdict: Verdict) -> str:
     """The verdict and the numbers of one model in Markdown."""
-    lines = [f"### {'✅' if verdict.passed else '❌'} Memorization audit of {scored[0].name}", "", verdict.sentence, ""]
-    lines += [f"| | {scored[0].name} |", "|---|---|"]
+    name, scores = _markdown(scored[0].name.replace("`", "'")), scored[0].scores
+    lines = [f"### {MARKS[verdict.outcome]} Memorization audit of {name}", "", _markdown(verdict.sentence), ""]
+    lines += [f"| | {name} |", "|---|---|"]
     for heading, cells, show in table_rows(scored):
         value, interval = cells[0]
         around = f" ({show(interval[0])} – {show(interval[1])})" if interval else ""
         lines.append(f"| {heading} | {show(value)}{around} |")
-    protocol = scored[0].scores["protocol"]
-    name = f", protocol `{protocol['name']}`" if protocol["name"] else ""
-    lines += ["", f"Descriptor `{protocol['descriptor']}`{name}, {protocol['neighbours']} search for neighbours."]
+    protocol = scores["protocol"]
+    named = f", protocol `{protocol['name']}`" if protocol["name"] else ""
+    lines += ["", f"Descriptor `{protocol['descriptor']}`{named}, {protocol['neighbours']} search for neighbours."]
+    if scores.get("drawing"):
+        lines += ["", _markdown(sentence_of(scores["drawing"]))]
     for side, title in SIDES.items():
-        if skipped := scored[0].scores["skipped"][side]:
+        if skipped := scores["skipped"][side]:
             num_others = len(skipped) - len(unusable(skipped))
-            lines.append(f"{len(skipped)} {title} files were left out (not images: {num_others}).")
+            lines += ["", f"{len(skipped)} {title} files were left out (not images: {num_others})."]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """A name or a sentence on one line, without what Markdown or HTML would read as more than text."""
+    escaped = "".join(f"\\{letter}" if letter in "\\|*[]$" else letter for letter in " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def card_path(model: str | Path) -> Path:
@@ -168,22 +232,33 @@ def card_path(model: str | Path) -> Path:
 
 
 def write_card(model: str | Path, text: str) -> None:
-    """Put the summary into the model's card; it replaces that of an earlier audit."""
+    """Put the summary into the model's card; it replaces that of an earlier audit.
+
+    Raises:
+        UsageError: the end of the earlier summary is missing: what follows it may be someone's text.
+    """
     path = card_path(model)
     card = path.read_text(encoding="utf-8") if path.exists() else ""
     before, start, rest = card.partition(CARD_START)
-    after = rest.partition(CARD_END)[2] if start else ""
+    _, end, after = rest.partition(CARD_END)
+    if start and not end:
+        raise UsageError(f"{path}: has the line {CARD_START} without {CARD_END}; put the end where it belongs")
     section = text.replace("### ", "## ", 1)
     write_text(path, f"{before.rstrip()}\n\n{CARD_START}\n{section}{CARD_END}\n{after.lstrip()}".lstrip())
 
 
 def report_to_github(text: str, verdict: Verdict) -> None:
-    """Append the summary to the job's page, and annotate a failure, in the format of GitHub Actions."""
+    """Append the summary to the job's page, and annotate anything but a pass, in the format of GitHub Actions.
+
+    Raises:
+        OSError: the page cannot be written; the annotation is printed all the same.
+    """
+    if not verdict.passed:
+        data = verdict.sentence.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        say(f"::error title=Memorization audit::{data}")
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     else:
-        print(text)
-    if not verdict.passed:
-        print(f"::error title=Memorization audit::{verdict.sentence}")
+        say(text)

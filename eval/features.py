@@ -267,6 +267,17 @@ class Embedded:
         return hashlib.blake2b(b"".join(sorted(self.keys)), digest_size=8).hexdigest()
 
 
+def file_keys(images: ImageSet) -> list[bytes]:
+    """The hash of each image's file; files that cannot be read are left out."""
+    keys = []
+    for index in range(len(images)):
+        try:
+            keys.append(content_hash(images.encoded(index)))
+        except BadImage:
+            continue
+    return keys
+
+
 def embed(
     images: ImageSet,
     extractors: Mapping[str, Extractor],

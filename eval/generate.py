@@ -270,11 +270,11 @@ def _check_settings(
         "version": __version__,
     }
     path = output / SETTINGS_FILE
+    if not path.exists() and any(not file.name.startswith(".") for file in output.iterdir()):
+        raise UsageError(f"{output}: holds images or other files of another origin; give an empty `output`")
     if not any(output.glob("*.png")):
         write_json(path, wanted)
         return
-    if not path.exists():
-        raise UsageError(f"{output}: holds images of another origin; give an empty `output`")
     found = read_json(path)
     for key in wanted:
         if key not in NOT_COMPARED and found.get(key) != wanted[key]:

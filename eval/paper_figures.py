@@ -21,7 +21,7 @@ from .features import Pixels, embed
 from .image_sets import BadImage, ImageSet
 from .losses import captioned
 from .neighbours import nearest_l2
-from .plots import COLOURS, GREY, plot_similarities, png
+from .plots import COLOURS, GREY, as_label, plot_similarities, png
 from .report import Scored, same_prompt_and_seed
 from .score import images_of
 
@@ -144,7 +144,7 @@ def fig7(scored: list[Scored]) -> Figure:
             cell.imshow(np.asarray(picture))
             cell.set_xticks([])
             cell.set_yticks([])
-        cells[0].set_ylabel(label)
+        cells[0].set_ylabel(as_label(label))
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
     return figure
 

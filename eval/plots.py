@@ -51,6 +51,12 @@ def inline_svg(plot: Callable[[Axes], None], size: tuple[float, float]) -> str:
     return text[text.index("<svg") :]
 
 
+def as_label(name: str) -> str:
+    """A name as matplotlib shows it: signs of a formula as they are, and no underscore first, which hides a label."""
+    text = " ".join(name.split()).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
 def png(figure: Figure, path: Path) -> None:
     """Write a figure to a file and close it."""
     figure.savefig(path, format="png", dpi=130, bbox_inches="tight")
@@ -69,7 +75,14 @@ def plot_similarities(axes: Axes, scored: "list[Scored]") -> None:
     for name, group, colour, line in groups:
         if len(group):
             axes.hist(
-                group, bins, density=True, histtype="step", linewidth=1.8, color=colour, linestyle=line, label=name
+                group,
+                bins,
+                density=True,
+                histtype="step",
+                linewidth=1.8,
+                color=colour,
+                linestyle=line,
+                label=as_label(name),
             )
     axes.axvline(scored[0].scores["protocol"]["copy_similarity"], color=GREY, linewidth=0.8)
     axes.set_xlabel("similarity to the nearest training image")
@@ -98,13 +111,13 @@ def plot_front(
                 if len(seeds) == 1
                 else {"linewidth": 0.6, "alpha": 0.5}
             )
-            label = name if len(seeds) == 1 else None
+            label = as_label(name) if len(seeds) == 1 else None
             axes.plot([p.gap for p in seed], [p.heldout_loss for p in seed], color=colour, label=label, **line)
         if len(seeds) > 1:
             gaps = np.linspace(0, min(max(p.gap for p in seed) for seed in seeds), 100)
             found = [(gap, losses) for gap in gaps if (losses := over_seeds(run, at_gap, gap)) is not None]
             x, low, mean, high = zip(*((gap, min(v), sum(v) / len(v), max(v)) for gap, v in found), strict=True)
-            axes.plot(x, mean, color=colour, linewidth=2, label=f"{name} ({len(seeds)} seeds)")
+            axes.plot(x, mean, color=colour, linewidth=2, label=as_label(f"{name} ({len(seeds)} seeds)"))
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     _show_the_best(axes, points)
     axes.set_xlabel("held-out minus training loss, change since the base (memorization →)")
@@ -146,7 +159,7 @@ def plot_sampled(
     colours = _colours(points, control, colours)
     for name, run in by_run(points).items():
         colour, seeds = colours[name], replicates(run)
-        run_label: str | None = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        run_label: str | None = as_label(name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)")
         for group in _at_equal_steps(seeds):
             x, y = (np.array([[p.sampled[k] for p in seed] for seed in group], float) for k in (key, "frechet"))
             axes.plot(x.mean(axis=0), y.mean(axis=0), marker="o", markersize=3.5, color=colour, label=run_label)

@@ -20,16 +20,17 @@ from tqdm.auto import tqdm
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import write_text
 
+from .drawing import sentence_of
 from .image_sets import BadImage
 from .metrics import METRICS
 from .metrics.patches import crop_boxes
 from .plots import inline_svg, plot_similarities
 from .score import images_of, load_scores
+from .verdict import SIDES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 THUMBNAIL = 160  # pixels
 COMPARED = 24  # rows of models side by side
-SIDES = {"generated": "generated", "train": "training"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def write_report(
     path: str | Path,
     max_pairs: int = 200,
     title: str | None = None,
-    verdict: tuple[bool, str] | None = None,
+    verdict: tuple[str, str] | None = None,
     intro: str = "",
 ) -> Path:
     """Write the report of one or more models.
@@ -61,7 +62,7 @@ def write_report(
     Args:
         max_pairs: how many pairs of each model are shown, most similar first; with patches as many again, most similar
             crops first.
-        verdict: (passed, sentence) of an audit.
+        verdict: (passed, failed or inconclusive; the sentence) of an audit.
         intro: HTML before the numbers.
 
     Returns:
@@ -90,7 +91,7 @@ def write_report(
         "intro": intro,
         "table": _table(scored),
         "notes": _notes(scored, pictures.num_missing),
-        "histogram": inline_svg(lambda axes: plot_similarities(axes, scored), (8, 3.2)),
+        "histogram": _histogram(scored),
         "histogram_caption": html.escape(
             f"Similarity to the nearest training image (descriptor: {first['protocol']['descriptor']}). Dotted: "
             f"similarity of each training image{of_first} to the nearest other one. Vertical line: images with a "
@@ -136,7 +137,7 @@ class Pictures:
                 self._sets[source] = images, {name: index for index, name in enumerate(images.names)}
             images, index = self._sets[source]
             image = images.image(index[name])
-        except (KeyError, BadImage, UsageError):
+        except (KeyError, BadImage, UsageError, OSError):
             image, crop = Image.new("RGB", (8, 8), "grey"), None
             self.num_missing += 1
         if crop is not None:
@@ -244,11 +245,20 @@ def _html(sentence: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(sentence))
 
 
-def _verdict(verdict: tuple[bool, str] | None) -> str:
+def _verdict(verdict: tuple[str, str] | None) -> str:
     if verdict is None:
         return ""
-    passed, sentence = verdict
-    return f'<p class="verdict{"" if passed else " bad"}">{_html(sentence)}</p>'
+    outcome, sentence = verdict
+    word, space, rest = sentence.partition(" ")
+    return f'<p class="verdict {outcome}"><b>{_html(word)}</b>{space}{_html(rest)}</p>'
+
+
+def _histogram(scored: list[Scored]) -> str:
+    """The histograms as SVG, or why they could not be drawn: names can hold anything, and a report needs no plot."""
+    try:
+        return inline_svg(lambda axes: plot_similarities(axes, scored), (8, 3.2))
+    except Exception as error:
+        return f'<p class="muted">{html.escape(f"The histograms could not be drawn: {error}")}</p>'
 
 
 def table_rows(scored: list[Scored]) -> Iterator[tuple[str, list[tuple[Any, Any]], Callable[[Any], str]]]:
@@ -284,6 +294,9 @@ def _notes(scored: list[Scored], num_missing: int) -> str:
         lines.append("These models were scored under different protocols: their numbers are not comparable.")
     if _num_training_sets(scored) > 1:
         lines.append("These models were scored against different training sets: their numbers are not comparable.")
+    for model in scored:
+        if model.scores.get("drawing"):
+            lines.append(f"{model.name}: {sentence_of(model.scores['drawing'])}")
     if num_missing:
         lines.append(f"{num_missing} pictures can no longer be read and are shown as grey squares.")
     notes: dict[str, list[str]] = {}

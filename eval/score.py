@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,13 +18,14 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor, load_descriptor
 
+from .drawing import drawing_of
 from .features import Embedded, Extractor, Pixels, Size, embed
-from .image_sets import ImageSet, load_images, unusable
+from .image_sets import ImageSet, content_hash, load_images, unusable
 from .metrics import KINDS, ImageSets, Kind, Measured
 from .protocol import Protocol
 from .views import Mirrored, Views, Whole
 
-__all__ = ["BACKGROUND", "NEAREST", "SCORES", "Protocol", "Tools", "images_of", "load_scores", "score"]
+__all__ = ["BACKGROUND", "NEAREST", "SCORES", "Protocol", "Tables", "Tools", "images_of", "load_scores", "score"]
 
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"
 LARGEST_L2_EDGE = 64
@@ -73,12 +75,15 @@ class Tools:
     def generated_extractors(self) -> dict[str, Extractor]:
         """What is computed of generated images only."""
         own = _merged(kind.generated_extractors for kind in self.kinds)
-        if self.views is None:
-            return own | {"views": Whole(self.descriptor)}
-        if self.views.mirrored:
+        if self.views is not None and self.views.mirrored:
             several = _merged(kind.extractors for kind in self.kinds if kind.mirrors)
             own |= {f"{name}_mirrored": Mirrored(one) for name, one in several.items()}
-        return own | self.views.of_others(self.descriptor)
+        return own | self.queries
+
+    @property
+    def queries(self) -> dict[str, Extractor]:
+        """What is computed of images that are compared with the views of training images."""
+        return {"views": Whole(self.descriptor)} if self.views is None else self.views.of_others(self.descriptor)
 
     @property
     def reference_extractors(self) -> dict[str, Extractor]:
@@ -90,6 +95,33 @@ def _merged(dicts: Iterable[dict[str, Extractor]]) -> dict[str, Extractor]:
     return functools.reduce(operator.or_, dicts, {})
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What ``compare`` finds.
+
+    Args:
+        scores: the content of ``scores.json``.
+        nearest: columns, of a row for each generated image: the nearest training image.
+        background: columns, of a row for each training image: its nearest other one.
+    """
+
+    scores: dict[str, Any]
+    nearest: dict[str, Any]
+    background: dict[str, Any]
+
+    def columns(self) -> tuple[dict[str, list], dict[str, list]]:
+        """``nearest`` and ``background`` as ``load_scores`` reads them."""
+        return pa.table(self.nearest).to_pydict(), pa.table(self.background).to_pydict()
+
+    def save(self, output: str | Path) -> None:
+        """Write ``scores.json``, ``nearest.parquet`` and ``background.parquet`` into the folder ``output``."""
+        output = Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(self.nearest), output / NEAREST)
+        pq.write_table(pa.table(self.background), output / BACKGROUND)
+        write_json(output / SCORES, self.scores)
+
+
 def score(
     generated: ImageSet,
     training: ImageSet,
@@ -98,9 +130,26 @@ def score(
     cache: str | Path | None = None,
     reference: ImageSet | None = None,
     about: dict[str, Any] | None = None,
+    heldout: ImageSet | None = None,
 ) -> dict[str, Any]:
-    """Compare images with the training set. Writes ``scores.json``, ``nearest.parquet`` (a row for each generated
-    image) and ``background.parquet`` (a row for each training image: its nearest other one) into the folder ``output``.
+    """Compare images with the training set and write what was found into the folder ``output``; returns the scores.
+    See ``compare`` and ``Tables.save``.
+    """
+    found = compare(generated, training, tools, cache, reference, about, heldout)
+    found.save(output)
+    return found.scores
+
+
+def compare(
+    generated: ImageSet,
+    training: ImageSet,
+    tools: Tools,
+    cache: str | Path | None = None,
+    reference: ImageSet | None = None,
+    about: dict[str, Any] | None = None,
+    heldout: ImageSet | None = None,
+) -> Tables:
+    """Compare images with the training set.
 
     Args:
         generated, training: the two sets of images.
@@ -108,25 +157,19 @@ def score(
         cache: folder of cached features.
         reference: images that the Fréchet distance is measured to; None: the training set.
         about: what else to record: JSON values.
-
-    Returns:
-        The scores.
+        heldout: pictures of the same kind as the training images that were not trained on. They are compared like the
+            generated ones, and say which similarities are usual without copying.
 
     Raises:
-        UsageError: a set without a usable image.
+        UsageError: a set without a usable image, or held-out pictures that are among the training images.
     """
     num_rows = len(generated) + len(training)
     generated, training = generated.files(), training.files()
-    sets = _describe(generated, training, reference, tools, cache)
+    sets = _describe(generated, training, reference, heldout, tools, cache)
     about_images = _about_images(sets, num_repeated_rows=num_rows - len(generated) - len(training))
     measured = functools.reduce(operator.or_, (kind.measure(sets) for kind in tools.kinds), about_images)
     scores = _record(sets, measured, tools) | (about or {})
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(_metadata_columns(sets.generated.images) | measured.columns), output / NEAREST)
-    pq.write_table(pa.table(measured.background), output / BACKGROUND)
-    write_json(output / SCORES, scores)
-    return scores
+    return Tables(scores, _metadata_columns(sets.generated.images) | measured.columns, measured.background)
 
 
 def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], dict[str, list]]:
@@ -152,7 +195,12 @@ def images_of(scores: dict[str, Any], side: str) -> ImageSet:
 
 
 def _describe(
-    generated: ImageSet, training: ImageSet, reference: ImageSet | None, tools: Tools, cache: str | Path | None
+    generated: ImageSet,
+    training: ImageSet,
+    reference: ImageSet | None,
+    heldout: ImageSet | None,
+    tools: Tools,
+    cache: str | Path | None,
 ) -> ImageSets:
     """Compute the features of all images."""
     protocol = tools.protocol
@@ -174,6 +222,11 @@ def _describe(
             reference_features = describe(
                 reference.files(), tools.reference_extractors, desc="Describing reference images"
             )
+    heldout_features = None
+    if heldout is not None:
+        described: dict[str, Extractor] = {"pixels": pixels, **tools.queries}
+        heldout_features = describe(heldout.files(), described, desc="Describing held-out pictures").distinct()
+        _check_held_out(heldout_features, training_features)
     return ImageSets(
         generated=generated_features,
         all_training=training_features,
@@ -182,7 +235,27 @@ def _describe(
         reference=reference_features,
         reference_name=reference_name,
         pixels=pixels.size,
+        heldout=heldout_features,
     )
+
+
+def _check_held_out(heldout: Embedded, training: Embedded) -> None:
+    """Raise ``UsageError`` if the training set has some of the pictures, in the same file or decoded to the same."""
+    compared = list(heldout.features)
+    files, pictures = set(training.keys), set(_marks(training, compared))
+    marks = zip(heldout.keys, _marks(heldout, compared), strict=True)
+    shared = sum(file in files or picture in pictures for file, picture in marks)
+    if shared:
+        raise UsageError(
+            f"`heldout` {heldout.images.source}: {shared} of its {len(heldout.kept)} pictures are also among the "
+            "training images; give pictures that were not trained on"
+        )
+
+
+def _marks(images: Embedded, names: list[str]) -> list[bytes]:
+    """The bytes of these features of each image."""
+    rows = zip(*(images.features[name].numpy() for name in names), strict=True)
+    return [content_hash(b"".join(row.tobytes() for row in vectors)) for vectors in rows]
 
 
 def _common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
@@ -194,7 +267,7 @@ def _common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
 
 def _about_images(sets: ImageSets, num_repeated_rows: int) -> Measured:
     """How many images there are of each sort, with notes on those that bear on the scores."""
-    num_one_colour = _num_of_one_colour(sets.generated)
+    num_prompts, num_generated = len(np.unique(sets.prompts)), len(sets.generated.kept)
     num_duplicates = len(sets.all_training.kept) - len(sets.distinct_training.kept)
     num_small = [int((x.features["size"].amin(dim=1) < sets.pixels).sum()) for x in (sets.generated, sets.all_training)]
     notes = []
@@ -211,26 +284,24 @@ def _about_images(sets: ImageSets, num_repeated_rows: int) -> Measured:
             "neighbours, which Gu's ratio misses, and they raise the Sim Score of training images among themselves; "
             "with `distinct` each image counts once"
         )
-    if num_one_colour:
-        notes.append(f"{num_one_colour} generated images are a single flat colour, typical of a broken model")
+    if num_prompts < num_generated:
+        notes.append(
+            f"{num_generated} images of {num_prompts} prompts: images of one prompt are not independent, and the "
+            "intervals count each prompt once"
+        )
     num_files = {
         side: len(features.kept) + len(unusable(features.skipped))
         for side, features in (("generated", sets.generated), ("train", sets.all_training))
     }
     counts = {
-        "num_generated": len(sets.generated.kept),
-        "num_of_one_colour": num_one_colour,
+        "num_generated": num_generated,
+        "num_prompts": num_prompts,
         "num_train": len(sets.training.kept),
         "num_train_duplicates": num_duplicates,
         "num_files": num_files,
         "train_hash": sets.all_training.content(),
     }
     return Measured(counts, notes=tuple(notes))
-
-
-def _num_of_one_colour(images: Embedded) -> int:
-    pixels = images.features["pixels"]
-    return int((pixels.amax(dim=1) == pixels.amin(dim=1)).sum())
 
 
 def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]:
@@ -244,16 +315,24 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
         "views": tools.views and tools.views.record,
         "distinct": tools.protocol.distinct,
     }
-    return measured.scores | {
-        "protocol": protocol,
-        "version": __version__,
-        "generated": _location(generated),
-        "train": _location(training),
-        "columns": {"generated": _columns(generated), "train": _columns(training)},
-        "skipped": {"generated": sets.generated.skipped, "train": sets.training.skipped},
-        "reasons": measured.reasons,
-        "notes": list(measured.notes),
-    }
+    drawing = drawing_of(generated.source, len(generated))
+    known: dict[str, Any] = {} if drawing is None else {"drawing": drawing}
+    if sets.heldout is not None:
+        known["heldout"] = _location(sets.heldout.images)
+    return (
+        known
+        | measured.scores
+        | {
+            "protocol": protocol,
+            "version": __version__,
+            "generated": _location(generated),
+            "train": _location(training),
+            "columns": {"generated": _columns(generated), "train": _columns(training)},
+            "skipped": {"generated": sets.generated.skipped, "train": sets.training.skipped},
+            "reasons": measured.reasons,
+            "notes": list(measured.notes),
+        }
+    )
 
 
 def _columns(images: ImageSet) -> dict[str, str]:

@@ -14,10 +14,10 @@ from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_dist
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScorer, clip_scores
 from ietagc_diffusers.eval.metrics.frechet import PooledPixels, frechet_distance, kernel_distance, load_inception
-from ietagc_diffusers.eval.metrics.intervals import bootstrap_interval, wilson_interval
+from ietagc_diffusers.eval.metrics.intervals import bootstrap_interval, newcombe_interval, wilson_interval
 from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorized_quantity
 from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_crops
-from ietagc_diffusers.eval.metrics.similarity import is_copy, sim_score
+from ietagc_diffusers.eval.metrics.similarity import EXCESS_COPY_RATE, is_copy, sim_score
 from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
 from ietagc_diffusers.sscd import pixel_descriptor
 
@@ -36,7 +36,7 @@ def test_every_metric_finds_what_it_wrote_under_a_name_of_its_own():
     assert len({metric.title for metric in metrics}) == len(metrics)
     hits, two_sets = [(features(0, 50, 1)[:, 0] > 0).float()], [features(1, 20), features(2, 20)]
     for metric in metrics:
-        values = two_sets if metric in frechet.Frechet.metrics else hits
+        values = two_sets if metric in frechet.Frechet.metrics else hits * 2 if metric is EXCESS_COPY_RATE else hits
         scores = metric.of(*values)
         assert list(scores) == metric.keys and metric.value(scores) == metric.statistic(*values)
         assert (metric.interval(scores) is None) == (metric.interval_by is None)
@@ -76,6 +76,47 @@ def test_sim_score_is_the_95th_percentile():
     values = torch.rand(1001)
     assert sim_score(values) == values.sort().values[950].item()  # 950 of 1,000 others are smaller
     assert sim_score([3, 0, 1, 2]) == pytest.approx(2.85)  # 95% of the way from the least to the greatest
+
+
+def test_images_of_one_prompt_do_not_narrow_an_interval():
+    """Rates over prompts that differ: 60 prompts, a hit of one prompt being a hit of nearly all its images. Intervals
+    that take the images for independent miss the rate often, those by prompts do not; nor do unequal numbers matter.
+    """
+    rng, rate, num_prompts = np.random.default_rng(0), 0.1, 60
+    held = {"plain": 0, "equal": 0, "unequal": 0, "bootstrap": 0}
+    for trial in range(300):
+        prone = rng.random(num_prompts) < rate
+        for kind, sizes in (("equal", np.full(num_prompts, 5)), ("unequal", rng.integers(1, 12, num_prompts))):
+            groups = np.repeat(np.arange(num_prompts), sizes)
+            hits = prone[groups].astype(float)
+            low, high = wilson_interval(hits, groups=groups)
+            held[kind] += low <= rate <= high
+            if kind == "equal":
+                low, high = wilson_interval(hits)
+                held["plain"] += low <= rate <= high
+                if trial < 100:
+                    low, high = bootstrap_interval(hits, np.mean, resamples=200, groups=groups)
+                    held["bootstrap"] += low <= rate <= high
+    assert held["plain"] < 0.8 * 300 and held["bootstrap"] > 85
+    assert held["equal"] > 0.92 * 300 and held["unequal"] > 0.92 * 300
+
+
+def test_groups_of_one_image_change_no_interval_and_equal_groups_count_as_one_each():
+    hits, order = np.arange(40) % 5 == 0, np.random.default_rng(0).permutation(40)
+    assert wilson_interval(hits, groups=order) == wilson_interval(hits)
+    assert bootstrap_interval(hits, np.mean, groups=order) == bootstrap_interval(hits, np.mean)
+    assert wilson_interval(np.repeat(hits, 3), groups=np.repeat(order, 3)) == pytest.approx(wilson_interval(hits))
+    groups = np.repeat(np.arange(20), 2)[order]
+    # Whole groups are drawn: of values that are their group's, every resample has each an even number of times.
+    seen = []
+    bootstrap_interval(groups, lambda x: seen.append(np.bincount(x.astype(int))) or 0, resamples=20, groups=groups)
+    assert all((counts % 2 == 0).all() and counts.sum() == 40 for counts in seen)
+
+
+def test_the_interval_of_a_difference_is_newcombe_s():
+    """His example: 56 of 70 against 48 of 80."""
+    first, second = (np.arange(n) < hits for hits, n in ((56, 70), (48, 80)))
+    assert newcombe_interval(first, second) == pytest.approx([0.0524, 0.3339], abs=1e-4)
 
 
 def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():

@@ -1,5 +1,6 @@
-"""Scores say copy of copies, reports render whatever there is, and the gate opens and shuts."""
+"""Scores say copy of copies, and reports render whatever there is."""
 
+import html
 import html.parser
 import json
 import math
@@ -19,14 +20,15 @@ from PIL import Image, ImageOps
 from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.eval.audit import Limits, judge, write_card
-from ietagc_diffusers.eval.image_sets import NO_IMAGE, load_images
+from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScore
 from ietagc_diffusers.eval.metrics.intervals import wilson_interval
+from ietagc_diffusers.eval.metrics.plausibility import number_of_flat
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
+from ietagc_diffusers.eval.verdict import TOO_FAR
 from ietagc_diffusers.sscd import pixel_descriptor
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
@@ -444,163 +446,106 @@ def test_models_of_different_training_sets_are_told_apart(training, fresh, tmp_p
     assert "scored against different training sets" in other
 
 
-def scores_of(copies, n, sim=0.4, flat=0, skipped=0, unread=0, notes=0, local=0, descriptor="sscd_disc_mixup"):
-    """Scores of ``n`` images and 100 training files, of which ``unread`` cannot be read."""
-    return {
-        "patch_copy_rate": local / n,
-        "patch_copy_rate_ci95": wilson_interval(np.arange(n) < local),
-        "num_files": {"generated": n + skipped, "train": 100},
-        "copy_rate": copies / n,
-        "copy_rate_ci95": wilson_interval(np.arange(n) < copies),
-        "num_generated": n,
-        "sim_score": sim,
-        "num_of_one_colour": flat,
-        "skipped": {
-            "generated": [["x", "y"]] * skipped,
-            "train": [["x", "y"]] * unread + [["x", NO_IMAGE]] * notes,
-        },
-        "protocol": {"descriptor": descriptor, "copy_similarity": 0.5},
-    }
-
-
-@pytest.mark.parametrize(
-    ("scores", "limits", "exit_code", "words"),
-    [
-        (scores_of(0, 1000), Limits(0.01), 0, "Passed (descriptor sscd_disc_mixup, copies over 0.5): 0 of 1000"),
-        (scores_of(0, 1000, descriptor="pixel"), Limits(0.01), 0, "only near-exact copies"),
-        (scores_of(1, 100), Limits(0.01), 0, "over the limit: generate about 380 or more images"),
-        (scores_of(2, 100), Limits(0.01), 3, "2 of 100 images are copies"),
-        (scores_of(0, 100, flat=6), Limits(0.01), 3, "6 images are a single flat colour"),
-        (scores_of(0, 100, flat=2, skipped=2), Limits(0.01), 0, "Passed"),
-        (scores_of(0, 90, skipped=10), Limits(0.01), 3, "a broken model proves nothing"),
-        (scores_of(0, 100, unread=60), Limits(0.01), 3, "more than 5% of the training images are unreadable"),
-        (scores_of(0, 100, unread=60), Limits(0.01), 3, "Left out as unreadable: 60 of 100 training"),
-        (scores_of(0, 99, skipped=1, unread=5), Limits(0.01), 0, "1 of 100 generated images, 5 of 100 training"),
-        (scores_of(0, 500, notes=60), Limits(0.01), 0, "limit 1.0%."),
-        (scores_of(0, 100, local=3), Limits(0.01, patch_copy_rate=0.02), 3, "3 of 100 images contain local copies"),
-        (scores_of(0, 100, local=3), Limits(0.01), 0, "Passed"),
-        (scores_of(0, 1000, 0.6), Limits(0.01, 0.5), 3, "Sim Score 0.600, limit 0.500"),
-        (scores_of(50, 100), Limits(None, 0.5), 0, "0.5): Sim Score"),
-        (scores_of(0, 50), Limits(0.0), 0, "Passed"),
-    ],
-)
-def test_the_verdict(scores, limits, exit_code, words):
-    verdict = judge(scores, limits)
-    assert verdict.exit_code == exit_code and words in verdict.sentence
-
-
-@pytest.fixture(scope="module")
-def audited(base, training, tmp_path_factory):
-    output = tmp_path_factory.mktemp("audit") / "audit"
-    flags = ["audit", "--model", str(base), "--train", str(training), "--output", str(output), "--num_images", "6"]
-    flags += ["--num_inference_steps", "2", "--descriptor", "pixel", "--feature_cache", "none", "--batch_size", "4"]
-    return flags, output, main(flags)
-
-
-def test_audit_passes_a_model_that_copies_nothing_and_leaves_its_proof(audited):
-    _, output, exit_code = audited
-    assert exit_code == 0
-    assert {"images", "scores.json", "nearest.parquet", "report.html", "summary.md"} <= {
-        p.name for p in output.iterdir()
-    }
-    check_page(output / "report.html")
-    assert "Passed" in (output / "report.html").read_text()
-    scores = json.loads((output / "scores.json").read_text())
-    assert len(scores["model_hash"]) == 16 and scores["settings"]["num_inference_steps"] == 2
-    assert "| copy rate ↓ | 0.0%" in (output / "summary.md").read_text()
-
-
-def test_audit_fails_over_the_limits_with_3_and_tells_github(audited, monkeypatch, capsys):
-    flags, output, _ = audited
-    page = output.parent / "summary"
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
-    assert main([*flags, "--max_sim_score", "-1", "--github"]) == 3
-    assert "::error title=Memorization audit::Failed" in capsys.readouterr().out
-    assert "❌" in page.read_text() and "Failed" in (output / "report.html").read_text()
-
-
-def test_the_card_carries_the_last_audit(tmp_path):
-    (tmp_path / "README.md").write_text("---\ntags: [x]\n---\n# Model\n\nText.\n")
-    write_card(tmp_path, "### first\n")
-    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nMore.\n")
-    write_card(tmp_path, "### second\n")
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\ntags: [x]\n---\n# Model\n\nText.\n\n<!--") and "\n## second\n" in card
-    assert "first" not in card and card.endswith("More.\n")
-    (tmp_path / "new").mkdir()
-    write_card(tmp_path / "new", "### only\n")
-    assert (tmp_path / "new" / "README.md").read_text().startswith("<!-- memorization audit -->\n## only\n")
-    with pytest.raises(UsageError, match="is not a folder"):
-        write_card("owner/model", "")
-
-
-def test_audit_measures_the_distance_to_the_reference_and_limits_local_copies(audited, fresh, tmp_path):
-    flags, output, _ = audited
-    flags = [*flags, "--output", str(tmp_path), "--reference", str(fresh), "--patches", "--max_patch_copy_rate", "0.5"]
-    shutil.copytree(output / "images", tmp_path / "images")
-    assert main(flags) == 0
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["protocol"]["frechet_reference"] == str(fresh)
-    assert "contain local copies" in (tmp_path / "summary.md").read_text()
-
-
-def test_audit_says_what_it_left_out_and_fails_if_that_is_much(audited, training, tmp_path, capsys):
-    flags, output, _ = audited
-    shutil.copytree(training, tmp_path / "training")
-    for path in sorted((tmp_path / "training").glob("*.png"))[20:]:
-        path.write_bytes(path.read_bytes()[:60])
-    (tmp_path / "training" / "notes.txt").write_text("no image")
-    shutil.copytree(output / "images", tmp_path / "out" / "images")
-    assert main([*flags, "--train", str(tmp_path / "training"), "--output", str(tmp_path / "out")]) == 3
-    assert "43 of 63 training images" in capsys.readouterr().out
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "44 training files were left out (not images: 1)." in summary
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--card", "--model", "owner/model"], "--card: owner/model is not a folder"),
-        (["--output", __file__], "is a file; give a folder"),
-        (["--max_patch_copy_rate", "0.1"], "without --patches local copies are not looked for"),
-        (["--reference", "nowhere"], "--reference nowhere"),
-    ],
-)
-def test_wrong_use_of_audit_is_told_before_it_draws(audited, tmp_path, capsys, more, message):
-    flags, _, _ = audited
-    assert main([*flags, "--output", str(tmp_path / "out"), *more]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flag", ["--max_copy_rate", "--max_sim_score", "--copy_similarity"])
-@pytest.mark.parametrize("value", ["nan", "5"])
-def test_a_limit_that_lets_everything_pass_is_refused(audited, capsys, flag, value):
-    flags, _, _ = audited
-    assert main([*flags, flag, value]) == 2
-    assert flag in capsys.readouterr().err
-
-
-def test_a_model_that_draws_black_does_not_pass(base, training, tmp_path, capsys):
-    from diffusers import StableDiffusionPipeline
-
-    broken = StableDiffusionPipeline.from_pretrained(base)
-    for parameter in broken.unet.parameters():
-        parameter.data.fill_(float("nan"))
-    broken.save_pretrained(tmp_path / "broken")
-    flags = ["audit", "--model", str(tmp_path / "broken"), "--train", str(training), "--output", str(tmp_path / "out")]
-    flags += ["--num_images", "4", "--num_inference_steps", "1", "--descriptor", "pixel", "--feature_cache", "none"]
-    assert main(flags) == 3
-    assert "4 images are a single flat colour" in capsys.readouterr().out
-
-
-def test_audit_exits_with_2_before_it_draws(audited, tmp_path, capsys):
-    flags, _, _ = audited
-    assert main([*flags, "--output", str(tmp_path / "out"), "--descriptor", "absent"]) == 2
-    assert not (tmp_path / "out").exists()
-
-
 def test_unknown_protocols_are_refused():
     with pytest.raises(UsageError, match="`fid` x"):
         Protocol(descriptor="pixel", fid="x")
     with pytest.raises(UsageError, match="`l2` gu: must be iet-agc or paper"):
         Protocol(l2="gu")
+
+
+def test_repeated_prompts_are_counted_once_by_intervals(training, fresh, tmp_path):
+    """The rows of ``fresh`` have four captions; each prompt is one observation, and case makes no other prompt."""
+    folder = tmp_path / "drawn"
+    shutil.copytree(fresh, folder)
+    alone = scored(folder, training, tmp_path / "a")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["text"] = f"picture {number}" if number < 10 else ""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    distinct = scored(folder, training, tmp_path / "b")
+    rows[3]["text"] = "Picture  0"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    near = scored(folder, training, tmp_path / "c")
+    assert [s["num_prompts"] for s in (alone, distinct, near)] == [4, 12, 11]
+    assert any(note.startswith("12 images of 4 prompts") for note in alone["notes"])
+    assert alone["copy_rate_ci95"][1] == pytest.approx(wilson_interval(np.zeros(4))[1])
+    assert distinct["copy_rate_ci95"] == wilson_interval(np.zeros(12)) and alone["copy_rate"] == distinct["copy_rate"]
+    assert alone["sim_mean"] == distinct["sim_mean"] and alone["sim_mean_ci95"] != distinct["sim_mean_ci95"]
+
+
+def test_the_training_set_has_a_copy_rate_of_its_own_in_which_duplicates_count_once(training, fresh, tmp_path):
+    scores = scored(fresh, training, tmp_path / "s")
+    assert scores["train_train_sim_score"] > 0.9 and scores["train_train_copy_rate"] == 0
+    shutil.copytree(training, tmp_path / "near")
+    image = Image.open(training / "020_0.png")
+    Image.fromarray((np.asarray(image) * 0.97).astype(np.uint8)).save(tmp_path / "near" / "darker.png")
+    assert scored(fresh, tmp_path / "near", tmp_path / "t")["train_train_copy_rate"] == pytest.approx(2 / 61)
+
+
+def test_held_out_pictures_are_compared_like_generated_ones(training, fresh, tmp_path):
+    """Copies of the model are set against those of pictures that were not trained on."""
+    training_images, images = load_images(training, "x"), load_images(training, "x").select(range(4, 14))
+    held = write_folder(tmp_path / "held", 9, seed=4)
+    soft = Image.open(training / "020_0.png").convert("RGB")
+    noise = Image.open(held / "000_0.png").resize(soft.size)
+    Image.blend(soft, noise, 0.3).save(held / "000_0.png")
+    Image.fromarray((np.asarray(soft) * 0.98).astype(np.uint8)).save(held / "darker.png")
+    tools = Tools(PIXEL)
+    scores = score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
+    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 1
+    assert scores["heldout_copy_rate"] == pytest.approx(1 / 9) and scores["copy_rate"] == 1
+    assert scores["excess_copy_rate"] == pytest.approx(8 / 9)
+    assert scores["excess_copy_rate_ci95"][0] < 8 / 9 < scores["excess_copy_rate_ci95"][1] <= 1
+    assert scores["heldout_sim_score"] < 0.95 and any("taken for other versions" in x for x in scores["notes"])
+    # The same pictures, in another file format and under another name, are refused.
+    Image.open(training / "030_0.png").save(held / "other.bmp")
+    with pytest.raises(UsageError, match=r"`heldout`.*: 1 of its 11 pictures are also among the training images"):
+        score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
+
+
+def test_flat_colours_are_flat_channel_by_channel_and_pictures_are_not():
+    size = 32
+    flat = torch.tensor([[200, 0, 0], [120, 80, 40], [0, 0, 0]], dtype=torch.uint8)[:, :, None, None]
+    flat = flat.repeat(1, 1, size, size)
+    noisy = flat + torch.randint(0, 2, flat.shape, dtype=torch.uint8)
+    noisy[:, :, 3, 3] = 255  # a stuck pixel
+    dot = flat.clone()
+    dot[:, :, :3, :3] = 128
+    gradient = (torch.arange(size, dtype=torch.uint8) // 3)[None, None, None].expand(1, 3, size, size)
+    assert number_of_flat(flat.flatten(1)) == number_of_flat(noisy.flatten(1)) == 3
+    assert number_of_flat(dot.flatten(1)) == number_of_flat(gradient.flatten(1)) == 0
+
+
+def smooth_pictures(folder, number, seed, size=24):
+    """Pictures with more in the large than in the small, as photographs have."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for index in range(number):
+        total = np.zeros((size, size, 3))
+        for side in (1, 2, 3, 6):
+            layer = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            total += np.asarray(layer.resize((size, size), Image.Resampling.BICUBIC), float) / side
+        Image.fromarray((total / 2).clip(0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_noise_is_told_from_pictures_of_the_same_kind_and_few_images_from_nothing(tmp_path):
+    known, made = smooth_pictures(tmp_path / "known", 80, 0), smooth_pictures(tmp_path / "made", 60, 1)
+    noise, few = write_folder(tmp_path / "noise", 60), smooth_pictures(tmp_path / "few", 5, 2)
+    found = {
+        (a.name, b.name): scored(a, b, tmp_path / "s")["plausibility"]
+        for a, b in ((made, known), (noise, known), (few, known), (made, few))
+    }
+    honest, bad = found["made", "known"], found["noise", "known"]
+    assert honest["median_similarity"] > honest["usual_similarity"] > bad["median_similarity"]
+    assert honest["distance"] < TOO_FAR < bad["distance"]
+    for pair in (("few", "known"), ("made", "few")):
+        assert set(found[pair].values()) == {None}
+
+
+def test_names_with_signs_of_a_formula_or_a_leading_underscore_are_shown_as_they_are(training, fresh, tmp_path):
+    scored(fresh, training, tmp_path / "s")
+    for name in ("price_$5_$6", "_hidden", "$\\frac$", "a\nb"):
+        page = write_report([Scored.load(tmp_path / "s", name)], tmp_path / "r.html").read_text()
+        svg = html.unescape(re.search(r"(?s)<svg.*?</svg>", page)[0])
+        assert " ".join(name.split()) in svg and "could not be drawn" not in page

@@ -16,7 +16,15 @@ SOURCES = [
 ]
 PRODUCT = [path for path in SOURCES if path.parts[len(ROOT.parts)] not in ("demo", "benchmarks")]
 EDGE = {"arguments", "cli"}  # where flags are flags
-LOW = {"errors", "files", "settings", "run_folder", "tensor_files", "__init__"}  # modules that every room may import
+LOW = {
+    "console",
+    "errors",
+    "files",
+    "settings",
+    "run_folder",
+    "tensor_files",
+    "__init__",
+}  # modules that every room may import
 # What each room may import, beside itself and the low modules.
 ROOMS = {
     "method": set(),

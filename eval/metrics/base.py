@@ -12,10 +12,15 @@ from ietagc_diffusers.sscd import Descriptor
 
 from ..features import Embedded, Extractor
 from ..protocol import Protocol
-from .intervals import bootstrap_interval, wilson_interval
+from .intervals import bootstrap_interval, newcombe_interval, wilson_interval
 
 Values = torch.Tensor | np.ndarray
-INTERVALS = {"bootstrap": bootstrap_interval, "wilson": lambda hits, _: wilson_interval(hits)}
+# Each is called with the values of a metric, its statistic, and the groups of the (first) values.
+INTERVALS: dict[str, Callable[..., list[float]]] = {
+    "bootstrap": lambda values, statistic, groups: bootstrap_interval(values[0], statistic, groups=groups),
+    "wilson": lambda values, _, groups: wilson_interval(values[0], groups=groups),
+    "newcombe": lambda values, _, groups: newcombe_interval(values[0], values[1], groups=groups),
+}
 
 
 def mean(values: Values) -> float:
@@ -33,7 +38,7 @@ class Metric:
         statistic: computes it, from a value for each image (N,), or from the features (N, D) and (M, D) of two sets. A
             statistic over random subsets returns [mean, standard deviation].
         interval_by: how its 95% interval is computed from the values of the images, if it has one. ``wilson`` is for
-            shares: its values are hits.
+            shares: its values are hits. ``newcombe`` is for the difference of the shares of two sets.
         lower: True if lower is better, False if higher is, None if neither.
         digits: shown decimal places; percent: whether it is shown as a percentage.
         detail: stands in brackets behind the title; ``{entry}`` is filled from the protocol that the scores record.
@@ -43,7 +48,7 @@ class Metric:
     name: str
     title: str
     statistic: Callable[..., float | list[float]]
-    interval_by: Literal["bootstrap", "wilson"] | None = None
+    interval_by: Literal["bootstrap", "wilson", "newcombe"] | None = None
     lower: bool | None = True
     digits: int = 3
     percent: bool = False
@@ -61,11 +66,14 @@ class Metric:
         key = self._path[0]
         return [key, f"{key}_ci95"] if self.interval_by else [key]
 
-    def of(self, *values: Values) -> dict[str, Any]:
-        """The entries of ``scores.json``: what ``statistic`` makes of the values, and the interval."""
+    def of(self, *values: Values, groups: np.ndarray | None = None) -> dict[str, Any]:
+        """The entries of ``scores.json``: what ``statistic`` makes of the values, and the interval.
+
+        groups: (N,) which of the (first) values are not independent of one another, see ``ImageSets.prompts``.
+        """
         found: list[Any] = [self.statistic(*values)]
         if self.interval_by:
-            found.append(INTERVALS[self.interval_by](values[0], self.statistic))
+            found.append(INTERVALS[self.interval_by](values, self.statistic, groups))
         entry = self._path[1]
         return {key: {entry: x} if entry else x for key, x in zip(self.keys, found, strict=True)}
 
@@ -119,6 +127,7 @@ class ImageSets:
         reference: of the images that the Fréchet distance is measured to.
         reference_name: ``train``, or where they come from.
         pixels: side of the images whose l2 distances are measured.
+        heldout: of pictures that were not trained on, which are compared like the generated ones; None: there are none.
     """
 
     generated: Embedded
@@ -128,6 +137,16 @@ class ImageSets:
     reference: Embedded
     reference_name: str
     pixels: int
+    heldout: Embedded | None = None
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """The number of the prompt of each generated image, int64 (N,). Case and spacing make no other prompt; an image
+        without a prompt has one of its own.
+        """
+        numbers: dict[Any, int] = {}
+        texts = [" ".join((text or "").split()).casefold() for text in self.generated.images.texts]
+        return np.array([numbers.setdefault(text or index, len(numbers)) for index, text in enumerate(texts)])
 
 
 @dataclass(frozen=True)
@@ -165,10 +184,12 @@ class Measured:
         )
 
 
-def missing(metrics: Iterable[Metric], why: str, **results: Any) -> Measured:
-    """The result where ``metrics`` could not be computed; ``results``: what else ``Measured`` takes."""
+def missing(metrics: Iterable[Metric], why: str, known: dict[str, Any] | None = None, **results: Any) -> Measured:
+    """The result where ``metrics`` could not be computed. ``known``: entries of ``scores.json`` that could be;
+    ``results``: what else ``Measured`` takes.
+    """
     keys = [key for metric in metrics for key in metric.keys]
-    return Measured(scores=dict.fromkeys(keys), reasons=dict.fromkeys(keys, why), **results)
+    return Measured(scores=dict.fromkeys(keys) | (known or {}), reasons=dict.fromkeys(keys, why), **results)
 
 
 class Kind(ABC):

@@ -158,7 +158,7 @@ class ClipScore(Kind):
         cut = f"{num_longer} prompts have more tokens than CLIP reads: their ends are ignored" if num_longer else None
         values = clip_scores(sets.generated.features["clip"], vectors)
         return Measured(
-            CLIP_SCORE.of(values) | {"num_prompts_truncated": num_longer},
+            CLIP_SCORE.of(values, groups=sets.prompts) | {"num_prompts_truncated": num_longer},
             columns={"clip_score": values.tolist()},
             protocol={"clip": self.scorer.record},
             notes=tuple(filter(None, (self.scorer.note, cut))),

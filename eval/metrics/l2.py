@@ -5,6 +5,7 @@ al.'s memorization ratio.
 from functools import partial, reduce
 from typing import Any
 
+import numpy as np
 import torch
 
 from ietagc_diffusers.errors import UsageError
@@ -72,15 +73,15 @@ def _spread(training: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
 # Both shares are float32 means, as in the scores that earlier versions wrote.
 
 
-def memorized_quantity(ratios: torch.Tensor) -> dict[str, Any]:
+def memorized_quantity(ratios: torch.Tensor, groups: np.ndarray | None = None) -> dict[str, Any]:
     """The share of l2 ratios (N,) at or under each threshold, with intervals: entries of ``scores.json``."""
-    each = [metric.of((ratios <= threshold).float()) for threshold, metric in MQ.items()]
+    each = [metric.of((ratios <= threshold).float(), groups=groups) for threshold, metric in MQ.items()]
     return reduce(lambda left, right: {key: left[key] | right[key] for key in left}, each)
 
 
-def memorization_ratio(ratios: torch.Tensor) -> dict[str, Any]:
+def memorization_ratio(ratios: torch.Tensor, groups: np.ndarray | None = None) -> dict[str, Any]:
     """Gu et al.'s share of ratios (N,) under 1/3, with its interval: entries of ``scores.json``."""
-    return MEMORIZATION_RATIO.of((ratios < GU_RATIO).float())
+    return MEMORIZATION_RATIO.of((ratios < GU_RATIO).float(), groups=groups)
 
 
 class L2(Kind):
@@ -120,7 +121,7 @@ class L2(Kind):
             "are higher than with more",
         )
         return about | Measured(
-            memorized_quantity(ratios) | memorization_ratio(gu_ratios),
+            memorized_quantity(ratios, sets.prompts) | memorization_ratio(gu_ratios, sets.prompts),
             columns={"l2_ratio": ratios.tolist(), "gu_ratio": gu_ratios.tolist()},
             notes=few if num_training < NUM_NEIGHBOURS else (),
         )

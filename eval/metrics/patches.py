@@ -142,7 +142,8 @@ class Patches(Kind):
                 crop[row] = mirrored_crop(int(other[2][row]), *sizes[row], *grid)
         copy_threshold, among = self._among_training(sets.training)
         copies = is_copy(similarity, copy_threshold)
-        scores = PATCH_SIM_SCORE.of(similarity) | PATCH_COPY_RATE.of(copies)
+        prompts = sets.prompts
+        scores = PATCH_SIM_SCORE.of(similarity, groups=prompts) | PATCH_COPY_RATE.of(copies, groups=prompts)
         measured = Measured(
             scores | {"patch_copy_similarity": copy_threshold},
             columns={

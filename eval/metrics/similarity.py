@@ -1,18 +1,21 @@
-"""Similarity of whole images to the nearest training image: Sim Score (eq. 14), mean, and copy rate."""
+"""Similarity of whole images to the nearest training image: Sim Score (eq. 14), mean, and copy rate; and the same of
+training images and of held-out pictures, which say what is usual without copying.
+"""
 
 import functools
 
 import numpy as np
 import torch
 
-from ..features import Several
+from ..features import Embedded
 from ..neighbours import most_similar
 from ..views import best_of
 from .base import ImageSets, Kind, Measured, Metric, Values, mean, missing
-from .intervals import as_float64
+from .intervals import as_float64, difference
 
 SIM_PERCENTILE = 95
 BACKGROUND_SAMPLES = 10_000
+NEAR_DUPLICATE = 0.95  # held-out pictures more similar to a training image show the same picture
 
 
 def sim_score(similarities: Values | list) -> float:
@@ -37,54 +40,129 @@ NUM_COPIED = Metric("num_copied_train", "training images that were copied", numb
 TRAINING_SIM_SCORE = Metric(
     "train_train_sim_score", "Sim Score of training images among themselves", sim_score, lower=None
 )
+TRAINING_COPY_RATE = Metric(
+    "train_train_copy_rate",
+    "copy rate of training images among themselves",
+    mean,
+    "wilson",
+    lower=None,
+    digits=1,
+    percent=True,
+)
+HELDOUT_SIM_SCORE = Metric("heldout_sim_score", "Sim Score of held-out pictures", sim_score, "bootstrap", lower=None)
+HELDOUT_COPY_RATE = Metric(
+    "heldout_copy_rate", "copy rate of held-out pictures", mean, "wilson", lower=None, digits=1, percent=True
+)
+EXCESS_COPY_RATE = Metric(
+    "excess_copy_rate",
+    "copy rate minus that of held-out pictures",
+    difference,
+    "newcombe",
+    lower=None,
+    digits=1,
+    percent=True,
+)
+OF_HELDOUT = (HELDOUT_SIM_SCORE, HELDOUT_COPY_RATE, EXCESS_COPY_RATE)
 
 
 class Similarity(Kind):
     """Similarity of each generated image to the nearest training image, and of training images to one another."""
 
-    metrics = (SIM_SCORE, SIM_MEAN, COPY_RATE, NUM_COPIED, TRAINING_SIM_SCORE)
+    metrics = (SIM_SCORE, SIM_MEAN, COPY_RATE, NUM_COPIED, TRAINING_SIM_SCORE, TRAINING_COPY_RATE, *OF_HELDOUT)
 
     def measure(self, sets: ImageSets) -> Measured:
-        names = sets.training.images.names
-        training = sets.training.several["views"]
-        copy_threshold = self.protocol.copy_threshold(self.descriptor)
-        search = functools.partial(most_similar, references=training.vectors, **self.protocol.search_options)
-        similarity, rows = best_of(search, sets.generated.both_ways())
-        nearest = training.owners[rows]
-        copies = is_copy(similarity, copy_threshold)
-        scores = SIM_SCORE.of(similarity) | SIM_MEAN.of(similarity) | COPY_RATE.of(copies)
-        searched = self.protocol.search(training.vectors)
-        return Measured(
-            scores | NUM_COPIED.of(nearest[copies.bool()]),
+        names, prompts = sets.training.images.names, sets.prompts
+        similarity, nearest = self._nearest(sets.generated, sets.training)
+        copies = self._copies(similarity)
+        scores = SIM_SCORE.of(similarity, groups=prompts) | SIM_MEAN.of(similarity, groups=prompts)
+        scores |= COPY_RATE.of(copies, groups=prompts) | NUM_COPIED.of(nearest[copies.bool()])
+        search = self.protocol.search(sets.training.several["views"].vectors)
+        measured = Measured(
+            scores,
             columns={
                 "similarity": similarity.tolist(),
                 "nearest": [names[i] for i in nearest],
                 "copy": copies.bool().tolist(),
             },
-            protocol={"copy_similarity": copy_threshold, "neighbours": searched},
-            searches={"descriptor": searched},
-        ) | self._background(training, names)
+            protocol={"copy_similarity": self.protocol.copy_threshold(self.descriptor), "neighbours": search},
+            searches={"descriptor": search},
+        )
+        return measured | self._background(sets) | self._heldout(sets, copies)
 
-    def _background(self, training: Several, names: list[str]) -> Measured:
-        """The similarity of each training image, as its middle view shows it, to the nearest other one."""
-        if len(names) < 2:
+    def _nearest(self, images: Embedded, training: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
+        """The similarity (N,) of each image to the nearest training image, and the number (N,) of that image."""
+        shown = training.several["views"]
+        search = functools.partial(most_similar, references=shown.vectors, **self.protocol.search_options)
+        similarity, rows = best_of(search, images.both_ways())
+        return similarity, shown.owners[rows]
+
+    def _copies(self, similarity: torch.Tensor) -> torch.Tensor:
+        return is_copy(similarity, self.protocol.copy_threshold(self.descriptor))
+
+    def _heldout(self, sets: ImageSets, copies: torch.Tensor) -> Measured:
+        """The scores of held-out pictures, compared like the generated images, of which ``copies`` (N,) are copies.
+
+        A picture that is in the training set in another version is not held out, and would make copies look usual.
+        """
+        if sets.heldout is None:
+            return missing(OF_HELDOUT, "there are no held-out pictures: set `heldout`", {"num_heldout": 0})
+        similarity, _ = self._nearest(sets.heldout, sets.training)
+        kept = similarity[similarity <= NEAR_DUPLICATE]
+        num_near = len(similarity) - len(kept)
+        counts = {"num_heldout": len(kept), "num_heldout_near_duplicates": num_near}
+        notes = (
+            f"{num_near} of {len(similarity)} held-out pictures have a similarity over {NEAR_DUPLICATE} to a training "
+            "image: they are taken for other versions of it and left out",
+        )
+        if not len(kept):
+            return missing(OF_HELDOUT, "all held-out pictures are also in the training set", counts, notes=notes)
+        usual = self._copies(kept)
+        scores = HELDOUT_SIM_SCORE.of(kept) | HELDOUT_COPY_RATE.of(usual)
+        scores |= EXCESS_COPY_RATE.of(copies, usual, groups=sets.prompts)
+        return Measured(scores | counts, notes=notes if num_near else ())
+
+    def _background(self, sets: ImageSets) -> Measured:
+        """The similarity of each training image to its nearest other one; the rate counts duplicates once."""
+        background = self._among(sets.training)
+        if background is None:
+            names = sets.training.images.names
             unknown = {"file_name": names, "similarity": [None], "nearest": [None]}
-            return missing([TRAINING_SIM_SCORE], "needs two training images", background=unknown)
+            own = [TRAINING_SIM_SCORE, TRAINING_COPY_RATE]
+            return missing(own, "needs two training images", background=unknown)
+        rows, similarity, nearest = background
+        names = sets.training.images.names
         notes: tuple[str, ...] = ()
-        rows = torch.arange(len(names))
-        if len(rows) > BACKGROUND_SAMPLES:
-            generator = torch.Generator().manual_seed(0)
-            rows = torch.randperm(len(rows), generator=generator)[:BACKGROUND_SAMPLES].sort().values
+        if len(rows) < len(names):
             notes = (
                 "the similarity of training images to one another was measured on a random sample of "
                 f"{BACKGROUND_SAMPLES:,} of them",
             )
-        groups, options = (rows, training.owners), self.protocol.search_options
-        found = most_similar(training.middle()[rows], training.vectors, groups=groups, **options)
-        similarity, nearest = found[0][:, 0], training.owners[found[1][:, 0]]
-        background = {
-            "file_name": [names[i] for i in rows],
-            "similarity": similarity.tolist(),
-            "nearest": [names[i] for i in nearest],
-        }
-        return Measured(TRAINING_SIM_SCORE.of(similarity), background=background, notes=notes)
+        measured = Measured(
+            TRAINING_SIM_SCORE.of(similarity),
+            background={
+                "file_name": [names[i] for i in rows],
+                "similarity": similarity.tolist(),
+                "nearest": [names[i] for i in nearest],
+            },
+            notes=notes,
+        )
+        same = len(sets.distinct_training.kept) == len(sets.training.kept)
+        distinct = background if same else self._among(sets.distinct_training)
+        if distinct is None:
+            return measured | missing([TRAINING_COPY_RATE], "needs two different training images")
+        return measured | Measured(TRAINING_COPY_RATE.of(self._copies(distinct[1])))
+
+    def _among(self, training: Embedded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(rows, similarity, nearest), each (N,): of every training image, or of 10,000 drawn at random, the nearest
+        other one to its middle view. None if there is no other one.
+        """
+        shown = training.several["views"]
+        if len(training.kept) < 2:
+            return None
+        rows = torch.arange(len(training.kept))
+        if len(rows) > BACKGROUND_SAMPLES:
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randperm(len(rows), generator=generator)[:BACKGROUND_SAMPLES].sort().values
+        middle, options = shown.middle()[rows], self.protocol.search_options
+        similarity, found = most_similar(middle, shown.vectors, groups=(rows, shown.owners), **options)
+        return rows, similarity[:, 0], shown.owners[found[:, 0]]

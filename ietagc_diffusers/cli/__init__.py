@@ -16,7 +16,7 @@ from ..errors import UsageError, with_flags
 
 COMMANDS = {
     "train": "fine-tune a model without memorizing the training set",
-    "audit": "draw images, compare them with the training set, write a report; exit with 3 above the limits",
+    "audit": "draw images, compare them with the training set, report; exit with 3 above the limits, 4 if in doubt",
     "generate": "draw images, each from its own seed; continues where it was interrupted",
     "score": "compare generated images with the training set",
     "report": "write one HTML file about one or more scored models",
@@ -53,7 +53,8 @@ def build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ietagc") -> int:
-    """Run a command and return its exit code: 0, 2 for wrong use, 130 if interrupted, 3 for an audit above its limits.
+    """Run a command and return its exit code: 0, 2 for wrong use, 130 if interrupted; 3 for an audit
+    above its limits, and 4 for one that cannot tell.
 
     Args:
         argv: the words after the program's name; None is ``sys.argv``'s.

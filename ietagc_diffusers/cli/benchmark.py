@@ -3,6 +3,7 @@
 import json
 from argparse import SUPPRESS, ArgumentParser, Namespace
 
+from ..console import say
 from . import common
 
 
@@ -28,6 +29,6 @@ def run(args: Namespace) -> int:
         return 0
     failed = run_benchmark(args.config, args.jobs, device, cache, args.tables)
     output = Benchmark(args.config).output
-    print((output / "tables.md").read_text(encoding="utf-8"))
-    print(f"{output}/tables.md, tables.csv, tables.tex, results.json")
+    say((output / "tables.md").read_text(encoding="utf-8"))
+    say(f"{output}/tables.md, tables.csv, tables.tex, results.json")
     return int(failed > 0)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
+from ..console import say
 from ..files import check_output, write_json
 from . import common
 
@@ -51,4 +52,4 @@ def run(args: Namespace) -> None:
     result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args), views)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, {"version": __version__} | asdict(result))
-    print(f"{result.sentence} ({args.output})")
+    say(f"{result.sentence} ({args.output})")

@@ -106,6 +106,14 @@ def add_scoring(parser: ArgumentParser) -> None:
     )
 
 
+def add_heldout(parser: ArgumentParser | _ArgumentGroup) -> None:
+    parser.add_argument(
+        "--heldout",
+        metavar="DIR|ID",
+        help="pictures of the same kind that were not trained on: their copy rate shows how many are similar by chance",
+    )
+
+
 def check_positive(args: Namespace, *settings: str) -> None:
     """Raise ``UsageError`` unless each of these that was given is over 0 and finite."""
     for name in settings:
@@ -222,6 +230,25 @@ def reference_images(args: Namespace) -> "ImageSet | None":
     from ietagc_diffusers.eval.image_sets import load_images
 
     return load_images(args.reference, "reference") if args.reference else None
+
+
+def heldout_images(args: Namespace) -> "ImageSet | None":
+    from ietagc_diffusers.eval.image_sets import load_images
+
+    return load_images(args.heldout, "heldout", args.image_column, args.caption_column) if args.heldout else None
+
+
+def check_apart(args: Namespace, *inputs: str) -> None:
+    """Raise ``UsageError`` if ``output`` or the feature cache would change the images or prompts of these settings, or
+    the model.
+    """
+    from ietagc_diffusers.eval.audit import check_apart
+
+    read = {name: getattr(args, name, None) for name in inputs}
+    check_apart(args.output, read, getattr(args, "model", None))
+    cache = getattr(args, "feature_cache", None)
+    if cache not in (None, "none"):
+        check_apart(cache, read, setting="feature_cache")
 
 
 def prompts_of(args: Namespace, training: "ImageSet | None") -> "list[Prompt]":

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ..console import say
 from ..errors import UsageError
 from . import common
 
@@ -40,8 +41,8 @@ def run(args: Namespace) -> None:
     result = detect(args.model, prompts, args.output, settings, labels, device, dtype, args.batch_size)
     if labels is not None:
         rate, threshold = result["tpr_at_1_percent_fpr"], result["threshold"]
-        print(f"AUC {result['auc']:.4f}, TPR {rate:.4f} at 1% FPR (threshold {threshold:.4g})")
-    print(f"{args.output}/detect.csv, detect.json, detect.png")
+        say(f"AUC {result['auc']:.4f}, TPR {rate:.4f} at 1% FPR (threshold {threshold:.4g})")
+    say(f"{args.output}/detect.csv, detect.json, detect.png")
 
 
 def _prompts(args: Namespace) -> tuple[list[str], list[bool] | None]:

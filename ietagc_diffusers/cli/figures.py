@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ..console import say
 from ..errors import UsageError, with_flags
 from . import common
 
@@ -28,6 +29,6 @@ def run(args: Namespace) -> None:
     folder, output = Path(args.run) if args.run else None, Path(args.output)
     drawn = draw_all(output, scored, folder, training, device)
     for name, reason in drawn.items():
-        print(f"{name} not drawn: {with_flags(reason, vars(args))}" if reason else output / name)
+        say(f"{name} not drawn: {with_flags(reason, vars(args))}" if reason else output / name)
     if all(drawn.values()):
         raise UsageError("no figure could be drawn")

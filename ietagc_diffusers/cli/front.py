@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ..console import say
 from . import common
 
 
@@ -82,4 +83,4 @@ def run(args: Namespace) -> None:
         device=device,
         sampling=sampling,
     )
-    print(f"{result.markdown}\n{output}/front.png, front.csv, front.md")
+    say(f"{result.markdown}\n{output}/front.png, front.csv, front.md")

@@ -13,6 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    common.check_apart(args, "train", "prompts")
     from ietagc_diffusers.eval.generate import generate
 
     state, device = common.processes(common.device_of(args))

@@ -2,6 +2,8 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ..console import say
+from ..errors import UsageError
 from ..files import check_output
 from . import common
 
@@ -20,4 +22,7 @@ def run(args: Namespace) -> None:
     from ietagc_diffusers.eval.report import Scored, write_report
 
     scored = [Scored.load(folder, name) for name, folder in named]
-    print(write_report(scored, args.output, args.max_pairs, args.title))
+    try:
+        say(write_report(scored, args.output, args.max_pairs, args.title))
+    except OSError as error:
+        raise UsageError(f"`output` {args.output}: cannot be written: {error}") from error

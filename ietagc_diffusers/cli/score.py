@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
+from ..console import say
 from ..files import check_output
 from . import common
 
@@ -10,16 +11,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--generated", required=True, metavar="DIR", help="generated images")
     common.add_training_images(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="for scores.json and nearest.parquet")
+    common.add_heldout(parser)
     common.add_scoring(parser)
     common.add_device(parser)
 
 
 def run(args: Namespace) -> None:
     check_output(args.output, "output")
+    common.check_apart(args, "train", "generated", "heldout", "reference")
     from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.score import Tools, score
 
     tools = Tools(common.protocol_of(args, common.device_of(args)))
     generated, training = load_images(args.generated, "generated"), common.training_images(args)
-    score(generated, training, args.output, tools, common.cache_of(args), common.reference_images(args))
-    print(f"{args.output}/scores.json; for a report: {args.prog} report {args.output}")
+    reference, heldout = common.reference_images(args), common.heldout_images(args)
+    score(generated, training, args.output, tools, common.cache_of(args), reference, heldout=heldout)
+    say(f"{args.output}/scores.json; for a report: {args.prog} report {args.output}")
