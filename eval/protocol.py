@@ -24,16 +24,17 @@ class Protocol:
     """What is measured, and with what.
 
     Args:
-        name: ``dcr`` or ``sscd``, or a preprocessing of ``sscd.PREPROCESS``; None: that of the descriptor's checkpoint,
-            or ``dcr``.
+        name: see ``sscd.load_descriptor``.
         descriptor: see ``sscd.load_descriptor``.
-        copy_similarity: an image whose similarity is higher counts as a copy; None: the descriptor's own threshold.
+        copy_similarity: an image whose similarity is higher counts as a copy; None: the descriptor's own threshold,
+            which a file that is not one of the published checkpoints does not have.
         l2: ``iet-agc`` or ``paper``: the l2 ratio of MQ. Gu et al.'s ratio is always measured too.
         pixels: side of the images whose l2 distances are measured; None: the small edge that most generated images
             have, at most 64.
         clip: open_clip's ``MODEL:TAG`` or ``MODEL:FILE``; None: no CLIP score.
         clip_preprocess: ``own`` or ``dcr``; None: ``dcr`` under protocol ``dcr``, else ``own``.
-        fid: features of the Fréchet distance: ``inception``, ``inception:FILE``, ``pixel-8``, or ``none``.
+        fid: features of the Fréchet distance: ``inception`` or ``inception:FILE``, which make it FID; ``dcr`` or
+            ``dcr:FILE``, the same network fed as by Somepalli et al. and the paper's authors; ``pixel-8``; or ``none``.
         fid_antialias: whether Inception's images are shrunk with antialiasing.
         patches: whether crops are compared too.
         distinct: whether exact duplicates among the training images count once, so that a copy of a duplicated image
@@ -66,8 +67,10 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.pixels is not None and self.pixels < MIN_EDGE:
             raise UsageError(f"`pixels` {self.pixels}: must be at least {MIN_EDGE}: a single pixel shows nothing")
-        if self.fid.partition(":")[0] not in ("inception", "pixel-8", "none"):
-            raise UsageError(f"`fid` {self.fid}: must be inception, inception:FILE, pixel-8 or none")
+        if self.fid.partition(":")[0] not in ("inception", "dcr", "pixel-8", "none"):
+            raise UsageError(f"`fid` {self.fid}: must be inception, inception:FILE, dcr, dcr:FILE, pixel-8 or none")
+        if self.fid.startswith("dcr") and self.fid_antialias:
+            raise UsageError("`fid_antialias`: `fid` dcr has a resizing of its own, which is always antialiased")
         for setting, choices in CHOICES.items():
             value = getattr(self, setting)
             if value not in choices:
@@ -81,8 +84,8 @@ class Protocol:
         return self.name or protocol_of(self.descriptor)
 
     def copy_threshold(self, descriptor: Descriptor) -> float:
-        """The similarity above which an image counts as a copy."""
-        return descriptor.copy_similarity if self.copy_similarity is None else self.copy_similarity
+        """The similarity above which an image counts as a copy. Raises ``UsageError`` if nobody has given one."""
+        return descriptor.threshold(self.copy_similarity)
 
     @property
     def search_options(self) -> dict:

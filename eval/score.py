@@ -16,13 +16,24 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor, load_descriptor
+from ietagc_diffusers.sscd.descriptor import SSCD_EDGE
 
 from .features import Embedded, Extractor, Pixels, SmallEdge, embed, first_of_each
 from .image_sets import ImageSet, load_images, unusable
 from .metrics import KINDS, ImageSets, Kind, Measured
 from .protocol import Protocol
 
-__all__ = ["BACKGROUND", "NEAREST", "SCORES", "Protocol", "Tools", "images_of", "load_scores", "score"]
+__all__ = [
+    "BACKGROUND",
+    "NEAREST",
+    "SCORES",
+    "Protocol",
+    "Tools",
+    "different_versions",
+    "images_of",
+    "load_scores",
+    "score",
+]
 
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"
 LARGEST_L2_EDGE = 64
@@ -34,7 +45,7 @@ class Tools:
     """A protocol with its models loaded: the descriptor, and the kinds of metrics that use it.
 
     Raises:
-        UsageError, DescriptorError: a model that is unknown or cannot be loaded.
+        UsageError, DescriptorError: a model that is unknown or cannot be loaded, or a descriptor without a threshold.
     """
 
     protocol: Protocol
@@ -43,12 +54,13 @@ class Tools:
 
     def __post_init__(self) -> None:
         self.descriptor = load_descriptor(self.protocol.descriptor, self.protocol.name, self.protocol.device)
+        self.protocol.copy_threshold(self.descriptor)  # raises here, before anything is drawn or described
         self.kinds = [kind(self.protocol, self.descriptor) for kind in KINDS]
 
     @property
     def protocol_name(self) -> str | None:
         """The name of the protocol; None with the descriptor ``pixel``, which has no protocols."""
-        return None if self.descriptor.name == "pixel" else self.protocol.resolved_name
+        return self.descriptor.protocol
 
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
@@ -99,6 +111,7 @@ def score(
     generated, training = generated.files(), training.files()
     sets = _describe(generated, training, reference, tools, cache)
     about_images = _about_images(sets, num_repeated_rows=num_rows - len(generated) - len(training))
+    about_images |= _too_small(sets, tools.descriptor)
     measured = functools.reduce(operator.or_, (kind.measure(sets) for kind in tools.kinds), about_images)
     scores = _record(sets, measured, tools) | (about or {})
     output = Path(output)
@@ -122,6 +135,14 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"{folder}: {error}; the command `score` writes the files that are needed") from error
     return scores, *tables
+
+
+def different_versions(scores: Iterable[dict[str, Any]]) -> str:
+    """Words on the versions of this software that computed the scores; empty if it was one."""
+    found = sorted({x["protocol"].get("version") or x.get("version") or "an unknown one" for x in scores})
+    if len(found) < 2:
+        return ""
+    return f"different versions of this software ({', '.join(found)}), which may measure differently: score them again"
 
 
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
@@ -206,6 +227,21 @@ def _about_images(sets: ImageSets, num_repeated_rows: int) -> Measured:
     return Measured(counts, notes=tuple(notes))
 
 
+def _too_small(sets: ImageSets, descriptor: Descriptor) -> Measured:
+    """A note where most images of a side are smaller than the descriptor needs."""
+    if not descriptor.sscd:
+        return Measured()
+    sides = {"generated": sets.generated, "training": sets.all_training}
+    small = [name for name, x in sides.items() if (x.features["edge"] < SSCD_EDGE).double().mean() > 0.5]
+    if not small:
+        return Measured()
+    text = (
+        f"most {' and '.join(small)} images have fewer than {SSCD_EDGE} pixels on their small edge: of such images "
+        f"{descriptor.name} misses many copies, so compare their pixels too: `descriptor` pixel, and MQ"
+    )
+    return Measured(notes=(text,))
+
+
 def _num_of_one_colour(images: Embedded) -> int:
     pixels = images.features["pixels"]
     return int((pixels.amax(dim=1) == pixels.amin(dim=1)).sum())
@@ -220,6 +256,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
         "searches": measured.searches,
         **measured.protocol,
         "distinct": tools.protocol.distinct,
+        "version": __version__,
     }
     return measured.scores | {
         "protocol": protocol,

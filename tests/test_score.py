@@ -139,7 +139,7 @@ def test_a_rotated_cropped_or_recompressed_copy_is_nearer_than_any_other_image(t
         copies,
         folder,
         tmp_path / "scores",
-        Protocol(name="sscd-288", descriptor=str(tmp_path / "blobs.torchscript.pt")),
+        Protocol(name="sscd-288", descriptor=str(tmp_path / "blobs.torchscript.pt"), copy_similarity=0.9),
     )
     scores, nearest, _ = load_scores(tmp_path / "scores")
     right = [a[:2] == b[:2] for a, b in zip(nearest["file_name"], nearest["nearest"], strict=True)]

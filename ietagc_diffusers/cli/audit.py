@@ -17,7 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max_sim_score",
         type=float,
-        help=f"highest Sim Score that passes; default: {common.MAX_SIM_SCORE} with SSCD, no limit with pixel",
+        help=f"highest Sim Score that passes; default: {common.MAX_SIM_SCORE} with SSCD, no limit with others",
     )
     parser.add_argument(
         "--max_patch_copy_rate",
@@ -39,6 +39,7 @@ def run(args: Namespace) -> int:
             f"`max_patch_copy_rate` {args.max_patch_copy_rate}: without `patches` local copies are not looked for"
         )
     check_output(args.output, "output")
+    common.check_descriptor_named(args)
     from ietagc_diffusers.eval.audit import Limits, audit, card_path, report_to_github, write_card
     from ietagc_diffusers.eval.score import Tools
 
@@ -51,7 +52,7 @@ def run(args: Namespace) -> int:
     # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
     tools = Tools(protocol) if state.is_main_process else None
     max_sim_score = args.max_sim_score
-    if max_sim_score is None and tools is not None and tools.descriptor.name != "pixel":
+    if max_sim_score is None and tools is not None and tools.descriptor.sscd:
         max_sim_score = common.MAX_SIM_SCORE
     limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output, cache = Path(args.output), common.cache_of(args)
