@@ -73,6 +73,7 @@ def main():
     parser.add_argument("--copy_similarity", type=float, help="default: the descriptor's own")
     parser.add_argument("--num_images", type=int, help="the first of the set; default: all")
     parser.add_argument("--edge", type=int, help="shrink all images to this small edge first")
+    parser.add_argument("--only", nargs="*", help="alterations whose names contain one of these words; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     images = load_images(args.train, "train")
@@ -90,7 +91,8 @@ def main():
     print(f"similarity to the nearest other: median {median:.3f}, 95% {high:.3f}, at most {highest:.3f}")
     print(f"over the copy threshold, {threshold}: {(among > threshold).mean():.1%}")
     print(f"\n{'copies that were':26}{'original is nearest':>20}{'over the threshold':>20}")
-    for name, alter in ALTERATIONS.items():
+    wanted = [name for name in ALTERATIONS if args.only is None or any(word in name for word in args.only)]
+    for name, alter in ((name, ALTERATIONS[name]) for name in wanted):
         copies = describe(images, descriptor, lambda image, alter=alter: alter(original(image)), name)
         similarity, found = most_similar(copies, originals, device=args.device)
         right = (found[:, 0] == torch.arange(len(images))).float().mean().item()

@@ -115,9 +115,9 @@ def test_duplicates_hide_copies_from_the_gu_ratio_unless_they_count_once(trainin
 class Blobs(torch.nn.Module):
     """A small convolutional descriptor: an average of local features, which crops and turns move little."""
 
-    def __init__(self):
+    def __init__(self, stride=4):
         super().__init__()
-        self.conv = torch.nn.Conv2d(3, 512, 5, stride=8)
+        self.conv = torch.nn.Conv2d(3, 512, 5, stride=stride)
 
     def forward(self, images):
         return torch.relu(self.conv(images)).mean(dim=(2, 3)) - 0.35
@@ -229,7 +229,7 @@ def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatc
 
 
 def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monkeypatch):
-    torch.jit.script(Blobs()).save(str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
+    torch.jit.script(Blobs(stride=16)).save(str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
     monkeypatch.setenv("SSCD_HOME", str(tmp_path))
     scores = scored(fresh, training, tmp_path / "s", Protocol(descriptor="sscd_disc_mixup"))
     protocol = scores["protocol"]
