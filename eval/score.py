@@ -232,11 +232,11 @@ def _too_small(sets: ImageSets, descriptor: Descriptor) -> Measured:
     if not descriptor.sscd:
         return Measured()
     sides = {"generated": sets.generated, "training": sets.all_training}
-    small = [name for name, x in sides.items() if (x.features["edge"] < SSCD_EDGE).double().mean() > 0.5]
+    small = [name for name, x in sides.items() if (x.features["edge"] <= SSCD_EDGE).double().mean() > 0.5]
     if not small:
         return Measured()
     text = (
-        f"most {' and '.join(small)} images have fewer than {SSCD_EDGE} pixels on their small edge: of such images "
+        f"most {' and '.join(small)} images have at most {SSCD_EDGE} pixels on their small edge: of such images "
         f"{descriptor.name} misses many copies, so compare their pixels too: `descriptor` pixel, and MQ"
     )
     return Measured(notes=(text,))

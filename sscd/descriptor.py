@@ -42,7 +42,7 @@ SSCD_COPY = 0.5
 # Measured on photographs: see docs/evaluation.md. Pixels of unrelated pictures are often similar, up to 0.8.
 PIXEL_COPY = 0.9
 MEASURE = "ietagc calibrate --descriptor FILE --train DIR"
-SSCD_EDGE = 64  # pixels; of smaller images SSCD misses copies: see docs/evaluation.md
+SSCD_EDGE = 64  # pixels; of images that are no larger SSCD misses copies: see docs/evaluation.md
 
 
 @dataclass(frozen=True)

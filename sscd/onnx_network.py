@@ -60,7 +60,7 @@ class OnnxNetwork:
             images = images.permute(0, 2, 3, 1)
         if self.normalises and self.pixel_type is not np.uint8:
             images = images.float() * (self.white / 255)
-        pixels = np.ascontiguousarray(images.cpu().numpy().astype(self.pixel_type))
+        pixels: np.ndarray = np.ascontiguousarray(images.cpu().numpy().astype(self.pixel_type))
         size = self.batch or len(pixels)
         name = self.session.get_inputs()[0].name
         vectors = []

@@ -234,7 +234,7 @@ def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monke
     scores = scored(fresh, training, tmp_path / "s", Protocol(descriptor="sscd_disc_mixup"))
     protocol = scores["protocol"]
     assert (protocol["name"], protocol["preprocess"]) == ("sscd", "sscd-288") and protocol["version"] == __version__
-    assert any("generated and training images have fewer than 64 pixels" in note for note in scores["notes"])
+    assert any("generated and training images have at most 64 pixels" in note for note in scores["notes"])
     protocol = scored(
         fresh, training, tmp_path / "t", Protocol("dcr", descriptor=str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
     )["protocol"]

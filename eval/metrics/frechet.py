@@ -141,7 +141,7 @@ def load_inception_dcr(weights: str | Path | None = None, device: str = "cpu") -
     ``load_inception``.
     """
     plain = load_inception(weights, device=device)
-    plain.network.Conv2d_1a_3x3.register_forward_pre_hook(_normalised_twice)
+    plain.network.get_submodule("Conv2d_1a_3x3").register_forward_pre_hook(_normalised_twice)
     record = {"sha256": plain.record["sha256"], "preprocess": "dcr"}
     return Inception(
         plain.network, record, plain.device, "inception-dcr", Preprocess(INCEPTION_EDGE, INCEPTION_EDGE, None)
