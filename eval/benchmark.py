@@ -25,6 +25,7 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.method.config import check_keys, recipe_path
 from ietagc_diffusers.mitigations import parse_mitigations
+from ietagc_diffusers.sscd import load_descriptor
 
 from .generate import Settings, generate, model_hash
 from .image_sets import load_images
@@ -210,8 +211,8 @@ class Benchmark:
         # Each training seed has its own seeds for drawing: no two cells of a row share an image's seed.
         settings = Settings(**self.generate | {"seed": cell.seed * len(prompts), "mitigation": chain})
         model = self.model(cell.training, cell.seed)
+        tools = Tools(Protocol(**self.score | {"device": device}))  # before anything is drawn, to fail early
         generate(model, prompts, images, settings, device, desc=cell.name)
-        tools = Tools(Protocol(**self.score | {"device": device}))
         reference = load_images(self.reference, "reference") if self.reference else None
         about = {"model": model, "model_hash": model_hash(model), "cell": [cell.training, cell.inference, cell.seed]}
         score(load_images(images, "output"), training, self.folder(cell), tools, cache, reference, about)
@@ -294,6 +295,10 @@ def _fill(benchmark: Benchmark, jobs: int, device: str, cache: Path | None) -> N
         if not (benchmark.folder(cell) / SCORES).exists():
             missing.setdefault((cell.training, cell.seed), []).append(cell)
     total = sum(map(len, missing.values()))
+    if missing:  # before anything is trained, to fail early; and downloads happen once
+        with _named(f"`config` {benchmark.path}: score"):
+            protocol = Protocol(**benchmark.score)
+            protocol.copy_threshold(load_descriptor(protocol.descriptor, protocol.name))
     processes = Processes()
     with (
         tqdm(total=total, desc="Cells") as bar,

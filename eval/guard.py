@@ -123,11 +123,11 @@ class SimilarityGuard:
     Args:
         pipeline: any text-to-image pipeline that returns PIL images, mitigated or not.
         descriptor: the one that built the index.
-        max_similarity: images above it are not returned; default: the descriptor's copy threshold.
+        max_similarity: images above it are not returned; default: the descriptor's copy threshold, if it has one.
         retries: how often an image is drawn again before it is refused, at least 0.
 
     Raises:
-        UsageError: the index was built by another descriptor.
+        UsageError: the index was built by another descriptor, or ``max_similarity`` is needed.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class SimilarityGuard:
         if retries < 0:
             raise UsageError(f"`retries` {retries}: must be at least 0")
         self.pipeline, self.descriptor, self.index, self.retries = pipeline, descriptor, index, retries
-        self.max_similarity = descriptor.copy_similarity if max_similarity is None else max_similarity
+        self.max_similarity = descriptor.threshold(max_similarity, "max_similarity")
 
     def __call__(
         self, prompt: Any = None, *, generator: Any = None, num_images_per_prompt: int = 1, **options: Any

@@ -7,7 +7,7 @@ import torch
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.sscd import Descriptor
-from ietagc_diffusers.sscd.descriptor import protocol_of
+from ietagc_diffusers.sscd.descriptor import PROTOCOLS, protocol_of
 
 from .image_sets import MIN_EDGE
 from .neighbours import GIB
@@ -26,16 +26,17 @@ class Protocol:
     """What is measured, and with what.
 
     Args:
-        name: ``dcr`` or ``sscd``, or a preprocessing of ``sscd.PREPROCESS``; None: that of the descriptor's checkpoint,
-            or ``dcr``.
+        name: see ``sscd.load_descriptor``.
         descriptor: see ``sscd.load_descriptor``.
-        copy_similarity: an image whose similarity is higher counts as a copy; None: the descriptor's own threshold.
+        copy_similarity: an image whose similarity is higher counts as a copy; None: the descriptor's own threshold,
+            which a file that is not one of the published checkpoints does not have.
         l2: ``iet-agc`` or ``paper``: the l2 ratio of MQ. Gu et al.'s ratio is always measured too.
         pixels: side of the images whose l2 distances are measured; None: the small edge that most generated images
             have, at most 64.
         clip: open_clip's ``MODEL:TAG`` or ``MODEL:FILE``; None: no CLIP score.
         clip_preprocess: ``own`` or ``dcr``; None: ``dcr`` under protocol ``dcr``, else ``own``.
-        fid: features of the Fréchet distance: ``inception``, ``inception:FILE``, ``pixel-8``, or ``none``.
+        fid: features of the Fréchet distance: ``inception`` or ``inception:FILE``, which make it FID; ``dcr`` or
+            ``dcr:FILE``, the same network fed as by Somepalli et al. and the paper's authors; ``pixel-8``; or ``none``.
         fid_antialias: whether Inception's images are shrunk with antialiasing.
         patches: whether crops are compared too.
         views: ``training``: images are compared with all that training may have shown of an image, see ``eval.views``;
@@ -75,8 +76,10 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.pixels is not None and self.pixels < MIN_EDGE:
             raise UsageError(f"`pixels` {self.pixels}: must be at least {MIN_EDGE}: a single pixel shows nothing")
-        if self.fid.partition(":")[0] not in ("inception", "pixel-8", "none"):
-            raise UsageError(f"`fid` {self.fid}: must be inception, inception:FILE, pixel-8 or none")
+        if self.fid.partition(":")[0] not in ("inception", "dcr", "pixel-8", "none"):
+            raise UsageError(f"`fid` {self.fid}: must be inception, inception:FILE, dcr, dcr:FILE, pixel-8 or none")
+        if self.fid.startswith("dcr") and self.fid_antialias:
+            raise UsageError("`fid_antialias`: `fid` dcr has a resizing of its own, which is always antialiased")
         for setting, choices in CHOICES.items():
             value = getattr(self, setting)
             if value not in choices:
@@ -91,12 +94,13 @@ class Protocol:
 
     def resolved_views(self, descriptor: Descriptor) -> Views | None:
         """What training may have shown of an image; None if only whole images are compared."""
-        views = self.views or ("training" if descriptor.name == "pixel" else "image")
+        of_a_paper = self.name is not None or descriptor.protocol in PROTOCOLS
+        views = self.views or ("image" if of_a_paper else "training")
         return Views.of(self.center_crop, self.random_flip) if views == "training" else None
 
     def copy_threshold(self, descriptor: Descriptor) -> float:
-        """The similarity above which an image counts as a copy."""
-        return descriptor.copy_similarity if self.copy_similarity is None else self.copy_similarity
+        """The similarity above which an image counts as a copy. Raises ``UsageError`` if nobody has given one."""
+        return descriptor.threshold(self.copy_similarity)
 
     @property
     def search_options(self) -> dict:

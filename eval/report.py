@@ -25,7 +25,7 @@ from .image_sets import BadImage
 from .metrics import METRICS
 from .metrics.patches import crop_boxes
 from .plots import inline_svg, plot_similarities
-from .score import images_of, load_scores
+from .score import different_versions, images_of, load_scores
 from .verdict import SIDES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -290,8 +290,10 @@ def _notes(scored: list[Scored], num_missing: int) -> str:
             "Similarity was measured with the built-in descriptor pixel. It detects only near-exact copies, and its "
             "values are not comparable with those of SSCD: set `descriptor` to sscd_disc_mixup to use SSCD."
         )
-    if len({json.dumps(model.scores["protocol"], sort_keys=True) for model in scored}) > 1:
+    if len({json.dumps({**model.scores["protocol"], "version": None}, sort_keys=True) for model in scored}) > 1:
         lines.append("These models were scored under different protocols: their numbers are not comparable.")
+    if versions := different_versions(model.scores for model in scored):
+        lines.append(f"These models were scored by {versions}.")
     if _num_training_sets(scored) > 1:
         lines.append("These models were scored against different training sets: their numbers are not comparable.")
     for model in scored:

@@ -17,6 +17,7 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor, load_descriptor
+from ietagc_diffusers.sscd.descriptor import SSCD_EDGE
 
 from .drawing import drawing_of
 from .features import Embedded, Extractor, Pixels, Size, embed
@@ -25,7 +26,18 @@ from .metrics import KINDS, ImageSets, Kind, Measured
 from .protocol import Protocol
 from .views import Mirrored, Views, Whole
 
-__all__ = ["BACKGROUND", "NEAREST", "SCORES", "Protocol", "Tables", "Tools", "images_of", "load_scores", "score"]
+__all__ = [
+    "BACKGROUND",
+    "NEAREST",
+    "SCORES",
+    "Protocol",
+    "Tables",
+    "Tools",
+    "different_versions",
+    "images_of",
+    "load_scores",
+    "score",
+]
 
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"
 LARGEST_L2_EDGE = 64
@@ -37,7 +49,7 @@ class Tools:
     """A protocol with its models loaded: the descriptor, and the kinds of metrics that use it.
 
     Raises:
-        UsageError, DescriptorError: a model that is unknown or cannot be loaded.
+        UsageError, DescriptorError: a model that is unknown or cannot be loaded, or a descriptor without a threshold.
     """
 
     protocol: Protocol
@@ -47,6 +59,7 @@ class Tools:
 
     def __post_init__(self) -> None:
         self.descriptor = load_descriptor(self.protocol.descriptor, self.protocol.name, self.protocol.device)
+        self.protocol.copy_threshold(self.descriptor)  # raises here, before anything is drawn or described
         self.kinds = [kind(self.protocol, self.descriptor) for kind in KINDS]
         self.views = self.protocol.resolved_views(self.descriptor)
 
@@ -55,9 +68,8 @@ class Tools:
         """The name of the protocol; None with the descriptor ``pixel``, which has no protocols. The papers compare
         whole images only: with views the name says so.
         """
-        if self.descriptor.name == "pixel":
-            return None
-        return self.protocol.resolved_name + (" with views" if self.views else "")
+        name = self.descriptor.protocol
+        return f"{name} with views" if name and self.views else name
 
     def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
         """What is computed of every image of both sets."""
@@ -167,6 +179,7 @@ def compare(
     generated, training = generated.files(), training.files()
     sets = _describe(generated, training, reference, heldout, tools, cache)
     about_images = _about_images(sets, num_repeated_rows=num_rows - len(generated) - len(training))
+    about_images |= _too_small(sets, tools.descriptor)
     measured = functools.reduce(operator.or_, (kind.measure(sets) for kind in tools.kinds), about_images)
     scores = _record(sets, measured, tools) | (about or {})
     return Tables(scores, _metadata_columns(sets.generated.images) | measured.columns, measured.background)
@@ -185,6 +198,14 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"{folder}: {error}; the command `score` writes the files that are needed") from error
     return scores, *tables
+
+
+def different_versions(scores: Iterable[dict[str, Any]]) -> str:
+    """Words on the versions of this software that computed the scores; empty if it was one."""
+    found = sorted({x["protocol"].get("version") or x.get("version") or "an unknown one" for x in scores})
+    if len(found) < 2:
+        return ""
+    return f"different versions of this software ({', '.join(found)}), which may measure differently: score them again"
 
 
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
@@ -304,6 +325,22 @@ def _about_images(sets: ImageSets, num_repeated_rows: int) -> Measured:
     return Measured(counts, notes=tuple(notes))
 
 
+def _too_small(sets: ImageSets, descriptor: Descriptor) -> Measured:
+    """A note where most images of a side are smaller than the descriptor needs."""
+    if not descriptor.sscd:
+        return Measured()
+    sides = {"generated": sets.generated, "training": sets.all_training}
+    edges = {name: x.features["size"].amin(dim=1) for name, x in sides.items()}
+    small = [name for name, edge in edges.items() if (edge <= SSCD_EDGE).double().mean() > 0.5]
+    if not small:
+        return Measured()
+    text = (
+        f"most {' and '.join(small)} images have at most {SSCD_EDGE} pixels on their small edge: of such images "
+        f"{descriptor.name} misses many copies, so compare their pixels too: `descriptor` pixel, and MQ"
+    )
+    return Measured(notes=(text,))
+
+
 def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]:
     """The content of ``scores.json``."""
     generated, training = sets.generated.images, sets.training.images
@@ -314,6 +351,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
         **measured.protocol,
         "views": tools.views and tools.views.record,
         "distinct": tools.protocol.distinct,
+        "version": __version__,
     }
     drawing = drawing_of(generated.source, len(generated))
     known: dict[str, Any] = {} if drawing is None else {"drawing": drawing}

@@ -13,6 +13,7 @@ import numpy as np
 from ietagc_diffusers.files import write_text
 
 from .metrics import METRICS, Metric
+from .score import different_versions
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark
@@ -193,11 +194,12 @@ def _notes(benchmark: "Benchmark", done: list[dict[str, Any]]) -> str:
     protocol = done[0]["protocol"]
     name = f", protocol {protocol['name']}" if protocol["name"] else ""
     frechet = (protocol["frechet"] or {}).get("features", "none")
+    versions = different_versions(done)
     number = len(benchmark.seeds)
     seeds = "one seed" if number == 1 else f"{number} seeds (± is their standard deviation)"
     return (
         f"{done[0]['num_generated']} images a cell, {seeds}, "
         f"compared with {done[0]['num_train']} training images. Descriptor: {protocol['descriptor']}{name}; "
         f"similarity of a copy: over {protocol['copy_similarity']:.3g}; Fréchet features: {frechet}. "
-        "The best mean is bold, the second underlined.\n"
+        "The best mean is bold, the second underlined.\n" + (f"Cells were scored by {versions}.\n" if versions else "")
     )

@@ -1,6 +1,6 @@
 """Image descriptors for copy detection."""
 
-from .descriptor import Descriptor, DescriptorError, load_descriptor, pixel_descriptor
+from .descriptor import Descriptor, DescriptorError, descriptors_here, load_descriptor, pixel_descriptor
 from .preprocess import PREPROCESS
 
-__all__ = ["PREPROCESS", "Descriptor", "DescriptorError", "load_descriptor", "pixel_descriptor"]
+__all__ = ["PREPROCESS", "Descriptor", "DescriptorError", "descriptors_here", "load_descriptor", "pixel_descriptor"]

@@ -1,24 +1,33 @@
 """Similarity, Frechet, kernel and CLIP numbers equal their definitions and other implementations."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.features import Pixels, Several
 from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_distances
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScorer, clip_scores
-from ietagc_diffusers.eval.metrics.frechet import PooledPixels, frechet_distance, kernel_distance, load_inception
+from ietagc_diffusers.eval.metrics.frechet import (
+    PooledPixels,
+    frechet_distance,
+    kernel_distance,
+    load_inception,
+    load_inception_dcr,
+)
 from ietagc_diffusers.eval.metrics.intervals import bootstrap_interval, newcombe_interval, wilson_interval
 from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorized_quantity
 from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_crops
 from ietagc_diffusers.eval.metrics.similarity import EXCESS_COPY_RATE, is_copy, sim_score
 from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
+from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.sscd import pixel_descriptor
 
 
@@ -48,9 +57,11 @@ def test_metrics_are_shown_with_their_unit_and_direction():
     assert METRICS["copy_rate"].format(0.1234) == "12.3%" and METRICS["clip_score"].format(29.876) == "29.88"
     assert METRICS["kid"].format([0.01, 0.002]) == "0.0100 ± 0.0020"
     assert METRICS["num_copied_train"].format(1234) == "1,234"
+    assert METRICS["mq_0.4_count"].format(0.0125) == "819" and METRICS["mq_0.4"].format(0.0125) == "1.2%"
     protocol = {"frechet": {"features": "pixel-8"}}
     shown = {name: metric.heading(protocol) for name, metric in METRICS.items()}
     assert shown["frechet_distance"] == "Fréchet distance (pixel-8) ↓" and shown["clip_score"] == "CLIP score ↑"
+    assert (shown["fid"], shown["fid_dcr"], shown["mq_0.4_count"]) == ("FID ↓", "FID (dcr) ↓", "MQ 0.4 of 65,536 ↓")
     assert shown["train_train_sim_score"] == "Sim Score of training images among themselves"
 
 
@@ -58,6 +69,7 @@ def test_the_distance_between_distributions_is_that_of_the_features_that_were_us
     other = {"frechet_distance": 2.0, "kernel_distance": [0.5, 0.1]}
     assert measured_distances({"fid": None, "kid": None} | other) == (2.0, 0.5)
     assert measured_distances({"fid": 9.0, "kid": [0.2, 0.1]} | dict.fromkeys(other)) == (9.0, 0.2)
+    assert measured_distances({"fid": None, "kid": None, "fid_dcr": 3.0} | other) == (3.0, 0.5)
     assert measured_distances(dict.fromkeys(("fid", "kid", *other))) == (None, None)
 
 
@@ -198,17 +210,68 @@ def inception_file(tmp_path_factory):
     return path
 
 
-def test_inception_is_torch_fidelity_s_network_and_no_other(inception_file, monkeypatch):
+@pytest.fixture(scope="module")
+def inception(inception_file):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frechet, "INCEPTION_SHA256", "")
+        return load_inception(inception_file)
+
+
+def test_inception_is_torch_fidelity_s_network_and_no_other(inception_file, inception, monkeypatch):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with pytest.raises(UsageError, match="its SHA-256 is"):
         load_inception(inception_file)
     monkeypatch.setattr(frechet, "INCEPTION_SHA256", "")
-    extractor, images = load_inception(inception_file), pictures(9, 2, 40)
+    images = pictures(9, 2, 40)
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_file))(images)[0]
-    torch.testing.assert_close(extractor(images), theirs)
+    torch.testing.assert_close(inception(images), theirs)
     smooth = load_inception(inception_file, antialias=True)
-    assert smooth.identity["antialias"] and extractor.identity != smooth.identity
+    assert smooth.identity["antialias"] and inception.identity != smooth.identity
+
+
+def test_the_paper_s_fid_feeds_the_network_what_its_script_feeds(inception_file, inception, monkeypatch):
+    """Resize, crop the centre, normalise to [-1, 1], and once more as if that were [0, 1]."""
+    monkeypatch.setattr(frechet, "INCEPTION_SHA256", "")
+    extractor = load_inception_dcr(inception_file)
+    image = pictures(9, 1, 340)[:, :, :299]
+    steps = [
+        transforms.Resize(299),
+        transforms.CenterCrop(299),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5], [0.5]),
+    ]
+    fed = 2 * transforms.Compose(steps)(Image.fromarray(image[0].permute(1, 2, 0).numpy()))[None] - 1
+    with torch.no_grad():
+        for name, layer in inception.network.named_children():
+            fed = layer(fed) if name != "fc" else fed
+    torch.testing.assert_close(extractor(image), fed.flatten(1))
+    assert extractor.name == "inception-dcr" and extractor.identity != inception.identity
+    with pytest.raises(UsageError, match="`fid_antialias`"):
+        Protocol(descriptor="pixel", fid="dcr", fid_antialias=True)
+
+
+def measured_by(features, reference_name="train"):
+    """What the Fréchet kind measures with features of a name."""
+    kind = frechet.Frechet(Protocol(descriptor="pixel"), pixel_descriptor())
+    kind.features = SimpleNamespace(name=features, identity={})
+    one, two = (SimpleNamespace(features={"features": globals()["features"](seed, 30)}) for seed in (1, 2))
+    return kind.measure(SimpleNamespace(generated=one, reference=two, reference_name=reference_name))
+
+
+def test_only_fid_s_own_features_make_a_fid():
+    computed = {"inception": ["fid", "kid"], "inception-dcr": ["fid_dcr", "kernel_distance"]}
+    computed["pixel-8"] = ["frechet_distance", "kernel_distance"]
+    for name, keys in computed.items():
+        found = measured_by(name)
+        assert [key for key, value in found.scores.items() if value is not None] == keys
+        assert set(found.reasons) == found.scores.keys() - set(keys)
+        assert all(keys[0] in why for why in found.reasons.values())
+
+
+def test_a_distance_to_the_training_images_is_said_to_reward_copying():
+    assert any("rewards copying" in note for note in measured_by("pixel-8").notes)
+    assert not any("rewards copying" in note for note in measured_by("pixel-8", "held out").notes)
 
 
 def test_inception_that_cannot_be_had_is_named(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,9 +117,9 @@ def test_duplicates_hide_copies_from_the_gu_ratio_unless_they_count_once(trainin
 class Blobs(torch.nn.Module):
     """A small convolutional descriptor: an average of local features, which crops and turns move little."""
 
-    def __init__(self):
+    def __init__(self, stride=4):
         super().__init__()
-        self.conv = torch.nn.Conv2d(3, 512, 5, stride=4)
+        self.conv = torch.nn.Conv2d(3, 512, 5, stride=stride)
 
     def forward(self, images):
         return torch.relu(self.conv(images)).mean(dim=(2, 3)) - 0.35
@@ -141,7 +142,7 @@ def test_a_rotated_cropped_or_recompressed_copy_is_nearer_than_any_other_image(t
         copies,
         folder,
         tmp_path / "scores",
-        Protocol(name="sscd-288", descriptor=str(tmp_path / "blobs.torchscript.pt")),
+        Protocol(name="sscd-288", descriptor=str(tmp_path / "blobs.torchscript.pt"), copy_similarity=0.9),
     )
     scores, nearest, _ = load_scores(tmp_path / "scores")
     right = [a[:2] == b[:2] for a, b in zip(nearest["file_name"], nearest["nearest"], strict=True)]
@@ -230,10 +231,12 @@ def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatc
 
 
 def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monkeypatch):
-    torch.jit.script(Blobs()).save(str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
+    torch.jit.script(Blobs(stride=16)).save(str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
     monkeypatch.setenv("SSCD_HOME", str(tmp_path))
-    protocol = scored(fresh, training, tmp_path / "s", Protocol(descriptor="sscd_disc_mixup"))["protocol"]
-    assert (protocol["name"], protocol["preprocess"]) == ("sscd", "sscd-288")
+    scores = scored(fresh, training, tmp_path / "s", Protocol(descriptor="sscd_disc_mixup"))
+    protocol = scores["protocol"]
+    assert (protocol["name"], protocol["preprocess"]) == ("sscd", "sscd-288") and protocol["version"] == __version__
+    assert any("generated and training images have at most 64 pixels" in note for note in scores["notes"])
     protocol = scored(
         fresh, training, tmp_path / "t", Protocol("dcr", descriptor=str(tmp_path / "sscd_disc_mixup.torchscript.pt"))
     )["protocol"]
@@ -443,7 +446,10 @@ def test_models_of_different_training_sets_are_told_apart(training, fresh, tmp_p
     assert "12 of a, 12 of b; compared with 63 training images." in same and "different training sets" not in same
     other = write_report([a, c], tmp_path / "other.html").read_text()
     assert "12 of a, compared with 63 training images; 12 of c, compared with 12 training images." in other
-    assert "scored against different training sets" in other
+    assert "scored against different training sets" in other and "different versions" not in other
+    older = {**b.scores, "protocol": {**b.scores["protocol"], "version": "0.1.0"}}
+    older = write_report([a, replace(b, scores=older)], tmp_path / "older.html").read_text()
+    assert "different versions of this software (0.1.0, " in older and "scored under different protocols" not in older
 
 
 def test_unknown_protocols_are_refused():

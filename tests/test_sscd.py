@@ -1,5 +1,8 @@
 """Descriptors are unit vectors of named networks and preprocessings, and a wrong file is told from a right one."""
 
+import os
+import socket
+from http.client import IncompleteRead
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from ietagc_diffusers.sscd import PREPROCESS, DescriptorError, descriptor, load_descriptor, pixel_descriptor
+from ietagc_diffusers.sscd import PREPROCESS, DescriptorError, descriptor, files, load_descriptor, pixel_descriptor
 
 
 class Network(torch.nn.Module):
@@ -90,6 +93,54 @@ def test_without_network_the_error_says_which_file_and_where(monkeypatch, tmp_pa
         load_descriptor("sscd_disc_large")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("no route"), "no route"),
+        (TimeoutError("timed out"), "timed out"),
+        (IncompleteRead(b""), "IncompleteRead"),
+        (RuntimeError("invalid hash value"), "invalid hash"),
+    ],
+)
+def test_a_download_that_fails_is_one_line_with_what_to_do(monkeypatch, tmp_path, error, message):
+    def fails(*_, **__):
+        assert socket.getdefaulttimeout()  # or a firewall makes it wait for ever
+        raise error
+
+    monkeypatch.setenv("SSCD_HOME", str(tmp_path / "mine"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
+    with pytest.raises(DescriptorError, match=message) as caught:
+        load_descriptor("sscd_disc_mixup")
+    text = str(caught.value)
+    assert f"not in {tmp_path / 'mine'} (SSCD_HOME)" in text and f"put the file into {tmp_path}" in text
+    assert "\n" not in text and socket.getdefaulttimeout() is None
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("SSCD_HOME", raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "file"))
+    with pytest.raises(DescriptorError, match=r"checkpoints cannot be made .*SSCD_HOME"):
+        load_descriptor("sscd_disc_mixup")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloads"))
+    with pytest.raises(DescriptorError, match=r"checkpoints cannot be written; download .*SSCD_HOME"):
+        load_descriptor("sscd_disc_mixup")
+
+
+def test_a_hash_that_cannot_be_kept_does_no_harm(checkpoint, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setenv("SSCD_HOME", str(tmp_path))
+    path = checkpoint()
+    monkeypatch.setattr(Path, "write_text", full)
+    assert load_descriptor("sscd_disc_mixup").name == "sscd_disc_mixup"
+    assert not path.with_name(path.name + ".sha256").exists()
+
+
 def test_a_file_that_changed_is_refused(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("SSCD_HOME", str(tmp_path))
     path = checkpoint()
@@ -153,3 +204,17 @@ def test_one_colour_is_similar_to_nothing():
 def test_the_published_dimensions_are_checked():
     assert descriptor.CHECKPOINTS == {"sscd_disc_mixup": 512, "sscd_disc_large": 1024}
     assert np.isclose(descriptor.SSCD_COPY, 0.5)
+    assert files.INT8_SHA256.startswith("86386042")
+
+
+def test_only_sscd_s_checkpoints_have_its_threshold_and_every_descriptor_its_dimensions(checkpoint):
+    known, large, unknown = (
+        load_descriptor(str(checkpoint(name, dimensions=dimensions)))
+        for name, dimensions in (("sscd_disc_mixup", 512), ("sscd_disc_large", 1024), ("mine", 40))
+    )
+    assert (known.copy_similarity, known.dimensions, known.sscd, known.protocol) == (0.5, 512, True, "sscd")
+    assert (large.copy_similarity, large.dimensions, large.protocol) == (0.5, 1024, "dcr")
+    assert (unknown.copy_similarity, unknown.dimensions, unknown.sscd) == (None, 40, False)
+    assert pixel_descriptor().dimensions == 768 and pixel_descriptor(4).dimensions == 48
+    made = descriptor.Descriptor("mine", lambda x: x.float(), lambda x: x.mean(dim=(2, 3)), None)
+    assert made.dimensions == 3

@@ -40,7 +40,8 @@ class Metric:
         interval_by: how its 95% interval is computed from the values of the images, if it has one. ``wilson`` is for
             shares: its values are hits. ``newcombe`` is for the difference of the shares of two sets.
         lower: True if lower is better, False if higher is, None if neither.
-        digits: shown decimal places; percent: whether it is shown as a percentage.
+        digits: shown decimal places; percent: whether it is shown as a percentage; per: what a share is multiplied by
+            to be shown as a count.
         detail: stands in brackets behind the title; ``{entry}`` is filled from the protocol that the scores record.
         key: in ``scores.json``; ``a.b`` is the entry ``b`` of ``a``; empty: the name. The interval's key is ``a_ci95``.
     """
@@ -52,6 +53,7 @@ class Metric:
     lower: bool | None = True
     digits: int = 3
     percent: bool = False
+    per: int = 1
     detail: str = ""
     key: str = ""
 
@@ -98,7 +100,7 @@ class Metric:
     @property
     def scale(self) -> int:
         """What a shown number is multiplied by."""
-        return 100 if self.percent else 1
+        return 100 if self.percent else self.per
 
     @property
     def arrow(self) -> str:
@@ -113,7 +115,7 @@ class Metric:
     def format(self, value: float | list[float]) -> str:
         """A value, or an end of its interval, as text."""
         numbers = value if isinstance(value, list) else [value]
-        return " ± ".join(f"{number:,.{self.digits}{'%' if self.percent else 'f'}}" for number in numbers)
+        return " ± ".join(f"{number * self.per:,.{self.digits}{'%' if self.percent else 'f'}}" for number in numbers)
 
 
 @dataclass(frozen=True)

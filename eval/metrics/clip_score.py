@@ -137,7 +137,8 @@ class ClipScore(Kind):
         self.scorer = None
         if protocol.clip is not None:
             model, _, weights = protocol.clip.partition(":")
-            preprocess = protocol.clip_preprocess or ("dcr" if protocol.resolved_name == "dcr" else "own")
+            name = descriptor.protocol or protocol.resolved_name
+            preprocess = protocol.clip_preprocess or ("dcr" if name == "dcr" else "own")
             self.scorer = ClipScorer(model, weights or "openai", preprocess, protocol.device)
 
     @property

