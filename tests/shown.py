@@ -28,6 +28,5 @@ def similarity(drawn: list[Image.Image], picture: Image.Image, descriptor, apart
 
 
 def both_ways(drawn: Image.Image) -> list[Image.Image]:
-    """An image, its centre, and the mirror images of both."""
-    drawn = [drawn, *crops(drawn, None)]
-    return [*drawn, *map(ImageOps.mirror, drawn)]
+    """An image and its mirror image, each as a whole and only its centre."""
+    return [shown for image in (drawn, ImageOps.mirror(drawn)) for shown in (image, *crops(image, None))]

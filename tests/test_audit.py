@@ -443,6 +443,7 @@ def test_no_command_writes_into_the_training_set(audited, training, capsys, comm
     flags, _, _ = audited
     before = sorted(training.iterdir())
     flags = ["--generated", str(training), "--train", str(training)] if command == "score" else flags[1:7]
+    flags += ["--descriptor", "pixel"] if command == "audit" else []
     assert main([command, *flags, "--output", str(training / "x")]) == 2
     assert "--output" in capsys.readouterr().err and sorted(training.iterdir()) == before
     if command != "generate":
