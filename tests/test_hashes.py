@@ -23,7 +23,9 @@ def load(folder, **changes):
 def decoded(monkeypatch):
     """The rows that were decoded."""
     seen = []
-    monkeypatch.setattr(hashes, "decode", lambda rows, column, row: seen.append(row) or decode(rows, column, row))
+    monkeypatch.setattr(
+        hashes, "decode", lambda rows, column, row, alpha: seen.append(row) or decode(rows, column, row)
+    )
     return seen
 
 

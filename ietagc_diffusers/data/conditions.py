@@ -23,10 +23,11 @@ class Condition:
 
     columns: tuple[str, ...] = ()
 
-    def check(self, rows: Dataset, only_types: bool = False, hint: str = "") -> None:
+    def check(self, rows: Dataset, only_types: bool = False, source: Any = None) -> None:
         """Raise ``UsageError`` naming a column of the wrong type or, unless ``only_types``, a row without a value.
 
-        ``hint``: what may be meant where a column is missing.
+        ``source``: the ``data.sources.Source`` of the rows, which says what may be meant where a column is missing,
+        and which file a row is of.
         """
 
     def read(self, row: dict[str, Any]) -> Any:
@@ -70,8 +71,9 @@ class Captions(Condition):
         self.tokenize, self.tokenizer = tokenize, tokenizer
         self.mitigation, self.probability = mitigation, probability
 
-    def check(self, rows: Dataset, only_types: bool = False, hint: str = "") -> None:
+    def check(self, rows: Dataset, only_types: bool = False, source: Any = None) -> None:
         if self.column not in rows.column_names:
+            hint = "" if source is None else source.hint(self.column)
             raise UsageError(
                 f"`caption_column` {self.column}: not a column of the dataset, which has "
                 f"{', '.join(rows.column_names)}{hint}"
@@ -85,8 +87,9 @@ class Captions(Condition):
         if not only_types:
             for number, caption in enumerate(self._stored(rows)):
                 if not _is_caption(caption):
+                    file = "" if source is None else source.file_of(number)
                     raise UsageError(
-                        f"row {number} has no caption in column '{self.column}': add one or remove the row"
+                        f"row {number} has no caption in column '{self.column}'{file}: add one or remove the row"
                     )
         if self.mitigation == "mc":
             self._require_several(rows, text)

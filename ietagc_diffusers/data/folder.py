@@ -154,6 +154,9 @@ def _metadata(rows, names, where, name_column):
             if place < len(NAMES):
                 raise
             rows.near[name] = str(error)  # another name: it may be something else
+        if not read.get(name, [None]):
+            del read[name]
+            rows.near[name] = f"it has no rows; the first line of a CSV file names its columns, as in {FILE_NAME},text"
     every = {name for some in by_folder.values() for _, name in some}
     return read, every - {*read, *rows.near}
 
@@ -193,7 +196,8 @@ def _find(finder, folder, given):
     name = f"{folder}/{given}" if folder else given
     found = name if name in finder.names else None
     if found is None and is_outside(given):
-        return name, f"its file {given[:200]} lies outside the folder"
+        how = "is an absolute path, perhaps" if os.path.isabs(given) else "lies"
+        return name, f"its file {given[:200]} {how} outside the folder"
     found = found or finder.find(name)
     return (found, None) if found is not None else (name, f"its file {given[:200]} does not exist")
 

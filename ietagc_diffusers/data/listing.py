@@ -154,7 +154,7 @@ def is_outside(name: str) -> bool:
         os.path.isabs(inside)
         or inside.split("/")[0] == ".."
         or "://" in name
-        or re.match(r"[A-Za-z]:", name) is not None
+        or re.match(r"[A-Za-z]:[\\/]", name) is not None
     )
 
 

@@ -30,16 +30,11 @@ def load_training_rows(settings: DataSettings, condition: Condition | None = Non
     columns = () if condition is None else condition.columns
     source = read_source(settings, columns)
     if condition is not None:
-        _check_captions(source, condition, settings.replaces_bad_samples)
+        condition.check(source.rows, settings.replaces_bad_samples, source)
     rows = selected(source.rows, settings)
     if not settings.replaces_bad_samples:
         _check_images(rows, settings.image_column)
     return rows
-
-
-def _check_captions(source, condition, only_types):
-    missing = [column for column in condition.columns if column not in source.rows.column_names]
-    condition.check(source.rows, only_types=only_types, hint=source.hint(missing[0]) if missing else "")
 
 
 def _check_images(rows, column):

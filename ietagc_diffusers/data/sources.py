@@ -45,6 +45,11 @@ class Source:
     folder: FolderRows | None = None
     skipped: list[list[str]] = field(default_factory=list)
 
+    def file_of(self, row: int) -> str:
+        """The file that a row of an image folder names, in brackets, for messages; otherwise nothing."""
+        name = None if self.folder is None else self.folder.names[row]
+        return "" if name is None else f" ({printable(name)})"
+
     def hint(self, column: str) -> str:
         """What may be meant where a column of texts is missing."""
         near = near_column((name for name in self.rows.column_names if name != column), NEAR_TEXT)
@@ -183,7 +188,9 @@ def _warn(found: FolderRows, name: str) -> None:
         counts = ", ".join(f"{split} ({number})" for split, number in sorted(found.apart.items()))
         say(f"{name}: {len(found.names)} rows are read; images of other splits are kept apart: {counts}")
     if found.loose:
-        say(f"{name}: {_such_as(found.loose, 'image')} without a row in the metadata left out")
+        say(
+            f"{name}: {_such_as([*map(printable, found.loose[:NAMED])], 'image', len(found.loose))} without a row in the metadata left out"
+        )
     unread = [file for file, why in found.skipped if why.endswith("convert it")]
     if unread:
         say(f"{name}: {_such_as(unread, 'file')} of a format that is not read left out: convert to PNG or JPEG")
@@ -196,8 +203,9 @@ def _warn(found: FolderRows, name: str) -> None:
     found.skipped += [[printable(file), NO_ROW] for file in found.loose]
 
 
-def _such_as(names, thing):
-    return f"{len(names)} {thing}{'' if len(names) == 1 else 's'} ({', '.join(map(printable, names[:NAMED]))})"
+def _such_as(names, thing, number=None):
+    number = len(names) if number is None else number
+    return f"{number} {thing}{'' if number == 1 else 's'} ({', '.join(names[:NAMED])})"
 
 
 def say(message: str) -> None:
