@@ -135,7 +135,7 @@ def test_text_files_beside_images_are_captions(tmp_path, caplog):
     assert "repeats in the names of folders (10_cat) are not applied" in caplog.text
     assert read(tmp_path, caption_lines="first")[0] == ["one,", None, "three", None]
     assert read(tmp_path, caption_lines="each")[0] == [["one,", "two"], None, ["three"], None]
-    with pytest.raises(UsageError, match=r"row 1 .*10_cat/b.png.*has no caption"):
+    with pytest.raises(UsageError, match=r"row 1 has no caption in column 'text' \(10_cat/b.png\)"):
         load_training_rows(training_settings(tmp_path), Captions("text", None, None))
 
 
@@ -157,7 +157,7 @@ def test_a_set_without_its_split_is_an_error_that_names_those_there_are(tmp_path
     put(tmp_path, "test/a.png")
     with pytest.raises(UsageError, match="no images to train on, only test"):
         load_training_rows(training_settings(tmp_path))
-    with pytest.raises(UsageError, match="`dataset_split` validation: no folder .*its splits: test"):
+    with pytest.raises(UsageError, match=r"`dataset_split` validation: no folder .*its splits: test"):
         load_training_rows(training_settings(tmp_path, dataset_split="validation"))
 
 
@@ -310,7 +310,8 @@ def test_a_cut_file_shows_at_its_ends_and_a_whole_one_does_not(kind):
             '{"filename": "a.png", "text": "x"}',
             "has no file_name, only filename, text: rename filename",
         ),
-        ("metadata.csv", "a.png,a cat\n", "has no file_name.*its first line should name the columns"),
+        ("metadata.csv", "a.png,a cat\n", "metadata.csv is not read as metadata: it has no rows"),
+        ("metadata.csv", "a.png,a cat\nb.png,b\n", "has no file_name.*its first line should name the columns"),
         ("metadata.csv", "file_name,text\na.png,a cat, sitting\n", "row 1 has more fields"),
         (
             "metadata.jsonl",
@@ -339,7 +340,7 @@ def test_names_that_lead_out_of_the_folder():
 
 def test_archives_and_images_that_are_not_read_are_named(tmp_path, caplog):
     (tmp_path / "set.zip").write_bytes(b"x")
-    with pytest.raises(UsageError, match="no images in this folder, but set.zip: unpack it"):
+    with pytest.raises(UsageError, match=r"no images in this folder, but set.zip: unpack it"):
         load_training_rows(DataSettings(train_data_dir=str(tmp_path)))
     put(tmp_path, "a.png")
     (tmp_path / "b.heic").write_bytes(b"x")
