@@ -148,7 +148,7 @@ def training_images(settings: DataSettings, setting: str = "train", text_column:
     Raises:
         UsageError: there is no such source or no image in it.
     """
-    texts = text_column or getattr(settings, "caption_column", "text")
+    texts: str = text_column or getattr(settings, "caption_column", "text")
     source = read_source(settings, (texts,), setting)
     rows = selected(source.rows, settings)
     ids = stored_column(rows, SAMPLE_ID).to_pylist()
@@ -180,8 +180,8 @@ def training_settings(source: str | Path, **options: Any) -> DataSettings:
     folder = Path(source)
     if folder.is_file():
         raise UsageError(f"`train` {source}: is a file; give the folder it is in")
-    named = {"train_data_dir": str(source)} if folder.is_dir() else {"dataset_name": str(source)}
-    return DataSettings(**named, **options)
+    options["train_data_dir" if folder.is_dir() else "dataset_name"] = str(source)
+    return DataSettings(**options)
 
 
 def load_training_set(source: str | Path, image_column: str = "image", text_column: str = "text") -> ImageSet:

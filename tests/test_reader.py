@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -111,6 +111,18 @@ def test_rows_name_files_in_folders_and_in_any_spelling(tmp_path):
     captions, images = read(tmp_path)
     assert images.names == [*odd[:5], odd[5], odd[5]] and captions == [*names, "deep", None]
     assert [row["sample_id"] for row in images.rows] == list(range(7))
+
+
+@pytest.mark.parametrize("names", [["b/x.png", "a.b/x.png", "a/y.JPG", "a/.z.png", "__a/z.png"], ["b.png", "a/b.png"]])
+def test_folders_without_metadata_have_the_order_and_the_labels_of_datasets(tmp_path, names):
+    folder = put(tmp_path / "set", *names)
+    theirs = load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, cache_dir=str(tmp_path / "cache"))[
+        "train"
+    ]
+    rows = load_training_rows(training_settings(folder))
+    assert ("label" in theirs.column_names) == (len(names) > 2)
+    for column in theirs.column_names:
+        assert rows.features[column] == theirs.features[column] and list(rows[column]) == list(theirs[column])
 
 
 def test_links_hidden_files_and_names_that_are_no_text(tmp_path, caplog):

@@ -37,6 +37,8 @@ def rank(name: str) -> int | None:
     """Where a file's name stands among those of metadata, the first being read; None if it is none of them."""
     if name in NAMES:
         return NAMES.index(name)
+    if name[:8].lower() not in STEMS:  # of a million files, few
+        return None
     path = PurePosixPath(name.lower())
     if path.stem in STEMS and path.suffix in SUFFIXES:
         return len(NAMES) + STEMS.index(path.stem) * len(SUFFIXES) + SUFFIXES.index(path.suffix)

@@ -188,9 +188,8 @@ def _warn(found: FolderRows, name: str) -> None:
         counts = ", ".join(f"{split} ({number})" for split, number in sorted(found.apart.items()))
         say(f"{name}: {len(found.names)} rows are read; images of other splits are kept apart: {counts}")
     if found.loose:
-        say(
-            f"{name}: {_such_as([*map(printable, found.loose[:NAMED])], 'image', len(found.loose))} without a row in the metadata left out"
-        )
+        some = _such_as([*map(printable, found.loose[:NAMED])], "image", len(found.loose))
+        say(f"{name}: {some} without a row in the metadata left out")
     unread = [file for file, why in found.skipped if why.endswith("convert it")]
     if unread:
         say(f"{name}: {_such_as(unread, 'file')} of a format that is not read left out: convert to PNG or JPEG")

@@ -83,7 +83,7 @@ def parse_csv(text: str) -> list[dict[str, Any]]:
     csv.field_size_limit(MAX_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     names = [name.strip() for name in next(reader, [])]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for fields in reader:
         if not fields:
             continue
