@@ -148,7 +148,7 @@ def training_images(settings: DataSettings, setting: str = "train", text_column:
     Raises:
         UsageError: there is no such source or no image in it.
     """
-    texts: str = text_column or getattr(settings, "caption_column", "text")
+    texts = text_column or str(getattr(settings, "caption_column", "text"))
     source = read_source(settings, (texts,), setting)
     rows = selected(source.rows, settings)
     ids = stored_column(rows, SAMPLE_ID).to_pylist()
