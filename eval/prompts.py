@@ -1,13 +1,13 @@
 """Prompts from a file, or from the captions of a set of images."""
 
 import csv
-import io
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ietagc_diffusers.data.text_files import parse_csv, parse_json, parse_json_lines, read_text
 from ietagc_diffusers.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,16 +64,16 @@ def _rows(path: str | Path, setting: str) -> list[Any]:
         raise UsageError(f"`{setting}` {path}: no such file")
     suffix = path.suffix.lower()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         if suffix == ".json":
-            rows = _json_rows(json.loads(text))
-        elif suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = _json_rows(parse_json(text))
+        elif suffix in (".jsonl", ".ndjson"):
+            rows = parse_json_lines(text)
         elif suffix in (".csv", ".tsv"):
-            rows = _csv_rows(text)
+            rows = parse_csv(text)
         else:
             rows = [line for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"`{setting}` {path}: does not parse: {error}") from error
     if not rows:
         raise UsageError(f"`{setting}` {path}: holds no prompts")
@@ -91,16 +91,6 @@ def _json_rows(value: Any) -> list[Any]:
         if not isinstance(first, str):
             raise ValueError(f"{name}: should be a caption or a list of captions, is {json.dumps(captions)[:80]}")
         rows.append(first)
-    return rows
-
-
-def _csv_rows(text: str) -> list[dict[str, Any]]:
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t|", key=header.count)
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(f"row {number} has more fields than the header names: put prompts in quotes")
     return rows
 
 

@@ -235,9 +235,9 @@ def cache_of(args: Namespace) -> Path | None:
 
 
 def training_images(args: Namespace) -> "ImageSet":
-    from ietagc_diffusers.eval.image_sets import load_images
+    from ietagc_diffusers.eval.image_sets import load_training_set
 
-    return load_images(args.train, "train", args.image_column, args.caption_column)
+    return load_training_set(args.train, args.image_column, args.caption_column)
 
 
 def reference_images(args: Namespace) -> "ImageSet | None":

@@ -7,7 +7,7 @@ import yaml
 from datasets import Dataset
 
 from .. import __version__
-from ..data.rows import SAMPLE_ID, stored_column
+from ..data.sources import SAMPLE_ID, stored_column
 from ..files import write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble

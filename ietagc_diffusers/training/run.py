@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed, str_to_bool
 
 from .. import hub
-from ..data.rows import SAMPLE_ID
+from ..data.sources import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
 from ..tensor_files import Disk
