@@ -1,6 +1,7 @@
 """The gate: generate, score, report, and a verdict that can fail a build."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ class Verdict:
         return PASSED if self.passed else OVER
 
 
-def judge(scores: dict[str, Any], limits: Limits) -> Verdict:
-    """Compare scores with limits."""
+def judge(scores: dict[str, Any], limits: Limits, warnings: Sequence[str] = ()) -> Verdict:
+    """Compare scores with limits. ``warnings``: sentences that the verdict ends with."""
     protocol = scores["protocol"]
     unread = {side: len(unusable(scores["skipped"][side])) for side in SIDES}
     findings = _findings(scores, limits, unread)
@@ -64,7 +65,7 @@ def judge(scores: dict[str, Any], limits: Limits) -> Verdict:
         sentence += f" Left out as unreadable: {', '.join(left_out)}."
     if passed and limits.copy_rate is not None and COPY_RATE.interval(scores)[1] > limits.copy_rate:
         sentence += f" The upper end of the interval is over the limit: generate {_enough(limits.copy_rate)} images."
-    return Verdict(passed, sentence)
+    return Verdict(passed, " ".join([sentence, *warnings]))
 
 
 def _findings(scores: dict[str, Any], limits: Limits, unread: dict[str, int]) -> list[tuple[bool, str]]:
@@ -114,6 +115,8 @@ def audit(
     device: str = "cpu",
     state: PartialState | None = None,
     reference: ImageSet | None = None,
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Verdict | None:
     """Generate an image for each prompt, compare the images with the training set, and write ``images/``,
     ``scores.json``, ``report.html`` and ``summary.md`` into ``output``.
@@ -122,7 +125,8 @@ def audit(
         model: a pipeline's folder, or its id on the Hub.
         tools: for scoring; None on processes that only generate.
         state: of the processes, if several generate.
-        cache, reference: see ``score``.
+        cache, reference, notes: see ``score``.
+        warnings: sentences that the verdict ends with.
 
     Returns:
         The verdict; None on processes that only generated images.
@@ -133,8 +137,8 @@ def audit(
         return None
     generated = load_images(output / "images", "output")
     about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
-    scores = score(generated, train, output, tools, cache, reference, about)
-    verdict = judge(scores, limits)
+    scores = score(generated, train, output, tools, cache, reference, about, notes)
+    verdict = judge(scores, limits, warnings)
     scored = [Scored.load(output, Path(str(model)).name)]
     write_report(scored, output / "report.html", verdict=(verdict.passed, verdict.sentence))
     write_text(output / "summary.md", summary(scored, verdict))

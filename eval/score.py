@@ -4,7 +4,7 @@ computed is null, with the reason.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def score(
     cache: str | Path | None = None,
     reference: ImageSet | None = None,
     about: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare images with the training set. Writes ``scores.json``, ``nearest.parquet`` (a row for each generated
     image) and ``background.parquet`` (a row for each training image: its nearest other one) into the folder ``output``.
@@ -88,6 +89,7 @@ def score(
         cache: folder of cached features.
         reference: images that the Fréchet distance is measured to; None: the training set.
         about: what else to record: JSON values.
+        notes: what else to keep in mind when reading the scores.
 
     Returns:
         The scores.
@@ -101,6 +103,7 @@ def score(
     about_images = _about_images(sets, num_repeated_rows=num_rows - len(generated) - len(training))
     measured = functools.reduce(operator.or_, (kind.measure(sets) for kind in tools.kinds), about_images)
     scores = _record(sets, measured, tools) | (about or {})
+    scores["notes"] = [*notes, *scores["notes"]]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(_metadata_columns(sets.generated.images) | measured.columns), output / NEAREST)

@@ -9,7 +9,7 @@ from . import common
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    common.add_training_images(parser)
+    common.add_training_images(parser, required=False)
     parser.add_argument("--output", default="audit", metavar="DIR", help="default: audit")
     parser.add_argument(
         "--max_copy_rate", type=float, default=0.01, help="highest share of copies that passes; default: 0.01"
@@ -45,8 +45,9 @@ def run(args: Namespace) -> int:
     if args.card:
         card_path(args.model)
     state, device = common.processes(common.device_of(args))
-    training, reference = common.training_images(args), common.reference_images(args)
-    prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
+    training = common.training_set(args, args.model, state.is_main_process)
+    reference = common.reference_images(args)
+    prompts, settings = common.prompts_of(args, training.images), common.settings_of(args, device)
     protocol = common.protocol_of(args, device)
     # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
     tools = Tools(protocol) if state.is_main_process else None
@@ -55,7 +56,21 @@ def run(args: Namespace) -> int:
         max_sim_score = common.MAX_SIM_SCORE
     limits = Limits(args.max_copy_rate, max_sim_score, args.max_patch_copy_rate)
     output, cache = Path(args.output), common.cache_of(args)
-    verdict = audit(args.model, training, prompts, output, settings, tools, limits, cache, device, state, reference)
+    verdict = audit(
+        args.model,
+        training.images,
+        prompts,
+        output,
+        settings,
+        tools,
+        limits,
+        cache,
+        device,
+        state,
+        reference,
+        warnings=training.warnings,
+        notes=training.notes,
+    )
     if verdict is None:  # a process that only drew
         return 0
     summary = (output / "summary.md").read_text(encoding="utf-8")
