@@ -1,5 +1,6 @@
 """Where a pipeline is: a folder, or a Hub id with the records of its training; and what else people give for one."""
 
+import functools
 import logging
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+@functools.cache  # a download that cannot be made is said once
 def _fetch_records(repository: str, folder: Path) -> None:
     """Download what a repository records of the training, of the revision that ``folder`` is a snapshot of. What it
     does not have is left out.
@@ -66,10 +68,10 @@ def _fetch_records(repository: str, folder: Path) -> None:
             continue
         try:
             hf_hub_download(repository, name, **place)
-        except LocalEntryNotFoundError as error:
+        except LocalEntryNotFoundError:  # no connection
             logger.warning(
-                f"{repository}: {name}, which records the training if there is one, is not in the cache and cannot be "
-                f"downloaded now ({one_line(error)[:120]}): what it says is taken for unknown"
+                f"{repository}: whether it has a {name}, which would say how the model was trained, cannot be looked "
+                "up now: the training images and their resolution are taken for unknown"
             )
             return
         except EntryNotFoundError:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class Contents:
 def contents(rows: Dataset, image_column: str, columns: Sequence[str] = ()) -> Contents:
     """The fingerprints of ``rows``. ``columns``: what the model is told of an image besides the image."""
     stored = stored_column(rows, image_column)
-    paths = pc.struct_field(stored, "path")
+    paths = pc.struct_field(stored, "path").to_pylist()
     sizes = _sizes(pc.binary_length(pc.struct_field(stored, "bytes")), paths)
     marks: list[bytes | None] = [None] * len(rows)
     for row in _read_whole(sizes):
@@ -55,15 +56,14 @@ def contents(rows: Dataset, image_column: str, columns: Sequence[str] = ()) -> C
     return Contents(whole.hexdigest()[:SHOWN], _captions(rows, columns, images, whole.digest()), marks)
 
 
-def _sizes(lengths: pa.ChunkedArray, paths: pa.ChunkedArray) -> np.ndarray:
+def _sizes(lengths: pa.ChunkedArray, paths: list[str | None]) -> np.ndarray:
     """The size of each image's file in bytes, int64 (N,)."""
     sizes = pc.fill_null(lengths, NOT_HERE).to_numpy().astype(np.int64)
     for row in np.flatnonzero(sizes == NOT_HERE):
-        path = paths[int(row)].as_py()
-        try:
-            sizes[row] = os.stat(path).st_size
-        except (OSError, TypeError, ValueError):
-            continue
+        path = paths[row]
+        if path is not None:
+            with suppress(OSError, ValueError):
+                sizes[row] = os.stat(path).st_size
     return sizes
 
 
@@ -100,10 +100,9 @@ def _mark(image: dict[str, Any] | None) -> bytes | None:
         return None
 
 
-def _address(path: pa.Scalar) -> bytes:
+def _address(path: str | None) -> bytes:
     """What stands for an image that is elsewhere: its URL, but no path of a machine."""
-    text = path.as_py() or ""
-    return digest(text.encode()) if "://" in text else b""
+    return digest(path.encode()) if path and "://" in path else b""
 
 
 def _captions(rows: Dataset, columns: Sequence[str], images: list[bytes], key: bytes) -> str | None:
