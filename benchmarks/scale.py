@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 
 from ietagc_diffusers.data.loaders import SeededLoader
-from ietagc_diffusers.data.rows import SAMPLE_ID, label_values
+from ietagc_diffusers.data.rows import label_values
+from ietagc_diffusers.data.sources import SAMPLE_ID
 from ietagc_diffusers.method.sharding import ShardPlan
 from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.layout import Layout

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ietagc_diffusers.errors import UsageError
 
-from .image_sets import BadImage, ImageSet, content_hash, to_tensor
+from .image_sets import NO_ROW, BadImage, ImageSet, comparable, to_tensor
 
 DTYPES = {"f": np.float32, "u": np.uint8}
 PIXELS_AT_ONCE = 16_000_000  # 16 photographs of a megapixel, or one large one
@@ -159,7 +159,7 @@ def embed(
     """
     caches = {name: FeatureCache(cache, extractor.identity) for name, extractor in extractors.items()}
     vectors: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
-    kept, keys, skipped = [], [], list(images.skipped)
+    kept, keys, skipped = [], [], [entry for entry in images.skipped if entry[1] != NO_ROW]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool, tqdm(total=len(images), desc=desc) as bar:
         for start in range(0, len(images), batch_size):
             batch = range(start, min(start + batch_size, len(images)))
@@ -198,7 +198,7 @@ def _embed_batch(
             return None
 
     encoded = dict(zip(batch, pool.map(lambda index: guarded(images.encoded, index), batch), strict=True))
-    keys = {index: content_hash(value) for index, value in encoded.items() if value is not None}
+    keys = {index: images.key(value) for index, value in encoded.items() if value is not None}
     found = {name: cache.get(list(set(keys.values()))) for name, cache in caches.items()}
     missing = [index for index in keys if any(keys[index] not in found[name] for name in extractors)]
     for group in _groups(images, missing, encoded, guarded, pool):
@@ -223,7 +223,7 @@ def _groups(
     pixels, few = 0, os.cpu_count() or 1
     for start in range(0, len(indices), few):
         some = indices[start : start + few]
-        decoded = pool.map(lambda index: guarded(images.image, index, encoded[index]), some)
+        decoded = pool.map(lambda index: guarded(lambda i: comparable(images.image(i, encoded[i])), index), some)
         for index, image in zip(some, decoded, strict=True):
             if image is not None:
                 if group and pixels + image.width * image.height > PIXELS_AT_ONCE:

@@ -1,64 +1,37 @@
 """Sets of images: a folder with or without metadata, or a dataset.
 
-Images are read one at a time. Those that cannot be used are counted and named.
+Images are read one at a time, by the reader and the decoder of training. Those that cannot be used are counted and
+named.
 """
 
-import csv
 import hashlib
-import io
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ietagc_diffusers.data import DataSettings, read_source, selected
+from ietagc_diffusers.data.columns import array_of, with_images, with_texts
+from ietagc_diffusers.data.decoder import BadImage, decode_bytes, one_line, read_file, read_stored, to_rgb
+from ietagc_diffusers.data.folder import NO_IMAGE, NO_ROW, OTHER_METADATA, FolderRows, is_picture, read_folder
+from ietagc_diffusers.data.listing import list_folder, suffix_of
+from ietagc_diffusers.data.sources import SAMPLE_ID, of_parquet, stored_column, stored_image
 from ietagc_diffusers.errors import UsageError
 
-# Formats that Pillow opens and calls images: it also opens videos, PostScript, and the headers of scientific data.
-SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
-}
-UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+__all__ = ["NO_IMAGE", "NO_ROW", "OTHER_METADATA", "BadImage", "ImageSet", "load_images", "to_rgb", "training_images"]
 MAX_ASPECT = 32  # a strip, resized by its small edge, would fill the memory
 MIN_EDGE = 2
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# Reasons for leaving out a file that are not the loss of an image.
-NO_IMAGE, OTHER_METADATA = "is not an image", "is not read: another metadata file is beside it"
-
-
-class BadImage(ValueError):
-    """An image that cannot be used, and why."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as RGB: turned as its EXIF says, 16 bits scaled to 8, transparent parts on white.
-
-    Raises ``BadImage``, or what Pillow raises for an image that does not decode.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16-bit grey, which Pillow's own conversion clips
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("F") and values.max() > 1:
-            raise BadImage("floating-point pixels over 1")
-        scale = 255 if image.mode.startswith("F") else 255 / 65535
-        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def unusable(skipped: Iterable[Sequence[str]]) -> list[list[str]]:
     """Those of an ``ImageSet``'s ``skipped`` that should have been images: all but notes and the like."""
-    return [[name, why] for name, why in skipped if why not in (NO_IMAGE, OTHER_METADATA)]
+    return [[name, why] for name, why in skipped if why not in (NO_IMAGE, OTHER_METADATA, NO_ROW)]
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -75,7 +48,8 @@ class ImageSet:
         texts: the caption of each image (the first of several), or None.
         rows: the rest of each image's metadata: dicts; ``sample_id`` is its row in the dataset, as in training.
         skipped: [name, reason] of each file or row that could not be used.
-        columns: the options of ``load_images`` that load the set again.
+        columns: what ``load_again`` needs: options of ``load_images``, or settings of ``training_images``.
+        alpha: how transparent parts are shown, see ``data.decoder.to_rgb``.
     """
 
     def __init__(
@@ -86,13 +60,15 @@ class ImageSet:
         rows: Iterable[dict[str, Any]],
         read_bytes: Callable[[int], bytes],
         skipped: Iterable[list[str]] = (),
-        columns: dict[str, str] | None = None,
+        columns: dict[str, Any] | None = None,
+        alpha: str = "white",
     ):
         self.source = str(source)
         self.names, self.texts, self.rows = list(names), list(texts), list(rows)
         self.read_bytes = read_bytes
         self.skipped = list(skipped)
         self.columns = columns or {}
+        self.alpha = alpha
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,23 +77,18 @@ class ImageSet:
         """The image's file as bytes. Raises ``BadImage``."""
         try:
             return self.read_bytes(index)
+        except BadImage:
+            raise
         except (OSError, ValueError, TypeError) as error:
-            raise BadImage(f"cannot be read: {_one_line(error)}") from error
+            raise BadImage(f"cannot be read: {one_line(error)}") from error
 
     def image(self, index: int, encoded: bytes | None = None) -> Image.Image:
         """The image as PIL RGB; ``encoded``: its file's bytes, if they were read before. Raises ``BadImage``."""
-        encoded = self.encoded(index) if encoded is None else encoded
-        try:
-            image = Image.open(io.BytesIO(encoded))
-            if min(image.size) < MIN_EDGE:
-                raise BadImage(f"is {image.width} x {image.height}: too small to compare")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise BadImage(f"is {image.width} x {image.height}: its sides differ by more than {MAX_ASPECT} times")
-            return to_rgb(image)
-        except BadImage:
-            raise
-        except Exception as error:  # Pillow and its plugins raise exceptions of any kind on broken files
-            raise BadImage(f"does not decode: {_one_line(error)}") from error
+        return decode_bytes(self.encoded(index) if encoded is None else encoded, self.alpha)
+
+    def key(self, encoded: bytes) -> bytes:
+        """A hash that stands for the pixels of an image file's bytes."""
+        return content_hash(encoded if self.alpha == "white" else self.alpha.encode() + encoded)
 
     def select(self, indices: Iterable[int]) -> "ImageSet":
         """The set of these images only."""
@@ -130,6 +101,7 @@ class ImageSet:
             lambda index: self.read_bytes(indices[index]),
             self.skipped,
             self.columns,
+            self.alpha,
         )
 
     def files(self) -> "ImageSet":
@@ -149,24 +121,101 @@ def content_hash(encoded: bytes) -> bytes:
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _text(value: str) -> str:
-    """A string that can be written as UTF-8: JSON can hold halves of characters."""
-    return value.encode("utf-8", "replace").decode()
+def comparable(image: Image.Image) -> Image.Image:
+    """The image, if its size lets it be compared. Raises ``BadImage``."""
+    if min(image.size) < MIN_EDGE:
+        raise BadImage(f"is {image.width} x {image.height}: too small to compare")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadImage(f"is {image.width} x {image.height}: its sides differ by more than {MAX_ASPECT} times")
+    return image
 
 
 def _caption(value: Any) -> str | None:
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
-    return _text(value) if isinstance(value, str) else None
+    return value if isinstance(value, str) else None
+
+
+def training_images(settings: DataSettings, setting: str = "train", text_column: str | None = None) -> ImageSet:
+    """The images of a training set: the rows that ``data.load_training_rows`` gives for these settings.
+
+    A row whose image is missing or broken is one of them; to read it raises ``BadImage``.
+
+    Args:
+        setting: the setting that names the source, for messages.
+        text_column: of captions; by default the settings' ``caption_column``, if they have one, or text.
+
+    Raises:
+        UsageError: there is no such source or no image in it.
+    """
+    texts = text_column or getattr(settings, "caption_column", "text")
+    source = read_source(settings, (texts,), setting)
+    rows = selected(source.rows, settings)
+    ids = stored_column(rows, SAMPLE_ID).to_pylist()
+    if source.folder is None:
+        names = [f"row {row}" for row in ids]
+    else:
+        # By the place in the source, which a selection changes.
+        chosen = range(len(rows)) if rows._indices is None else rows._indices.column(0).to_pylist()
+        names = [source.folder.names[row] or source.folder.origin(row) for row in chosen]
+    options = {name: value for name, value in asdict(settings).items() if name in RELOADED}
+    return ImageSet(
+        settings.dataset_name or str(settings.train_data_dir),
+        names,
+        _texts(rows, texts),
+        [{SAMPLE_ID: row} for row in ids],
+        lambda index: _read(rows, settings.image_column, index),
+        source.skipped,
+        options | {"text_column": texts},
+        settings.alpha,
+    )
+
+
+# Settings of a training set that load it again; which rows were selected does not matter, as images have names.
+RELOADED = ("image_column", "dataset_config_name", "dataset_split", "caption_lines", "alpha")
+
+
+def training_settings(source: str | Path, **options: Any) -> DataSettings:
+    """Settings of the training set that a folder or a Hub id holds."""
+    folder = Path(source)
+    if folder.is_file():
+        raise UsageError(f"`train` {source}: is a file; give the folder it is in")
+    named = {"train_data_dir": str(source)} if folder.is_dir() else {"dataset_name": str(source)}
+    return DataSettings(**named, **options)
+
+
+def load_training_set(source: str | Path, image_column: str = "image", text_column: str = "text") -> ImageSet:
+    """The training set that a folder or a Hub id holds, as training reads it without further settings."""
+    return training_images(training_settings(source, image_column=image_column), "train", text_column)
+
+
+def load_again(source: str | Path, setting: str, columns: dict[str, Any]) -> ImageSet:
+    """A set of images by its ``source`` and ``columns``."""
+    if "dataset_split" not in columns:
+        return load_images(source, setting, **columns)
+    options = dict(columns)
+    text_column = options.pop("text_column", None)
+    return training_images(training_settings(source, **options), setting, text_column)
+
+
+def _read(rows: datasets.Dataset, column: str, index: int) -> bytes:
+    encoded = read_stored(stored_image(rows, column, index))
+    if encoded is None:
+        raise BadImage("is not on this machine")
+    return encoded
+
+
+def _texts(rows: datasets.Dataset, column: str) -> list[str | None]:
+    if column not in rows.column_names:
+        return [None] * len(rows)
+    return [_caption(value) for value in stored_column(rows, column).to_pylist()]
 
 
 def load_images(source: str | Path, setting: str, image_column: str = "image", text_column: str = "text") -> ImageSet:
     """A set of images from a folder of image files (with ``metadata.jsonl`` or not), or from anything that
     ``datasets`` loads: a folder of Parquet files, a folder that ``save_to_disk`` wrote, a Hub id.
+
+    All images of the source count, also those without a row in its metadata and those of another split than training.
 
     Args:
         setting: the setting that names the source, for messages.
@@ -179,122 +228,65 @@ def load_images(source: str | Path, setting: str, image_column: str = "image", t
     folder = Path(source)
     if folder.is_file():
         raise UsageError(f"`{setting}` {source}: is a file; give the folder it is in")
-    images = None
-    if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
-        if any(path.suffix.lower() in SUFFIXES for path in files):
-            images = _from_folder(folder, setting, files, text_column)
-        elif not any(path.suffix == ".parquet" or path.name == "state.json" for path in files):
-            raise UsageError(f"`{setting}` {source}: no images in this folder (.png, .jpg, .webp or others)")
+    images, name = None, f"`{setting}` {source}"
+    if folder.is_dir() and not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
+        listing = list_folder(folder)
+        if any(map(is_picture, listing.names)):
+            images = _from_folder(folder, read_folder(listing, name), text_column)
+        elif any(suffix_of(file) == ".parquet" for file in listing.names):
+            images = _from_rows(source, name, of_parquet(listing, name, None), image_column, text_column)
+        else:
+            raise UsageError(f"{name}: no images in this folder (.png, .jpg, .webp or others)")
     if images is None:
-        images = _from_dataset(source, setting, image_column, text_column)
+        images = _from_rows(source, name, _load(folder, source, name), image_column, text_column)
     images.columns = {"image_column": image_column, "text_column": text_column}
     return images
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _from_folder(folder: Path, setting: str, files: list[Path], text_column: str) -> ImageSet:
-    """Rows of the metadata first, in their order as ``datasets`` numbers them, then images without a row."""
-    entries: list[tuple[Path, dict[str, Any]]] = []
-    skipped: list[list[str]] = []
-    metadata: dict[Path, Path] = {}
-    for path in sorted((path for path in files if path.name in METADATA), key=lambda path: METADATA.index(path.name)):
-        metadata.setdefault(path.parent, path)
-    for path in sorted(metadata.values()):
-        for number, row in enumerate(_metadata_rows(path, setting)):
-            where, name = f"{path.relative_to(folder)} row {number + 1}", row.pop("file_name", None)
-            if not isinstance(name, str):
-                skipped.append([where, "has no file_name"])
-                continue
-            inside = os.path.normpath(path.parent.relative_to(folder) / name)
-            if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-                skipped.append([where, f"its file {name[:200]} lies outside the folder"])
-            elif not os.path.isfile(folder / inside):
-                skipped.append([where, f"its file {name[:200]} does not exist"])
-            else:
-                # Numbers of several metadata files are not the dataset's.
-                sample_id = {"sample_id": number} if path.parent == folder else {}
-                entries.append((folder / inside, sample_id | row))
-    described = {path.resolve() for path, _ in entries}
-    numbered = not described
-    for path in files:
-        suffix = path.suffix.lower()
-        if path.name in METADATA:
-            if path != metadata[path.parent]:
-                skipped.append([_printable(path, folder), OTHER_METADATA])
-        elif path.resolve() in described:
-            continue
-        elif suffix in SUFFIXES:
-            entries.append((path, {"sample_id": len(entries)} if numbered else {}))
-        else:
-            why = f"{suffix} is not read: convert it" if suffix in UNREAD_SUFFIXES else NO_IMAGE
-            skipped.append([_printable(path, folder), why])
-    readable = [(path, row) for path, row in entries if _is_text(path)]
-    skipped += [[_printable(path, folder), "has a name that is not text"] for path, _ in entries if not _is_text(path)]
+def _from_folder(folder: Path, found: FolderRows, text_column: str) -> ImageSet:
+    """Rows of the metadata first, in their order and with their numbers, then images without a row."""
+    listing = found.listing
+    skipped = [[found.origin(row), fault] for row, fault in found.faults.items()]
+    good = [row for row in range(len(found.names)) if row not in found.faults]
+    names = [name for row in good if (name := found.names[row]) is not None]
+    rows = [
+        {SAMPLE_ID: found.numbers[row]} | {key: values[row] for key, values in found.columns.items()} for row in good
+    ]
+    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    names, rows = [*names, *found.loose], [*rows, *({} for _ in found.loose)]
     return ImageSet(
         folder,
-        [str(path.relative_to(folder)) for path, _ in readable],
-        [_caption(row.get(text_column)) for _, row in readable],
-        [row for _, row in readable],
-        lambda index: readable[index][0].read_bytes(),
-        skipped,
+        names,
+        map(_caption, array_of([row.get(text_column) for row in rows]).to_pylist()),
+        rows,
+        lambda index: read_file(listing.path(names[index])),
+        skipped + found.skipped,
     )
 
 
-def _is_text(path: Path) -> bool:
-    """Whether a name can be written as text: one in another encoding than the file system's cannot."""
-    return str(path) == _text(str(path))
-
-
-def _printable(path: Path, folder: Path) -> str:
-    return ascii(str(path.relative_to(folder)))[1:-1]
-
-
-def _metadata_rows(path: Path, setting: str) -> list[dict[str, Any]]:
-    """The rows of a metadata file as dicts."""
+def _load(folder: Path, source: str | Path, name: str) -> datasets.Dataset:
     try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            rows = datasets.Dataset.from_parquet(str(path)).to_list()
-    except Exception as error:
-        raise UsageError(f"`{setting}`: {path} does not parse: {_one_line(error)}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"`{setting}`: {path}: every line should be a JSON object with file_name and text")
-    return [{key: _text(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
-
-
-def _from_dataset(source: str | Path, setting: str, image_column: str, text_column: str) -> ImageSet:
-    folder = Path(source)
-    try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        if folder.is_dir():
             rows = datasets.load_from_disk(str(folder))
-        elif folder.is_dir():
-            rows = datasets.load_dataset("parquet", data_files=str(folder / "**/*.parquet"), split="train")
         else:
             rows = datasets.load_dataset(str(source), split="train")
     except Exception as error:
-        raise UsageError(f"`{setting}` {source}: neither a folder nor a dataset: {_one_line(error)}") from error
+        raise UsageError(f"{name}: neither a folder nor a dataset: {one_line(error)[:200]}") from error
     if isinstance(rows, dict):
         splits = rows
         if "train" not in splits and len(splits) > 1:
-            raise UsageError(f"`{setting}` {source}: has no split train; give the folder of one of {', '.join(splits)}")
+            raise UsageError(f"{name}: has no split train; give the folder of one of {', '.join(splits)}")
         rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    return rows
+
+
+def _from_rows(source: str | Path, name: str, rows: datasets.Dataset, image_column: str, text_column: str) -> ImageSet:
     if image_column not in rows.column_names:
-        raise UsageError(f"`{setting}` {source}: has no column '{image_column}', only {', '.join(rows.column_names)}")
-    stored = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    texts = rows[text_column] if text_column in rows.column_names else [None] * len(rows)
-
-    def read_bytes(index: int) -> bytes:
-        value = stored[index][image_column]
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-
-    ids = rows["sample_id"] if "sample_id" in rows.column_names else range(len(rows))
+        raise UsageError(f"{name}: has no column '{image_column}', only {', '.join(rows.column_names)}")
+    rows = with_images(rows, image_column, os.path.abspath(source) if Path(source).is_dir() else None)
+    if text_column in rows.column_names:
+        rows = with_texts(rows, text_column)
+    ids = stored_column(rows, SAMPLE_ID).to_pylist() if SAMPLE_ID in rows.column_names else range(len(rows))
     names = [f"row {number}" for number in range(len(rows))]
-    return ImageSet(source, names, map(_caption, texts), [{"sample_id": i} for i in ids], read_bytes)
+    texts = _texts(rows, text_column)
+    return ImageSet(source, names, texts, [{SAMPLE_ID: i} for i in ids], lambda index: _read(rows, image_column, index))

@@ -1,6 +1,5 @@
 """What a model was trained on, as its run recorded it; and whether the images at hand are those."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,19 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ietagc_diffusers.data import DataSettings, load_training_rows
+from ietagc_diffusers.data import DataSettings
 from ietagc_diffusers.data.contents import Contents, contents
 from ietagc_diffusers.data.hashes import default_cache, pixel_hashes
-from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, stored_column
+from ietagc_diffusers.data.rows import deduplicate
+from ietagc_diffusers.data.sources import SAMPLE_ID, read_source, stored_column
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families.settings import CaptionSettings
 from ietagc_diffusers.run_folder import RunFolder
 
-from .image_sets import SUFFIXES, ImageSet, load_images
+from .image_sets import ImageSet, training_images, training_settings
 from .pipelines import pipeline_folder
 
 PLACES = ("dataset_name", "train_data_dir")
@@ -72,7 +71,8 @@ class TrainingRecord:
 
     @property
     def alpha(self) -> str | None:
-        return self.settings.get("alpha")
+        """How pictures were decoded; earlier versions, which do not say, read as the official script does."""
+        return self.settings.get("alpha", "official")
 
     @property
     def views(self) -> tuple[bool | None, bool | None]:
@@ -190,14 +190,15 @@ def training_set(
         return TrainingSet(_unrecorded(source, given))
     settings = _settings(record, source, given)
     try:
-        rows, images = load_training_rows(settings), training_images(settings)
+        rows = read_source(settings, (settings.caption_column,), "train").rows
+        images = training_images(settings, "train")
     except UsageError as error:
         if source is None:
             raise UsageError(
                 f"`train`: the model records that it was trained on {record.described}, which cannot be read on this "
                 f"machine; give the training images ({error})"
             ) from error
-        images = _unrecorded(source, COLUMNS | record.columns | {k: v for k, v in given.items() if v})
+        images = _unrecorded(source, record.columns | {key: value for key, value in given.items() if value})
         return TrainingSet(
             images, record, (f"{_trained_on(record)} Whether {source} holds these is unknown: {error}.",)
         )
@@ -209,7 +210,7 @@ def _trained_on(record: TrainingRecord) -> str:
 
 
 def _compared(
-    record: TrainingRecord, rows: Dataset, images: ImageSet, settings: DataSettings, source: str | None
+    record: TrainingRecord, rows: Dataset, images: ImageSet, settings: _Settings, source: str | None
 ) -> TrainingSet:
     """The images that were used, of those that were found; with what is to be said of them."""
     if "images_hash" not in record.settings:  # a run of an earlier version
@@ -219,11 +220,10 @@ def _compared(
             return TrainingSet(images, record, (warning,))
         used = next(_selections(record, rows, settings))
         return TrainingSet(images.select(used), record, notes=_of_selection(used, rows, images))
-    columns = (record.columns["caption_column"],)
     for used in _selections(record, rows, settings):
         if len(used) != record.num_rows:
             continue
-        found = contents(rows.select(used), settings.image_column, columns)
+        found = contents(rows.select(used), settings.image_column, (settings.caption_column,))
         if record.agrees(found):
             warnings: tuple[str, ...] = ()
             if found.captions != record.settings.get("captions_hash"):
@@ -268,12 +268,12 @@ def _same_place(recorded: str | None, source: str) -> bool:
     return Path(recorded).name == Path(source).resolve().name
 
 
-def _settings(record: TrainingRecord, source: str | None, given: dict[str, str | None]) -> DataSettings:
+def _settings(record: TrainingRecord, source: str | None, given: dict[str, str | None]) -> _Settings:
     """The settings by which training would read the whole set. ``given``: what takes the place of the record."""
-    recorded = {key: record.settings.get(key) for key in (*given, "alpha")}
+    recorded = {key: record.settings.get(key) for key in (*given, "caption_lines")} | {"alpha": record.alpha}
     places: dict[str, str | None] = dict(record.places)
     if source is not None and not any(_same_place(place, source) for place in places.values()):
-        places = {_kind(source): source}
+        places = _places(source)
         recorded |= dict.fromkeys(("dataset_config_name", "dataset_split"))  # of another set
     elif source is not None:
         places = {name: source if _same_place(place, source) else place for name, place in record.places.items()}
@@ -282,7 +282,7 @@ def _settings(record: TrainingRecord, source: str | None, given: dict[str, str |
     return _data_settings(places | recorded | {key: value for key, value in given.items() if value is not None})
 
 
-def _data_settings(values: dict[str, Any]) -> DataSettings:
+def _data_settings(values: dict[str, Any]) -> _Settings:
     known = {entry.name for entry in fields(_Settings)}
     # Images that cannot be read are counted and named by those who compare with them.
     return _Settings(
@@ -290,38 +290,12 @@ def _data_settings(values: dict[str, Any]) -> DataSettings:
     )
 
 
-def _kind(source: str) -> str:
-    """The setting by which training takes a source: a folder of image files, or anything that ``datasets`` reads."""
-    folder = Path(source)
-    is_images = folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
-    return "train_data_dir" if is_images else "dataset_name"
-
-
 def _unrecorded(source: str, given: dict[str, Any]) -> ImageSet:
     """Images of which nothing is recorded."""
-    columns = {name: given.get(name) or default for name, default in COLUMNS.items()}
-    if given.get("dataset_config_name") or given.get("dataset_split"):
-        return training_images(_data_settings({_kind(source): source} | given | columns))
-    return load_images(source, "train", columns["image_column"], columns["caption_column"])
+    return training_images(_data_settings(_places(source) | COLUMNS | {k: v for k, v in given.items() if v}), "train")
 
 
-def training_images(settings: DataSettings, setting: str = "train") -> ImageSet:
-    """The rows that ``load_training_rows`` gives for these settings, in its order, as a set of images."""
-    rows = load_training_rows(settings)
-    source = Path(settings.dataset_name or settings.train_data_dir or "")
-    column, text_column = settings.image_column, getattr(settings, "caption_column", COLUMNS["caption_column"])
-    stored = stored_column(rows, column)
-    paths = pc.struct_field(stored, "path").to_pylist()
-    positions = range(len(rows)) if rows._indices is None else rows._indices.column(0).to_pylist()
-    in_folder = settings.dataset_name is None
-    names = [os.path.relpath(path, source) for path in paths] if in_folder else [f"row {p}" for p in positions]
-    texts = stored_column(rows, text_column).to_pylist() if text_column in rows.column_names else [None] * len(rows)
-
-    def read_bytes(index: int) -> bytes:
-        image = stored[index].as_py()
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-    numbers = [{"sample_id": one} for one in stored_column(rows, SAMPLE_ID).to_pylist()]
-    captions = [text[0] if isinstance(text, list) and text else text for text in texts]
-    columns = {"image_column": column, "text_column": text_column}
-    return ImageSet(source, names, captions, numbers, read_bytes, columns=columns)
+def _places(source: str) -> dict[str, str | None]:
+    """A source by the setting that training takes it by."""
+    settings = training_settings(source)
+    return {name: getattr(settings, name) for name in PLACES}

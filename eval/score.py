@@ -18,7 +18,7 @@ from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor, load_descriptor
 
 from .features import Embedded, Extractor, Pixels, SmallEdge, embed, first_of_each
-from .image_sets import ImageSet, load_images, unusable
+from .image_sets import ImageSet, load_again, unusable
 from .metrics import KINDS, ImageSets, Kind, Measured
 from .protocol import Protocol
 
@@ -129,9 +129,9 @@ def load_scores(folder: str | Path) -> tuple[dict[str, Any], dict[str, list], di
 
 def images_of(scores: dict[str, Any], side: str) -> ImageSet:
     """The images of a side, ``generated`` or ``train``, loaded again."""
-    columns = scores.get("columns", {}).get(side, {})
-    image_column, text_column = columns.get("image_column", "image"), columns.get("caption_column", "text")
-    return load_images(scores[side], "scores", image_column, text_column)
+    recorded = scores.get("columns", {}).get(side, {})
+    columns = {"text_column" if name == "caption_column" else name: value for name, value in recorded.items()}
+    return load_again(scores[side], "scores", columns)
 
 
 def _describe(
@@ -236,10 +236,9 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
     }
 
 
-def _columns(images: ImageSet) -> dict[str, str]:
+def _columns(images: ImageSet) -> dict[str, Any]:
     """The columns of images and captions, by the names of their flags; ``images_of`` reads them."""
-    names = {"image_column": "image_column", "text_column": "caption_column"}
-    return {names[key]: column for key, column in images.columns.items()}
+    return {"caption_column" if key == "text_column" else key: column for key, column in images.columns.items()}
 
 
 def _location(images: ImageSet) -> str:

@@ -77,7 +77,8 @@ def test_the_trained_weights_are_written_before_all_else(base, pictures, tmp_pat
 def test_a_bad_image_met_in_training_ends_it_with_a_checkpoint(base, tmp_path):
     folder = write_folder(tmp_path / "pictures", 12)
     whole = (folder / "003_0.png").read_bytes()
-    (folder / "003_0.png").write_bytes(whole[: len(whole) // 2])
+    half = len(whole) // 2
+    (folder / "003_0.png").write_bytes(whole[:half] + bytes(100) + whole[half + 100 :])  # whole at both ends
     flags = train_flags(base, folder, "--mitigation=iet-agc", "--num_shards=2", "--max_train_steps=60")
     with pytest.raises(UsageError, match=r"^row 3 \(.*003_0.png\).*does not decode.*`on_bad_sample` to skip"):
         train_here(flags, tmp_path / "out")

@@ -23,7 +23,8 @@ from ietagc_diffusers.data import (
     loaders,
 )
 from ietagc_diffusers.data.hashes import pixel_hashes
-from ietagc_diffusers.data.rows import SAMPLE_ID, deduplicate, stored_column
+from ietagc_diffusers.data.rows import deduplicate
+from ietagc_diffusers.data.sources import SAMPLE_ID, stored_column
 from ietagc_diffusers.families.stable_diffusion import Pixels, Tokenize
 from ietagc_diffusers.training.streams import RandomStreams
 
@@ -95,6 +96,10 @@ def test_parquet_and_arrow_are_read_like_the_folder(pictures, tmp_path):
         (lambda f: (f / "metadata.jsonl").unlink(), "`caption_column` text: not a column"),
         (lambda f: rewrite(f, 2, text=None), "row 2 has no caption in column 'text'"),
         (lambda f: rewrite(f, 2, file_name="absent.png"), "row 2: its image file"),
+        (lambda f: rewrite(f, 2, file_name=None), "row 2: has no image (no file_name"),
+        (lambda f: rewrite(f, 2, file_name="../a.png"), "metadata.jsonl row 3: its file ../a.png lies outside"),
+        (lambda f: rewrite(f, 2, file_name=str(f / "a.png")), "should be a path relative to the metadata's folder"),
+        (lambda f: shorten(f / "002_0.png"), "002_0.png): the image does not decode"),
     ],
 )
 def test_bad_folders_are_named_before_training(tmp_path, spoil, message):
@@ -103,6 +108,10 @@ def test_bad_folders_are_named_before_training(tmp_path, spoil, message):
     with pytest.raises(UsageError) as error:
         load(folder)
     assert message in str(error.value)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:300])
 
 
 def rewrite(folder, row, **changes):
@@ -143,7 +152,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, tokenizer):
     folder = write_folder(tmp_path / "pictures", 5)
     whole = (folder / "003_0.png").read_bytes()
     (folder / "003_0.png").write_bytes(whole[: len(whole) // 2])
-    rows = load(folder)
+    rows = load(folder, on_bad_sample="skip")
     samples = read_as(rows, tokenizer)
     with pytest.raises(UsageError, match=r"row 3 \(.*003_0.png\): the image does not decode"):
         decode(rows, "image", 3)

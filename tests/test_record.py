@@ -16,13 +16,12 @@ from safetensors.torch import save_file
 
 from ietagc_diffusers import RunFolder, UsageError
 from ietagc_diffusers.cli import main
-from ietagc_diffusers.data import DataSettings, load_training_rows
 from ietagc_diffusers.data import contents as module
 from ietagc_diffusers.data.contents import contents
 from ietagc_diffusers.eval import pipelines
 from ietagc_diffusers.eval.generate import trained_resolution
 from ietagc_diffusers.eval.pipelines import check_pipeline, pipeline_folder
-from ietagc_diffusers.eval.record import recorded_training, training_images, training_set
+from ietagc_diffusers.eval.record import recorded_training, training_set
 
 SELECTED = ("--max_train_samples=12", "--deduplicate=exact")
 
@@ -143,7 +142,10 @@ def test_an_older_run_has_its_settings_only(copy, pictures, tmp_path):
     copy.training_set_file.unlink()
     copy.training_rows_file.unlink()
     record = recorded_training(copy.path)
-    assert record.num_rows is None and record.views == (False, True) and record.alpha is None
+    assert record.num_rows is None and record.views == (False, True) and record.alpha == "white"
+    text = copy.config_file.read_text()
+    copy.config_file.write_text(text.replace("alpha: white\n", ""))
+    assert recorded_training(copy.path).alpha == "official"  # as it was before there was the setting
     found = training_set(copy.path)
     assert len(found.images) < 13 and not found.warnings
     found = training_set(copy.path, str(write_folder(tmp_path / "others", 5)))
@@ -152,13 +154,6 @@ def test_an_older_run_has_its_settings_only(copy, pictures, tmp_path):
     assert recorded_training(copy.path) is None and len(training_set(copy.path, str(pictures)).images) == 24
     with pytest.raises(UsageError, match="does not record what it was trained on"):
         training_set(copy.path)
-
-
-def test_the_images_are_the_rows_of_the_training(pictures):
-    settings = DataSettings(train_data_dir=str(pictures), max_train_samples=5, seed=2)
-    rows, images = load_training_rows(settings), training_images(settings)
-    assert [row["sample_id"] for row in images.rows] == rows["sample_id"][:] and images.texts == rows["text"][:]
-    assert all(images.image(i).tobytes() == rows[i]["image"].convert("RGB").tobytes() for i in range(5))
 
 
 def test_the_audit_warns_once_and_in_the_verdict(run, tmp_path, capsys):

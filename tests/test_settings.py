@@ -43,14 +43,14 @@ def test_what_shapes_a_run_is_known_for_each_flag():
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {
         "cache_dir", "cache_latents", "channels_last", "compile", "fused_adam",
-        "dataset_name", "dataset_config_name", "train_data_dir", "dataloader_num_workers",
+        "dataset_name", "dataset_config_name", "dataset_split", "caption_lines", "train_data_dir", "dataloader_num_workers",
         "gradient_checkpointing", "offload_ema", "foreach_ema", "allow_tf32", "max_nonfinite", "local_rank",
         "enable_xformers_memory_efficient_attention", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
         "resume_from_checkpoint", "resume_allow", "logging_dir", "report_to", "tracker_project_name",
         "validation_prompts", "validation_epochs", "on_bad_sample", "log_every", "save_shards", "save_rounds",
         "push_to_hub", "hub_model_id", "hub_token", "proxy_state",
     }  # fmt: skip
-    for name in ("image_column", "pretrained_model_name_or_path", "revision", "variant", "seed"):
+    for name in ("alpha", "image_column", "pretrained_model_name_or_path", "revision", "variant", "seed"):
         assert name in settings.shaping(Resume.SAME)
 
 

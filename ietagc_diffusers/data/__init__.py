@@ -5,6 +5,7 @@ from .conditions import Captions, Condition
 from .rows import decode, load_training_rows
 from .samples import TrainingSamples, View, fixed_transforms, image_transform
 from .settings import DataSettings
+from .sources import read_source, selected
 
 __all__ = [
     "Batch",
@@ -17,4 +18,6 @@ __all__ = [
     "fixed_transforms",
     "image_transform",
     "load_training_rows",
+    "read_source",
+    "selected",
 ]

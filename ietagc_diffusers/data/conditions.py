@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset, Sequence, Value
+from datasets import Dataset
 
 from ..errors import UsageError
 from ..mitigations.prompts import choose_caption, random_words, repeat_words, replace_caption
+from .columns import is_text, is_texts
 
 ROWS_AT_ONCE = 10_000
 REPLACED, ADDED = 4, 2  # words, as Somepalli et al. (2023) have them
@@ -22,8 +23,11 @@ class Condition:
 
     columns: tuple[str, ...] = ()
 
-    def check(self, rows: Dataset, only_types: bool = False) -> None:
-        """Raise ``UsageError`` naming a column of the wrong type or, unless ``only_types``, a row without a value."""
+    def check(self, rows: Dataset, only_types: bool = False, hint: str = "") -> None:
+        """Raise ``UsageError`` naming a column of the wrong type or, unless ``only_types``, a row without a value.
+
+        ``hint``: what may be meant where a column is missing.
+        """
 
     def read(self, row: dict[str, Any]) -> Any:
         """The value of a row. Raises ``UsageError`` saying what is wrong with it."""
@@ -66,15 +70,15 @@ class Captions(Condition):
         self.tokenize, self.tokenizer = tokenize, tokenizer
         self.mitigation, self.probability = mitigation, probability
 
-    def check(self, rows: Dataset, only_types: bool = False) -> None:
+    def check(self, rows: Dataset, only_types: bool = False, hint: str = "") -> None:
         if self.column not in rows.column_names:
             raise UsageError(
                 f"`caption_column` {self.column}: not a column of the dataset, which has "
-                f"{', '.join(rows.column_names)} (captions come from a metadata.jsonl in the folder)"
+                f"{', '.join(rows.column_names)}{hint}"
             )
         feature = rows.features[self.column]
-        text = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-        if not text and not isinstance(feature, (Sequence, list)):
+        text = is_text(feature)
+        if not text and not is_texts(feature):
             raise UsageError(
                 f"`caption_column` {self.column}: should hold strings or lists of strings, holds {feature}"
             )

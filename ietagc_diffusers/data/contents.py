@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from .decoder import BadImage, native, read_stored
 from .hashes import digest
-from .rows import stored_column
+from .sources import stored_column
 
 READ_WHOLE = 2000  # images whose bytes are read; of all others only the sizes
 NOT_HERE = -1  # the size of an image that is not on this machine, such as one at a URL
@@ -63,7 +64,7 @@ def _sizes(lengths: pa.ChunkedArray, paths: list[str | None]) -> np.ndarray:
         path = paths[row]
         if path is not None:
             with suppress(OSError, ValueError):
-                sizes[row] = os.stat(path).st_size
+                sizes[row] = os.stat(native(path)).st_size
     return sizes
 
 
@@ -89,15 +90,11 @@ def _read_whole(sizes: np.ndarray) -> np.ndarray:
 
 def _mark(image: dict[str, Any] | None) -> bytes | None:
     """16 bytes that stand for an image's file; None if it cannot be read."""
-    if image is None:
-        return None
-    if image["bytes"] is not None:
-        return digest(image["bytes"])
     try:
-        with open(image["path"], "rb") as file:
-            return digest(file.read())
-    except (OSError, TypeError, ValueError):
+        encoded = read_stored(image)
+    except BadImage:
         return None
+    return None if encoded is None else digest(encoded)
 
 
 def _address(path: str | None) -> bytes:

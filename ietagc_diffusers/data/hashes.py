@@ -1,12 +1,10 @@
 """Hashes of images: of the bytes as they are stored, and of the decoded pixels, which a cache keeps between runs."""
 
 import hashlib
+import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,11 @@ from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
 from ..errors import UsageError
+from .decoder import decoder_mark, read_file
 from .rows import decode
+from .work import batched, in_threads
 
 ROWS_AT_ONCE = 32  # of a thread: of large images, a few hundred megabytes
-THREADS = min(32, os.cpu_count() or 1)
 
 
 def default_cache() -> Path:
@@ -33,20 +32,6 @@ def digest(*parts: bytes) -> bytes:
     for part in parts:
         state.update(part)
     return state.digest()
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` items, the last perhaps shorter."""
-    items = iter(items)
-    while some := list(islice(items, size)):
-        yield some
-
-
-def in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """``work`` of each item, in their order, with a bounded number of items under way."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        for some in batched(items, 8 * THREADS):
-            yield from pool.map(work, some)
 
 
 def stored_hashes(rows: Dataset, image_column: str, progress: str | None = None) -> list[bytes]:
@@ -71,9 +56,8 @@ def _stored_hash(image: dict[str, Any] | None) -> bytes:
     if image["bytes"] is not None:
         return digest(image["bytes"])
     try:
-        with open(image["path"], "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-    except (OSError, TypeError):
+        return digest(read_file(image["path"]))
+    except (OSError, TypeError, ValueError):
         return digest(str(image["path"]).encode())
 
 
@@ -107,19 +91,27 @@ class PixelHashes:
 
 
 def pixel_hashes(
-    rows: Dataset, image_column: str, cache: Path | None = None, allow_bad: bool = False, progress: bool = True
+    rows: Dataset,
+    image_column: str,
+    cache: Path | None = None,
+    allow_bad: bool = False,
+    progress: bool = True,
+    alpha: str = "white",
 ) -> np.ndarray:
     """Int64 (N,): equal for rows whose images decode to the same RGB pixels.
 
     Images are decoded in threads; with ``cache`` (see ``default_cache``) each only once, whatever the run. Raises
     ``UsageError`` for an image that does not decode; with ``allow_bad`` it is taken for different from all others.
+    ``alpha``: see ``decoder.to_rgb``.
     """
     images = rows.select_columns([image_column])
-    stored = stored_hashes(images, image_column, "Reading images" if progress else None)
+    mark = json.dumps(decoder_mark(alpha)).encode()  # another decoder makes other pixels of the same file
+    files = stored_hashes(images, image_column, "Reading images" if progress else None)
+    stored = [digest(one, mark) for one in files]
 
     def hash_of(row: int) -> bytes | None:
         try:
-            image = decode(images, image_column, row)
+            image = decode(images, image_column, row, alpha)
         except UsageError:
             if not allow_bad:
                 raise

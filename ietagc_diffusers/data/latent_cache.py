@@ -26,9 +26,11 @@ from tqdm.auto import tqdm
 from ..errors import UsageError
 from ..files import check_output, read_json, write_json
 from .batch import Batch, Tensors
-from .hashes import batched, digest, in_threads
+from .decoder import decoder_mark
+from .hashes import digest
 from .rows import decode
 from .samples import Key, TrainingSamples
+from .work import batched, in_threads
 
 logger = logging.getLogger(__name__)
 FILE_ITEMS = 512  # of a file: what an interruption loses at most, for each process
@@ -302,11 +304,12 @@ def cache_samples(
     folder, views = Path(folder), samples.transform.fixed
     exact = batch_size if torch.device(device).type == "cpu" else None
     here = {"batch_size": exact, "format": FORMAT}
-    latents = Store(folder, "latents", here | marks["images"] | {"views": [repr(view) for view in views]}, processes)
+    of_pixels = {"views": [repr(view) for view in views]} | decoder_mark(samples.alpha)
+    latents = Store(folder, "latents", here | marks["images"] | of_pixels, processes)
 
     def view_all(row: int) -> torch.Tensor | None:
         try:
-            image = decode(samples.images, samples.image_column, row)
+            image = decode(samples.images, samples.image_column, row, samples.alpha)
         except UsageError:
             if not allow_bad:
                 raise

@@ -2,22 +2,23 @@
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
+import os
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..errors import UsageError
 from .conditions import ROWS_AT_ONCE, Condition
+from .decoder import BadImage, decode_stored, is_file, look, native, read_file, read_stored
 from .settings import DataSettings
+from .sources import SAMPLE_ID, read_source, selected, stored_column, stored_image
+from .work import batched, in_threads
 
-SAMPLE_ID = "sample_id"
 IMAGES_AT_ONCE = 256  # a selection of rows is copied into one Arrow buffer, which holds 2 GB at most
 HASHED_WHOLE = 2000  # images whose bytes `content_hash` reads; of all others it reads the sizes
+LOOKED_AT = 200_000  # images whose ends are looked at before training; of more, that many evenly spread
 
 
 def load_training_rows(settings: DataSettings, condition: Condition | None = None) -> Dataset:
@@ -26,67 +27,52 @@ def load_training_rows(settings: DataSettings, condition: Condition | None = Non
     Returns the rows with the image column, the condition's columns and ``sample_id`` (int64): the row's number in the
     source, whatever is selected later. Raises ``UsageError`` naming the setting or the row.
     """
-    rows = _train_split(settings)
-    column = settings.image_column
-    if column not in rows.column_names:
-        raise UsageError(
-            f"`image_column` {column}: not a column of the dataset, which has {', '.join(rows.column_names)}"
-        )
-    if not isinstance(rows.features[column], ImageFeature):
-        raise UsageError(f"`image_column` {column}: holds {rows.features[column]}, not images")
-    if SAMPLE_ID not in rows.column_names:
-        rows = rows.add_column(SAMPLE_ID, np.arange(len(rows)))
+    columns = () if condition is None else condition.columns
+    source = read_source(settings, columns)
     if condition is not None:
-        condition.check(rows, only_types=settings.replaces_bad_samples)
+        _check_captions(source, condition, settings.replaces_bad_samples)
+    rows = selected(source.rows, settings)
     if not settings.replaces_bad_samples:
-        _check_files(rows, column)
-    if settings.max_train_samples is not None:
-        rows = rows.shuffle(seed=settings.seed).select(range(min(settings.max_train_samples, len(rows))))
+        _check_images(rows, settings.image_column)
     return rows
 
 
-def _train_split(settings):
-    if settings.dataset_name is not None:
-        source = f"`dataset_name` {settings.dataset_name}"
-        load = {
-            "path": settings.dataset_name,
-            "name": settings.dataset_config_name,
-            "data_dir": settings.train_data_dir,
-        }
-    else:
-        source = f"`train_data_dir` {settings.train_data_dir}"
-        folder = Path(settings.train_data_dir)
-        if not folder.is_dir():
-            raise UsageError(f"{source}: no such folder")
-        _check_output_outside(folder, settings)
-        if not any(path.is_file() for path in folder.rglob("*")):
-            raise UsageError(f"{source}: the folder is empty; it needs images and a metadata.jsonl")
-        load = {"path": "imagefolder", "data_files": {"train": str(folder / "**")}}
-    try:
-        if settings.dataset_name is not None and (Path(settings.dataset_name) / "state.json").is_file():
-            dataset = {"train": load_from_disk(settings.dataset_name)}  # written by save_to_disk or `save_shards`
-        else:
-            dataset = load_dataset(**load, cache_dir=settings.cache_dir)
-    except Exception as error:  # whatever datasets and its readers raise; the cause says more than the wrapper
-        cause = error.__cause__ or error
-        raise UsageError(f"{source}: datasets could not read it: {one_line(cause)}") from error
-    if "train" not in dataset:
-        raise UsageError(f"{source}: has no 'train' split, only {', '.join(dataset)}")
-    return dataset["train"]
+def _check_captions(source, condition, only_types):
+    missing = [column for column in condition.columns if column not in source.rows.column_names]
+    condition.check(source.rows, only_types=only_types, hint=source.hint(missing[0]) if missing else "")
 
 
-def _check_output_outside(folder, settings):
-    """What a run writes must not become training data of the next."""
-    output = getattr(settings, "output_dir", None)
-    if output is not None and folder.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
-        raise UsageError(
-            f"`output_dir` {output}: lies in `train_data_dir` {folder}, so that the pictures that the run writes would "
-            "be trained on by the next run; give another folder"
-        )
+def _check_images(rows, column):
+    """Raise ``UsageError`` naming the first row whose file is missing, or is damaged as far as its ends show."""
+    ids = stored_column(rows, SAMPLE_ID)
+    chosen = set(np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int).tolist())
+    everything = len(chosen) == len(rows)
+
+    def faults(some):
+        for row, (path, inside) in some:
+            try:
+                if everything or row in chosen:
+                    look({"bytes": inside.as_buffer() if inside.is_valid else None, "path": path})
+                elif not inside.is_valid and (path is None or ("://" not in path and not is_file(path))):
+                    read_stored({"bytes": None, "path": path})
+            except BadImage as error:
+                return row, path, error
+        return None
+
+    for fault in in_threads(faults, batched(enumerate(_stored_images(rows, column)), IMAGES_AT_ONCE)):
+        if fault is not None:
+            row, path, error = fault
+            error = _of_row(ids[row].as_py(), path, error)
+            raise UsageError(f"{error}; mend or remove it, or set `on_bad_sample` to skip")
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _of_row(row, path, error):
+    """What is said of a row whose image cannot be used."""
+    message = str(error)
+    if message.startswith("its image file"):
+        return UsageError(f"row {row}: {message}")
+    where = f"row {row} ({path}):" if path else f"row {row}:"
+    return UsageError(f"{where} the image {message}" if message.startswith("does not") else f"{where} {message}")
 
 
 def _stored_images(rows, column):
@@ -95,12 +81,6 @@ def _stored_images(rows, column):
     for start in range(0, len(rows), IMAGES_AT_ONCE):
         for chunk in stored[start : start + IMAGES_AT_ONCE][column].chunks:
             yield from zip(chunk.field("path").to_pylist(), chunk.field("bytes"), strict=True)
-
-
-def _check_files(rows, column):
-    for number, (path, inside) in enumerate(_stored_images(rows, column)):
-        if not inside.is_valid and (path is None or ("://" not in path and not Path(path).is_file())):
-            raise UsageError(f"row {number}: its image file {path} does not exist")
 
 
 def content_hash(rows: Dataset, image_column: str, condition: Condition) -> str:
@@ -123,9 +103,9 @@ def _image_mark(path, inside, whole):
     if inside.is_valid:
         content = inside.as_buffer()
         return memoryview(content) if whole else str(content.size).encode()
-    if path is None or "://" in path or not Path(path).is_file():
+    if path is None or "://" in path or not is_file(path):
         return str(path).encode()
-    return Path(path).read_bytes() if whole else str(Path(path).stat().st_size).encode()
+    return read_file(path) if whole else str(os.stat(native(path)).st_size).encode()
 
 
 def deduplicate(rows: Dataset, hashes: np.ndarray) -> Dataset:
@@ -145,23 +125,13 @@ def label_values(rows: Dataset, column: str | None) -> np.ndarray | None:
     return stored_column(rows, column).to_numpy()
 
 
-def stored_column(rows: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as it is stored. ``rows[column]`` reads row by row: 5 to 20 microseconds each."""
-    stored, selected = rows.data.table[column], rows._indices
-    return stored if selected is None else stored.take(selected.column(0))
+def decode(rows: Dataset, image_column: str, index: int, alpha: str = "white") -> Image.Image:
+    """The RGB image of a row; ``alpha``: see ``decoder.to_rgb``.
 
-
-def decode(rows: Dataset, image_column: str, index: int) -> Image.Image:
-    """The RGB image of a row. Raises ``UsageError`` naming the row if it does not decode."""
+    Raises ``UsageError`` naming the row if it does not decode.
+    """
+    stored = stored_image(rows, image_column, index)
     try:
-        return rows[int(index)][image_column].convert("RGB")
-    except Exception as error:  # whatever PIL and its plugins raise on broken files
-        where = _image_path(rows, image_column, index)
-        name = f" ({where})" if where else ""
-        raise UsageError(f"row {index}{name}: the image does not decode: {one_line(error)}") from error
-
-
-def _image_path(rows, image_column, row) -> Any:
-    """Where a row's image came from, for messages, or None."""
-    stored = rows.cast_column(image_column, ImageFeature(decode=False))[int(row)][image_column]
-    return stored and stored.get("path")
+        return decode_stored(stored, alpha)
+    except BadImage as error:
+        raise _of_row(index, stored and stored.get("path"), error) from error

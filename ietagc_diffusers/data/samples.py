@@ -68,6 +68,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         transform: PIL image -> float32 (3, H, W) in [-1, 1] and a dict of tensors that the model is told of this view
             (empty, or sizes and crop).
         condition: what else the model is told.
+        alpha: how transparent parts are shown, see ``decoder.to_rgb``.
 
     A row without image or condition is replaced by another of ``pool``, drawn from the key's seed, and named in the
     batch: what becomes of the run is not decided in the middle of a step.
@@ -79,6 +80,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         image_column: str,
         transform: View,
         condition: Condition,
+        alpha: str = "white",
     ):
         self.images = rows.select_columns([image_column])
         # Apart from the images, so that reading a caption decodes none.
@@ -86,6 +88,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.image_column = image_column
         self.transform: Any = transform
         self.condition = condition
+        self.alpha = alpha
         self.pool = np.arange(len(rows))
 
     def of_shard(self, shard_samples: np.ndarray) -> "TrainingSamples":
@@ -106,7 +109,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         return self._image(row), value
 
     def _image(self, row):
-        return decode(self.images, self.image_column, row)
+        return decode(self.images, self.image_column, row, self.alpha)
 
     def _read_or_replace(self, row, seed):
         """Returns image, condition, the row they are of, and [row, reason] for each that was bad."""

@@ -6,6 +6,8 @@ from torchvision.transforms import InterpolationMode
 
 from ..settings import CacheSettings, Resume, at_least, not_negative, setting
 
+ALPHA = ("white", "official")
+CAPTION_LINES = ("whole", "first", "each")
 INTERPOLATION_MODES = sorted(mode.name.lower() for mode in InterpolationMode)
 
 
@@ -23,8 +25,28 @@ class DataSettings(CacheSettings):
     )
     train_data_dir: str | None = setting(
         None,
-        "Training set: an image folder with a metadata.jsonl. With --dataset_name: its data_dir.",
+        "Training set: an image folder with a metadata.jsonl, or with a .txt file beside each image. With "
+        "--dataset_name: its data_dir.",
         resume=Resume.FREE,
+    )
+    dataset_split: str = setting(
+        "train",
+        "Split of the dataset. Folders named train, test, validation or the like are splits of an image folder.",
+        resume=Resume.FREE,
+    )
+    caption_lines: str = setting(
+        "whole",
+        "Of a .txt file beside an image: the whole file is its caption, or the first line, or each line is one of "
+        "several.",
+        resume=Resume.FREE,  # captions are part of the content
+        choices=CAPTION_LINES,
+    )
+    alpha: str = setting(
+        "white",
+        "'white' shows transparent parts on white, and scales 16-bit images; 'official' reads the hidden colours, as "
+        "the official script does.",
+        resume=Resume.SAME,
+        choices=ALPHA,
     )
     image_column: str = setting("image", "Column that holds the image.", resume=Resume.SAME)
     max_train_samples: int | None = setting(

@@ -90,7 +90,7 @@ def load_rows(
     if not (settings.deduplicate or settings.group_duplicates):
         return rows, None
     column, bad = settings.image_column, settings.replaces_bad_samples
-    hashes = _of_main(accelerator, lambda: pixel_hashes(rows, column, default_cache(), bad))
+    hashes = _of_main(accelerator, lambda: pixel_hashes(rows, column, default_cache(), bad, alpha=settings.alpha))
     num_images = len(np.unique(hashes))
     logger.info(f"{len(rows)} rows show {num_images} different images")
     if settings.deduplicate:
@@ -309,7 +309,7 @@ def build_run(
     plan = ShardPlan.split(len(rows), config.num_shards, settings.seed, labels, groups)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition)
+    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition, settings.alpha)
     if settings.cache_latents is not None:
         samples = _cached(samples, rows, settings, accelerator, family, layout)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)

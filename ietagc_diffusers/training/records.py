@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from .. import __version__
 from ..data.contents import contents
-from ..data.rows import SAMPLE_ID, stored_column
+from ..data.sources import SAMPLE_ID, stored_column
 from ..families import place_name
 from ..files import write_json, write_text
 from ..run_folder import RunFolder
@@ -22,9 +22,8 @@ from .settings import TrainingSettings
 # The settings that training_set.json holds, beside the resolution.
 PLACES = ("dataset_name", "train_data_dir")
 SOURCE = (*PLACES, "dataset_config_name", "dataset_split")
-COLUMNS, SELECTION = ("image_column", "caption_column"), ("max_train_samples", "seed", "deduplicate")
+COLUMNS, SELECTION = ("image_column", "caption_column", "caption_lines"), ("max_train_samples", "seed", "deduplicate")
 VIEWS = ("center_crop", "random_flip", "image_interpolation_mode", "alpha")
-DEFAULTS = {"dataset_split": "train", "alpha": "white"}
 OF_ONE_START = ("local_rank", "resume_from_checkpoint")  # settings that a repeated run must not take over
 
 
@@ -56,12 +55,12 @@ def write_training_set(
     values, found = settings.values(), contents(rows, settings.image_column, columns)
     views: dict[str, Any] = {"resolution": settings.resolution}
     for name in VIEWS:
-        now = values.get(name, DEFAULTS.get(name))
+        now = values[name]
         shown = {now, *(one.get(name, now) for one in fingerprints)}
         views[name] = now if len(shown) == 1 else None
     if views["random_flip"] is None:
         views["random_flip"] = True  # flipped at random is: shown as it is, and mirrored
-    source = {name: values.get(name, DEFAULTS.get(name)) for name in SOURCE}
+    source = {name: values[name] for name in SOURCE}
     record = {
         "version": __version__,
         "num_rows": len(rows),

@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 
 from .. import hub
 from ..checkpoint import fingerprints
-from ..data.rows import SAMPLE_ID
+from ..data.sources import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
 from ..tensor_files import Disk
