@@ -47,6 +47,7 @@ def run(args: Namespace) -> None:
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     training = common.training_set(args, next(iter(runs.values()))[0]).images
+    columns = {name: training.columns[name] for name in ("image_column", "text_column")}
     sampling = None
     if args.sample:
         settings = Settings(
@@ -63,7 +64,7 @@ def run(args: Namespace) -> None:
     result = front(
         runs,
         training,
-        load_images(args.heldout, "heldout", **training.columns),
+        load_images(args.heldout, "heldout", **columns),
         output,
         base=args.base,
         control=args.control,
