@@ -35,7 +35,7 @@ def pipeline_folder(model: str | Path) -> Path:
     if path.is_file():
         raise UsageError(f"`model` {model}: {_of_file(path)}")
     try:
-        folder = Path(DiffusionPipeline.download(model))
+        folder = Path(DiffusionPipeline.download(str(model)))
     except Exception as error:
         raise UsageError(f"`model` {model}: neither a folder nor a Hub id: {one_line(error)}") from error
     _fetch_records(str(model), folder)
@@ -62,12 +62,12 @@ def _fetch_records(repository: str, folder: Path) -> None:
     """
     run = RunFolder(folder)
     for path in (run.config_file, run.training_set_file):
-        name, place = path.relative_to(folder).as_posix(), {"revision": folder.name, "cache_dir": folder.parents[2]}
-        known = try_to_load_from_cache(repository, name, **place)
+        name, revision, cache = path.relative_to(folder).as_posix(), folder.name, folder.parents[2]
+        known = try_to_load_from_cache(repository, name, cache, revision)
         if known is _CACHED_NO_EXIST or isinstance(known, str):
             continue
         try:
-            hf_hub_download(repository, name, **place)
+            hf_hub_download(repository, name, revision=revision, cache_dir=cache)
         except LocalEntryNotFoundError:  # no connection
             logger.warning(
                 f"{repository}: whether it has a {name}, which would say how the model was trained, cannot be looked "

@@ -272,7 +272,7 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
         (["--run", "a={run}", "--control", "b"], "--control b"),
         (["--run", "a="], "--run a="),
         (["--run", "a={run}", "--points", "0"], "--points 0"),
-        (["--run", "a={run}", "--train", "{empty}"], "no images in this folder"),
+        (["--run", "a={run}", "--train", "{empty}"], "--train {empty}: the folder is empty"),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
         (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no DDPMScheduler in its subfolder"),
         (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no DDPMScheduler in its subfolder"),

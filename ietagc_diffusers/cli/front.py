@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ..run_folder import RunFolder
 from . import common
 
 
@@ -46,7 +47,9 @@ def run(args: Namespace) -> None:
 
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
-    training = common.training_set(args, next(iter(runs.values()))[0]).images
+    first = next(iter(runs.values()))[0]
+    RunFolder(first).config()  # a run has settings
+    training = common.training_set(args, first).images
     columns = {name: training.columns[name] for name in ("image_column", "text_column")}
     sampling = None
     if args.sample:
