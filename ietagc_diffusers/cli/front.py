@@ -50,7 +50,8 @@ def run(args: Namespace) -> None:
     first = next(iter(runs.values()))[0]
     RunFolder(first).config()  # a run has settings
     training = common.training_set(args, first).images
-    columns = {name: training.columns[name] for name in ("image_column", "text_column")}
+    columns = {"image_column": args.image_column, "text_column": args.caption_column}
+    columns = {name: column for name, column in columns.items() if column is not None}
     sampling = None
     if args.sample:
         settings = Settings(
