@@ -45,6 +45,7 @@ def audit(
     heldout: ImageSet | None = None,
     strict: bool = False,
     warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
     prompts_file: str | None = None,
     card: bool = False,
     github: bool = False,
@@ -59,7 +60,7 @@ def audit(
         model: a pipeline's folder, or its id on the Hub.
         tools: for scoring; None on processes that only generate.
         state: of the processes, if several generate.
-        cache, reference, heldout: see ``score.compare``.
+        cache, reference, heldout, notes: see ``score.compare``.
         strict, warnings: see ``judge``.
         prompts_file: the name of the file of the prompts, if they are not the training images' captions.
         card, github: whether the summary is put into the model's card, and shown by GitHub Actions.
@@ -87,7 +88,7 @@ def audit(
         "settings": asdict(settings),
         "drawing": drawing_of(output / IMAGES, len(prompts), pipeline_folder(model), prompts_file),
     }
-    found = compare(generated, train, tools, cache, reference, about, heldout)
+    found = compare(generated, train, tools, cache, reference, about, heldout, notes)
     verdict = judge(found.scores, limits, strict, warnings)
     unharmed("verdict.json", lambda: write_json(output / "verdict.json", verdict.record()))
     tell(verdict)

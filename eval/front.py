@@ -144,16 +144,6 @@ def front(
     return result
 
 
-def training_images(run: Path, image_column: str | None = None, text_column: str | None = None) -> ImageSet:
-    """The images that a run was trained on, from the columns that it recorded or from those that are named."""
-    config = RunFolder(run).config()
-    source = config.get("train_data_dir") or config.get("dataset_name")
-    if source is None:
-        raise UsageError("`train`: the run does not say what it was trained on; give the training images")
-    image_column = image_column or config.get("image_column", "image")
-    return load_images(source, "train", image_column, text_column or config.get("caption_column", "text"))
-
-
 def _sampled(
     measured: Measured,
     base: str,

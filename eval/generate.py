@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.families import family_of
+from ietagc_diffusers.families import drawn_edge, family_of
 from ietagc_diffusers.files import read_json, write_json, write_text
-from ietagc_diffusers.run_folder import RunFolder
 
+from .pipelines import check_pipeline, one_line, pipeline_folder
 from .prompts import Prompt
+from .record import recorded_training
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -88,6 +89,7 @@ def load_pipeline(
     Raises:
         UsageError: it does not load or takes no prompt.
     """
+    check_pipeline(model)
     dtype = getattr(torch, settings.dtype)
     folder = pipeline_folder(model)
     replaced: dict[str, Any] = {}
@@ -99,7 +101,7 @@ def load_pipeline(
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **replaced)
     except Exception as error:
-        raise UsageError(f"`model` {model}: does not load as a pipeline: {_one_line(error)}") from error
+        raise UsageError(f"`model` {model}: does not load as a pipeline: {one_line(error)}") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
     if settings.scheduler is not None:
@@ -114,32 +116,17 @@ def load_pipeline(
     return pipeline
 
 
-def pipeline_folder(model: str | Path) -> Path:
-    """The folder of a pipeline: the given one, or the one that a Hub id was downloaded to. Raises ``UsageError``."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(DiffusionPipeline.download(model))
-    except Exception as error:
-        raise UsageError(f"`model` {model}: neither a folder nor a Hub id: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def trained_resolution(model: str | Path) -> int | None:
-    """The resolution in pixels that a pipeline folder was trained at, if the training script recorded it there.
+    """The resolution in pixels at which a model was trained, in multiples of 8, if that is recorded beside it.
 
-    A pipeline's own resolution is its base model's, whatever it was fine-tuned at.
+    Otherwise a pipeline draws at its own: of models that other tools or earlier versions trained, the base model's.
     """
-    run = RunFolder(model)
-    if not run.config_file.is_file():
+    record = recorded_training(model)
+    if record is None:
         return None
-    resolution = run.config().get("resolution")
-    if not isinstance(resolution, int):
-        raise UsageError(f"{run.config_file}: says no resolution; give `resolution`")
-    return max(8, resolution // 8 * 8)  # pipelines draw multiples of 8
+    if not isinstance(record.resolution, int):
+        raise UsageError(f"{model}: its ietagc/config.yaml says no resolution; give `resolution`")
+    return drawn_edge(record.resolution)
 
 
 def model_hash(model: str | Path, denoiser: str | Path | None = None) -> str:
@@ -203,6 +190,7 @@ def generate(
     Raises:
         UsageError: the folder holds images of another model, other prompts or settings.
     """
+    check_pipeline(model)
     output = Path(output)
     settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)

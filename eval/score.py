@@ -4,7 +4,7 @@ computed is null, with the reason.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,11 +143,12 @@ def score(
     reference: ImageSet | None = None,
     about: dict[str, Any] | None = None,
     heldout: ImageSet | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare images with the training set and write what was found into the folder ``output``; returns the scores.
     See ``compare`` and ``Tables.save``.
     """
-    found = compare(generated, training, tools, cache, reference, about, heldout)
+    found = compare(generated, training, tools, cache, reference, about, heldout, notes)
     found.save(output)
     return found.scores
 
@@ -160,6 +161,7 @@ def compare(
     reference: ImageSet | None = None,
     about: dict[str, Any] | None = None,
     heldout: ImageSet | None = None,
+    notes: Sequence[str] = (),
 ) -> Tables:
     """Compare images with the training set.
 
@@ -171,6 +173,7 @@ def compare(
         about: what else to record: JSON values.
         heldout: pictures of the same kind as the training images that were not trained on. They are compared like the
             generated ones, and say which similarities are usual without copying.
+        notes: what else to keep in mind when reading the scores.
 
     Raises:
         UsageError: a set without a usable image, or held-out pictures that are among the training images.
@@ -182,6 +185,7 @@ def compare(
     about_images |= _too_small(sets, tools.descriptor)
     measured = functools.reduce(operator.or_, (kind.measure(sets) for kind in tools.kinds), about_images)
     scores = _record(sets, measured, tools) | (about or {})
+    scores["notes"] = [*notes, *scores["notes"]]
     return Tables(scores, _metadata_columns(sets.generated.images) | measured.columns, measured.background)
 
 

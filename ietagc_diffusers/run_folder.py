@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from .errors import UsageError
+from .files import read_json
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ROUND = re.compile(r"round-(\d+)")
@@ -20,6 +21,8 @@ class RunFolder:
     Attributes:
         records: the folder ``ietagc``, which holds
         config_file: every effective setting, as a recipe that repeats the run;
+        training_set_file: what the run was trained on: fingerprints, selection of rows and how images are shown;
+        training_rows_file: the rows that were used, as Parquet, and where they lie on this machine;
         rounds_file: a JSON line per round;
         skip_counts_file: visits and skips of every sample, as Parquet;
         bad_samples_file: a JSON line per row that was replaced;
@@ -31,6 +34,8 @@ class RunFolder:
         self.path = Path(path)
         self.records = self.path / "ietagc"
         self.config_file = self.records / "config.yaml"
+        self.training_set_file = self.records / "training_set.json"
+        self.training_rows_file = self.records / "training_rows.parquet"
         self.rounds_file = self.records / "rounds.jsonl"
         self.skip_counts_file = self.records / "skip_counts.parquet"
         self.bad_samples_file = self.records / "bad_samples.jsonl"
@@ -87,6 +92,7 @@ class RunFolder:
             "ietagc/shards/**",
             "ietagc/bad_samples.jsonl",
             "ietagc/run.json",
+            "ietagc/training_rows.parquet",
             "ietagc/waiting/**",
         ]
 
@@ -101,6 +107,16 @@ class RunFolder:
         if not isinstance(config, dict):
             raise UsageError(f"{self.config_file}: cannot be read: holds no settings")
         return config
+
+    def training_set(self) -> dict[str, Any]:
+        """What the run recorded of its training set: settings by name, and fingerprints. Of an older run its settings;
+        {} if there is no record. Raises ``UsageError`` for one that cannot be read.
+        """
+        settings = self.config() if self.config_file.is_file() else {}
+        recorded = read_json(self.training_set_file) if self.training_set_file.is_file() else {}
+        if not isinstance(recorded, dict):
+            raise UsageError(f"{self.training_set_file}: cannot be read: holds no record")
+        return settings | recorded
 
     def rounds(self) -> list[dict[str, Any]]:
         """The rows of ``rounds_file``; none if there is no such file."""

@@ -258,6 +258,8 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
     metadata.write_text(metadata.read_text().replace('"text"', '"words"'))
     recorded = yaml.safe_load(config.read_text()) | {"train_data_dir": str(train), "caption_column": "words"}
     config.write_text(yaml.safe_dump(recorded))
+    for name in ("training_set.json", "training_rows.parquet"):  # as of an earlier version, which had settings only
+        (run / "ietagc" / name).unlink()
     assert last_row(run=run) == last_row(output="other")
     flags = ["front", "--run", str(run), "--heldout", str(heldout), "--output", str(tmp_path), "--device", "cpu"]
     assert main([*flags, "--caption_column", "text"]) == 2
@@ -272,7 +274,7 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
         (["--run", "a={run}", "--control", "b"], "--control b"),
         (["--run", "a="], "--run a="),
         (["--run", "a={run}", "--points", "0"], "--points 0"),
-        (["--run", "a={run}", "--train", "{empty}"], "no images in this folder"),
+        (["--run", "a={run}", "--train", "{empty}"], "--train {empty}: the folder is empty"),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
         (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no DDPMScheduler in its subfolder"),
         (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no DDPMScheduler in its subfolder"),

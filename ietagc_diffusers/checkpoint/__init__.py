@@ -9,7 +9,7 @@ A set of tensors that has not changed since the last checkpoint, or that waits i
 again. What the states are is the business of those who give them.
 """
 
-from .ownership import begins, continues
+from .ownership import begins, continues, fingerprints
 from .reading import Checkpoint, CheckpointError, check_fingerprint, damage, find, read_state
 from .states import flatten, unflatten
 from .writing import Held, NoRoom, Writer, gigabytes, room
@@ -25,6 +25,7 @@ __all__ = [
     "continues",
     "damage",
     "find",
+    "fingerprints",
     "flatten",
     "gigabytes",
     "read_state",

@@ -23,7 +23,8 @@ def about(checkpoint: Path) -> dict[str, Any]:
         return {}
 
 
-def _recorded(run):
+def fingerprints(run: RunFolder) -> list[Fingerprint]:
+    """Those that the folder's run has had, the last one last; [] if it is not known."""
     try:
         return json.loads(run.identity_file.read_text())
     except (OSError, ValueError):
@@ -32,12 +33,12 @@ def _recorded(run):
 
 def owns(run: RunFolder, checkpoint: Path) -> bool:
     """Whether a checkpoint is of the folder's run."""
-    return about(checkpoint).get("fingerprint") in _recorded(run)
+    return about(checkpoint).get("fingerprint") in fingerprints(run)
 
 
 def continues(run: RunFolder, earlier: Fingerprint, now: Fingerprint) -> None:
     """Record that the folder's run is one that had the fingerprint ``earlier`` and has ``now``."""
-    known = _recorded(run)
+    known = fingerprints(run)
     _record(run, known + [one for one in (earlier, now) if one not in known])
 
 
@@ -51,7 +52,7 @@ def begins(run: RunFolder, fingerprint: Fingerprint) -> Path | None:
 
     Returns that folder, or None if there was nothing of another run.
     """
-    if _recorded(run)[-1:] == [fingerprint]:
+    if fingerprints(run)[-1:] == [fingerprint]:
         foreign = [path for path in run.checkpoints() if about(path).get("fingerprint") != fingerprint]
     else:
         foreign = run.belongings()

@@ -16,7 +16,7 @@ MAX_COPY_RATE = 0.01
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    common.add_training_images(parser)
+    common.add_training_images(parser, required=False)
     parser.add_argument("--output", default="audit", metavar="DIR", help="default: audit")
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -66,16 +66,17 @@ def run(args: Namespace) -> int:
     if args.card:
         card_path(args.model)
         check_plain(settings)
-    training, reference = common.training_images(args), common.reference_images(args)
-    heldout, prompts = common.heldout_images(args), common.prompts_of(args, training)
+    training = common.training_set(args, args.model, state.is_main_process)
+    reference, heldout = common.reference_images(args), common.heldout_images(args)
+    prompts = common.prompts_of(args, training.images)
     if args.views is None and args.protocol is None:
         args.views = "training"
-    protocol = common.protocol_of(args, device)
+    protocol = common.protocol_of(args, device, training.record)
     # Only the process that scores needs the descriptor; it is loaded before anything is drawn, to fail early.
     tools = Tools(protocol) if state.is_main_process else None
     verdict = audit(
         args.model,
-        training,
+        training.images,
         prompts,
         args.output,
         settings,
@@ -87,6 +88,8 @@ def run(args: Namespace) -> int:
         reference,
         heldout,
         args.strict,
+        training.warnings,
+        training.notes,
         prompts_file=Path(args.prompts).name if args.prompts else None,
         card=args.card,
         github=args.github,

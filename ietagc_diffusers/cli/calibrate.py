@@ -20,7 +20,7 @@ each training image is compared with the others; near duplicates are left out. G
 def add_arguments(parser: ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--train", required=True, metavar="DIR|ID", help="training images: a folder or a dataset")
-    parser.add_argument("--image_column", default="image", help="a dataset's column of images; default: image")
+    common.add_columns(parser)
     parser.add_argument(
         "--innocent",
         metavar="DIR|ID",
@@ -45,8 +45,8 @@ def run(args: Namespace) -> None:
     from ietagc_diffusers.eval.views import ALL_VIEWS
     from ietagc_diffusers.sscd import load_descriptor
 
-    training = load_images(args.train, "train", args.image_column)
-    innocent = load_images(args.innocent, "innocent", args.image_column) if args.innocent else None
+    training = common.training_set(args).images
+    innocent = load_images(args.innocent, "innocent", args.image_column or "image") if args.innocent else None
     descriptor = load_descriptor(args.descriptor, args.protocol, common.device_of(args))
     views = None if args.views == "image" else ALL_VIEWS
     result = calibrate(descriptor, training, innocent, args.false_positives, common.cache_of(args), views)

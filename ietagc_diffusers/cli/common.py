@@ -1,6 +1,7 @@
 """Flags that several commands share, and the library's values that are made of them."""
 
 import math
+import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from ietagc_diffusers.eval.generate import Settings
     from ietagc_diffusers.eval.image_sets import ImageSet
     from ietagc_diffusers.eval.prompts import Prompt
+    from ietagc_diffusers.eval.record import TrainingRecord, TrainingSet
     from ietagc_diffusers.eval.score import Protocol
 
 # Copies of the library's lists, whose modules take seconds to import. A test compares them.
@@ -27,11 +29,24 @@ def add_device(parser: ArgumentParser) -> None:
 
 
 def add_training_images(parser: ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--train", required=required, metavar="DIR|ID", help="training images: a folder or a dataset")
-    parser.add_argument("--image_column", default="image", help="a dataset's column of images; default: image")
+    default = "" if required else "; default: those that the model records"
     parser.add_argument(
-        "--caption_column", default="text", help="column of captions, in a dataset or metadata.jsonl; default: text"
+        "--train", required=required, metavar="DIR|ID", help=f"training images: a folder or a dataset{default}"
     )
+    add_columns(parser)
+    parser.add_argument(
+        "--caption_column",
+        help="column of captions, in a dataset or metadata.jsonl; default: what the model records, or text",
+    )
+
+
+def add_columns(parser: ArgumentParser) -> None:
+    """How a dataset of training images is read."""
+    parser.add_argument(
+        "--image_column", help="a dataset's column of images; default: what the model records, or image"
+    )
+    parser.add_argument("--dataset_config_name", help="configuration of a dataset that has several")
+    parser.add_argument("--dataset_split", help="split of a dataset; default: train")
 
 
 def add_generation(parser: ArgumentParser) -> None:
@@ -199,8 +214,8 @@ def _checked_chain(text: str | None) -> str | None:
     return text
 
 
-def protocol_of(args: Namespace, device: str) -> "Protocol":
-    """How images are scored."""
+def protocol_of(args: Namespace, device: str, record: "TrainingRecord | None" = None) -> "Protocol":
+    """How images are scored; ``record``: of the training, which says what it showed of an image."""
     from ietagc_diffusers.eval.score import Protocol
 
     check_positive(args, "pixels", "scoring_batch_size", "max_memory")
@@ -217,6 +232,8 @@ def protocol_of(args: Namespace, device: str) -> "Protocol":
         fid_antialias=args.fid_antialias,
         patches=args.patches,
         views=args.views,
+        center_crop=record and record.center_crop,
+        random_flip=record and record.random_flip,
         distinct=args.distinct,
         index=args.index,
         device=device,
@@ -234,10 +251,17 @@ def cache_of(args: Namespace) -> Path | None:
     return Path(args.feature_cache) if args.feature_cache else default_cache()
 
 
-def training_images(args: Namespace) -> "ImageSet":
-    from ietagc_diffusers.eval.image_sets import load_training_set
+def training_set(args: Namespace, model: str | Path | None = None, is_main: bool = True) -> "TrainingSet":
+    """The images of ``--train``, or those that the model records, with a line on the console for each doubt that they
+    are those that the model was trained on.
+    """
+    from ietagc_diffusers.eval.record import training_set as find
 
-    return load_training_set(args.train, args.image_column, args.caption_column)
+    caption_column = getattr(args, "caption_column", None)
+    found = find(model, args.train, args.image_column, caption_column, args.dataset_config_name, args.dataset_split)
+    for warning in found.warnings if is_main else ():
+        print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)
+    return found
 
 
 def reference_images(args: Namespace) -> "ImageSet | None":

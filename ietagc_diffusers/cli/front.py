@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..console import say
+from ..run_folder import RunFolder
 from . import common
 
 
@@ -19,7 +20,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--control", help="name of the plain run; default: the first")
     parser.add_argument("--heldout", required=True, metavar="DIR|ID", help="captioned images that were not trained on")
     common.add_training_images(parser, required=False)
-    parser.set_defaults(image_column=None, caption_column=None)  # as the run has them, where it names its training set
     parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from")
     parser.add_argument("--resolution", type=int, help="default: the first run's")
     parser.add_argument("--max_images", type=int, default=1000, help="of each set; default: 1000")
@@ -41,19 +41,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     common.check_positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
     named = common.named_folders(args.runs, "run")
-    from ietagc_diffusers.eval.front import Sampling, front, training_images
+    from ietagc_diffusers.eval.front import Sampling, front
     from ietagc_diffusers.eval.generate import Settings
     from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.score import Tools
 
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
+    first = next(iter(runs.values()))[0]
+    RunFolder(first).config()  # a run has settings
+    training = common.training_set(args, first).images
     columns = {"image_column": args.image_column, "text_column": args.caption_column}
     columns = {name: column for name, column in columns.items() if column is not None}
-    if args.train:
-        training = load_images(args.train, "train", **columns)
-    else:
-        training = training_images(next(iter(runs.values()))[0], args.image_column, args.caption_column)
     sampling = None
     if args.sample:
         settings = Settings(

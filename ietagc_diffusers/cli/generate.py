@@ -1,8 +1,12 @@
 """``ietagc generate``."""
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from . import common
+
+if TYPE_CHECKING:
+    from ietagc_diffusers.eval.image_sets import ImageSet
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,6 +21,17 @@ def run(args: Namespace) -> None:
     from ietagc_diffusers.eval.generate import generate
 
     state, device = common.processes(common.device_of(args))
-    training = common.training_images(args) if args.train else None
+    training = None
+    if not args.prompts:
+        training = _training_images(args, state.is_main_process)
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
     generate(args.model, prompts, args.output, settings, device, state)
+
+
+def _training_images(args: Namespace, is_main: bool) -> "ImageSet | None":
+    """The images whose captions are drawn; None if there are none."""
+    from ietagc_diffusers.eval.record import recorded_training
+
+    if not args.train and recorded_training(args.model) is None:
+        return None
+    return common.training_set(args, args.model, is_main).images

@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from ..errors import UsageError
-from .base import WEIGHTS_FILE, Family, Objective, place_name
+from .base import WEIGHTS_FILE, Family, Objective, drawn_edge, place_name
 from .stable_diffusion import StableDiffusion
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
@@ -33,4 +33,13 @@ def family_of(
     raise UsageError(f"`{setting}` {base}: is a {kind}; the models that can be trained are {known}")
 
 
-__all__ = ["FAMILIES", "WEIGHTS_FILE", "Family", "Objective", "StableDiffusion", "family_of", "place_name"]
+__all__ = [
+    "FAMILIES",
+    "WEIGHTS_FILE",
+    "Family",
+    "Objective",
+    "StableDiffusion",
+    "drawn_edge",
+    "family_of",
+    "place_name",
+]

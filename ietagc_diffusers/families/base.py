@@ -165,6 +165,11 @@ class Family(ABC):
         """Write what diffusers needs beside the denoiser's weights. ``more``: keys for its configuration."""
 
 
+def drawn_edge(resolution: int) -> int:
+    """The height and width at which a model of this resolution draws: pipelines draw multiples of 8."""
+    return max(8, resolution // 8 * 8)
+
+
 def place_name(place: str) -> str:
     """A path of this machine as its last part; anything else, such as a Hub id, as it is."""
     return Path(place).resolve().name if Path(place).exists() else place

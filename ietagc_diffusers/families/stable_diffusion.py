@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..data import Batch, Captions, DataSettings, fixed_transforms, image_transform
 from ..errors import UsageError
-from .base import Family, Image
+from .base import Family, Image, drawn_edge
 from .settings import BaseModelSettings
 from .text_to_image import Tensors, TextToImageObjective
 
@@ -110,10 +110,17 @@ class StableDiffusion(Family):
             embedding_noise=(config and config.embedding_noise) or 0.0,
         )
         family._check_parts()
+        family._draw_at(getattr(settings, "resolution", None))
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
             family.objective.unconditional = family.encode_text(family.tokenize([""]))
         return family
+
+    def _draw_at(self, resolution):
+        """Make the resolution of the training the one at which pipelines draw unless they are told another."""
+        if resolution is not None:
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            self.denoiser.register_to_config(sample_size=max(1, drawn_edge(resolution) // factor))
 
     def _check_parts(self):
         """Raise ``UsageError`` where the parts of the base do not fit one another."""
@@ -205,7 +212,7 @@ class StableDiffusion(Family):
         return Batch(images, self.tokenize(texts))
 
     def pipeline(self):
-        s = self.settings
+        s, size = self.settings, self.denoiser.config.sample_size
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 s.pretrained_model_name_or_path,
@@ -222,6 +229,8 @@ class StableDiffusion(Family):
                 f"`pretrained_model_name_or_path` {s.pretrained_model_name_or_path}: its pipeline cannot be assembled: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
+        # diffusers gives denoisers of its first versions the size 64 here, whatever they were trained at.
+        self.denoiser.register_to_config(sample_size=size)
         # What the denoiser was trained to predict, which need not be what the base's did.
         pipeline.scheduler.register_to_config(prediction_type=self.objective.scheduler.config.prediction_type)
         return pipeline

@@ -1,5 +1,9 @@
 """The records that a run leaves beside its pipeline."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,12 +11,19 @@ import yaml
 from datasets import Dataset
 
 from .. import __version__
+from ..data.contents import contents
 from ..data.sources import SAMPLE_ID, stored_column
-from ..files import write_text
+from ..families import place_name
+from ..files import write_json, write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble
 from .settings import TrainingSettings
 
+# The settings that training_set.json holds, beside the resolution.
+PLACES = ("dataset_name", "train_data_dir")
+SOURCE = (*PLACES, "dataset_config_name", "dataset_split")
+COLUMNS, SELECTION = ("image_column", "caption_column", "caption_lines"), ("max_train_samples", "seed", "deduplicate")
+VIEWS = ("center_crop", "random_flip", "image_interpolation_mode", "alpha")
 OF_ONE_START = ("local_rank", "resume_from_checkpoint")  # settings that a repeated run must not take over
 
 
@@ -23,6 +34,49 @@ def write_config(settings: TrainingSettings, folder: RunFolder) -> None:
     shown = {key: list(v) if isinstance(v := values[key], tuple) else v for key in ordered}
     text = yaml.safe_dump({key: v for key, v in shown.items() if v not in (None, [])}, sort_keys=False)
     write_text(folder.config_file, f"# Written by ietagc-diffusers {__version__}; --config repeats the run.\n{text}")
+
+
+def write_training_set(
+    settings: TrainingSettings,
+    rows: Dataset,
+    columns: Sequence[str],
+    folder: RunFolder,
+    fingerprints: Sequence[dict[str, Any]] = (),
+) -> None:
+    """training_set.json: what the run is trained on, without a path of this machine; and training_rows.parquet, which
+    is never uploaded: the rows that are used, and where they lie.
+
+    Args:
+        rows: those that are used, after all selection.
+        columns: of the rows, what the model is told of each image.
+        fingerprints: those that the run has had. Where a resumed run was given another view of the images, the model
+            was shown both.
+    """
+    values, found = settings.values(), contents(rows, settings.image_column, columns)
+    views: dict[str, Any] = {"resolution": settings.resolution}
+    for name in VIEWS:
+        now = values[name]
+        shown = {now, *(one.get(name, now) for one in fingerprints)}
+        views[name] = now if len(shown) == 1 else None
+    if views["random_flip"] is None:
+        views["random_flip"] = True  # flipped at random is: shown as it is, and mirrored
+    source = {name: values[name] for name in SOURCE}
+    record = {
+        "version": __version__,
+        "num_rows": len(rows),
+        "images_hash": found.images,
+        "captions_hash": found.captions,
+        **{name: place_name(value) if isinstance(value, str) else value for name, value in source.items()},
+        **{name: values[name] for name in (*COLUMNS, *SELECTION) if name in values},
+        **views,
+    }
+    write_json(folder.training_set_file, record)
+    places = {name: str(Path(value).resolve()) for name in PLACES if (value := values[name]) and Path(value).exists()}
+    table = {SAMPLE_ID: stored_column(rows, SAMPLE_ID), "image": pa.array(found.marks, pa.binary(16))}
+    about = {"ietagc_diffusers": __version__, **places}
+    part = folder.training_rows_file.with_suffix(".part")
+    pq.write_table(pa.table(table).replace_schema_metadata(about), part)
+    part.replace(folder.training_rows_file)
 
 
 def write_sample_counts(run: IterativeEnsemble, rows: Dataset, folder: RunFolder) -> None:

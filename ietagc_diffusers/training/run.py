@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed, str_to_bool
 
 from .. import hub
+from ..checkpoint import fingerprints
 from ..data.sources import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
@@ -169,6 +170,7 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         simple = {key: value for key, value in values if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers(settings.tracker_project_name, simple)
         records.write_config(settings, folder)
+        records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder))
     _announce(settings, run, budget, len(rows))
     cost = cost_of(settings, family, run.layout, isinstance(run.weights.place, Disk))
     logger.info(f"  {describe(cost, run.rounds, settings.checkpointing_steps, settings.checkpoints_total_limit)}")

@@ -1,0 +1,127 @@
+"""Where a pipeline is: a folder, or a Hub id with the records of its training; and what else people give for one."""
+
+import functools
+import logging
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json
+from ietagc_diffusers.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+INDEX = "model_index.json"  # in every pipeline's folder
+ADAPTERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
+FUSE = (
+    "load it into its base model (`pipeline.load_lora_weights`), fuse it (`pipeline.fuse_lora()`), and give the folder "
+    "that `pipeline.save_pretrained` writes"
+)
+
+
+def pipeline_folder(model: str | Path) -> Path:
+    """The folder of a pipeline: the given one, or the one that a Hub id was downloaded to, with what the repository
+    records of the training.
+
+    Raises:
+        UsageError: a file, or neither a folder nor a Hub id.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UsageError(f"`model` {model}: {_of_file(path)}")
+    try:
+        folder = Path(DiffusionPipeline.download(str(model)))
+    except Exception as error:
+        raise UsageError(f"`model` {model}: neither a folder nor a Hub id: {one_line(error)}") from error
+    _fetch_records(str(model), folder)
+    return folder
+
+
+def check_pipeline(model: str | Path) -> None:
+    """Raise ``UsageError``, saying what is there and what would do, for a folder or file that is not a pipeline."""
+    path = Path(model)
+    if path.is_file():
+        raise UsageError(f"`model` {model}: {_of_file(path)}")
+    if path.is_dir() and not (path / INDEX).is_file():
+        raise UsageError(f"`model` {model}: {_of_folder(path)}")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@functools.cache  # a download that cannot be made is said once
+def _fetch_records(repository: str, folder: Path) -> None:
+    """Download what a repository records of the training, of the revision that ``folder`` is a snapshot of. What it
+    does not have is left out.
+    """
+    run = RunFolder(folder)
+    for path in (run.config_file, run.training_set_file):
+        name, revision, cache = path.relative_to(folder).as_posix(), folder.name, folder.parents[2]
+        known = try_to_load_from_cache(repository, name, cache, revision)
+        if known is _CACHED_NO_EXIST or isinstance(known, str):
+            continue
+        try:
+            hf_hub_download(repository, name, revision=revision, cache_dir=cache)
+        except LocalEntryNotFoundError:  # no connection
+            logger.warning(
+                f"{repository}: whether it has a {name}, which would say how the model was trained, cannot be looked "
+                "up now: the training images and their resolution are taken for unknown"
+            )
+            return
+        except EntryNotFoundError:
+            continue
+        except Exception as error:
+            logger.warning(f"{repository}: {name} cannot be downloaded: {one_line(error)}")
+
+
+def _of_file(path: Path) -> str:
+    """What a file that was given for a pipeline is, and what would do."""
+    if path.name in ADAPTERS or _has_adapters(path):
+        return f"is a LoRA, not a pipeline; {FUSE}"
+    if path.name == INDEX:
+        return f"is a file of a pipeline; give its folder, {path.parent}"
+    return (
+        "is a file; a pipeline is a folder. A checkpoint in a single file becomes one by "
+        "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`; the weights of a UNet alone belong "
+        "into the unet folder of a copy of the base model"
+    )
+
+
+def _has_adapters(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return any("lora" in name.lower() for name in file.keys())  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError):
+        return False
+
+
+def _of_folder(path: Path) -> str:
+    """What a folder without an index of a pipeline is, and what would do."""
+    if any((path / name).is_file() for name in ADAPTERS):
+        return f"holds a LoRA, not a pipeline; {FUSE}"
+    if (path / "ietagc" / "checkpoint.json").is_file() or path.name.startswith("checkpoint-"):
+        return (
+            "is a checkpoint of a training, not a pipeline; put its unet folder into a copy of the base model and give "
+            "that, or train with `save_rounds`, which writes each round as a pipeline"
+        )
+    config = path / "config.json"
+    kind = read_json(config).get("_class_name") if config.is_file() else None
+    if kind:
+        return (
+            f"holds only a {kind}, not a pipeline; put it into a copy of the base model, in the folder of that part, "
+            "and give the copy"
+        )
+    run = RunFolder(path)
+    if run.records.is_dir():
+        advice = "; it is a run that is not finished: continue it with `resume_from_checkpoint` latest"
+        return f"has no {INDEX}{advice if run.checkpoints() else ''}"
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return f"has no {INDEX}, only files such as {files[0].name}: the first {_of_file(files[0])}"
+    return f"has no {INDEX}: not the folder of a pipeline"
