@@ -10,6 +10,7 @@ from accelerate import PartialState
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import write_text
 
+from .approximate import describe
 from .generate import Settings, generate, model_hash
 from .image_sets import ImageSet, load_images, unusable
 from .metrics.patches import PATCH_COPY_RATE
@@ -57,6 +58,8 @@ def judge(scores: dict[str, Any], limits: Limits) -> Verdict:
             " The descriptor pixel detects only near-exact copies: for a model to be published, set `descriptor` to "
             "sscd_disc_mixup."
         )
+    for name, found in scores.get("recall", {}).items():
+        sentence += f" The search by FAISS ({name}) is not exact: {describe(found)}."
     left_out = [
         f"{unread[side]} of {scores['num_files'][side]} {name} images" for side, name in SIDES.items() if unread[side]
     ]

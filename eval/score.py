@@ -223,6 +223,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
     }
     return measured.scores | {
         "protocol": protocol,
+        "recall": measured.recall,
         "version": __version__,
         "generated": _location(generated),
         "train": _location(training),

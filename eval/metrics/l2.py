@@ -94,12 +94,16 @@ class L2(Kind):
                 "l2": self.protocol.l2,
                 "l2_neighbours": min(NUM_NEIGHBOURS, num_training),
                 "l2_pixels": sets.pixels,
-            },
-            searches={"l2": self.protocol.search(training)},
+            }
         )
         if num_training < 2:
             return about | missing(self.metrics, "needs two training images")
         found = nearest_l2(generated, training, NUM_NEIGHBOURS, progress=True, **self.protocol.search_options)
+
+        def exact(some: torch.Tensor) -> torch.Tensor:
+            return nearest_l2(generated[some], training, **self.protocol.exact_search)[0][:, 0]
+
+        about |= self.searched("l2", found[0][:, 0], exact)
         ratios, gu_ratios = (l2_ratio(*found, training, protocol) for protocol in (self.protocol.l2, "gu"))
         few = (
             f"MQ compares with all {num_training} training images, which are fewer than {NUM_NEIGHBOURS}: l2 ratios "

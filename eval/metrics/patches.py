@@ -137,9 +137,19 @@ class Patches(Kind):
                 "patch_of_nearest": training_crop.tolist(),
             },
             protocol={"patches": [self.patches.grid, self.patches.share]},
-            searches={"patches": self.protocol.search(self.patches.crops(training))},
         )
-        return measured | among
+        return measured | self._searched(generated, training, similarity, copy_threshold) | among
+
+    def _searched(
+        self, generated: torch.Tensor, training: torch.Tensor, similarity: torch.Tensor, copy_threshold: float
+    ) -> Measured:
+        patches = self.patches
+        assert patches is not None
+
+        def exact(some: torch.Tensor) -> torch.Tensor:
+            return most_similar_crops(generated[some], training, patches, **self.protocol.exact_search)[0]
+
+        return self.searched("patches", similarity, exact, copy_threshold)
 
     def _among_training(self, training: torch.Tensor, patches: PatchDescriptor) -> tuple[float, Measured]:
         """The similarity over which a crop is a copy, and the scores of different training images among themselves.

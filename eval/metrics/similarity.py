@@ -47,17 +47,21 @@ class Similarity(Kind):
         similarity, nearest = (x[:, 0] for x in most_similar(generated, training, **self.protocol.search_options))
         copies = is_copy(similarity, copy_threshold)
         scores = SIM_SCORE.of(similarity) | SIM_MEAN.of(similarity) | COPY_RATE.of(copies)
-        search = self.protocol.search(training)
-        return Measured(
+
+        def exact(some: torch.Tensor) -> torch.Tensor:
+            return most_similar(generated[some], training, **self.protocol.exact_search)[0][:, 0]
+
+        measured = Measured(
             scores | NUM_COPIED.of(nearest[copies.bool()]),
             columns={
                 "similarity": similarity.tolist(),
                 "nearest": [names[i] for i in nearest],
                 "copy": copies.bool().tolist(),
             },
-            protocol={"copy_similarity": copy_threshold, "neighbours": search},
-            searches={"descriptor": search},
-        ) | self._background(training, names)
+            protocol={"copy_similarity": copy_threshold, "neighbours": self.protocol.index},
+        )
+        searched = self.searched("descriptor", similarity, exact, copy_threshold)
+        return measured | searched | self._background(training, names)
 
     def _background(self, training: torch.Tensor, names: list[str]) -> Measured:
         """The similarity of each training image to its nearest other one."""
