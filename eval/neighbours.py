@@ -1,6 +1,5 @@
 """Exact nearest neighbours by chunked matrix products, in bounded memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -342,4 +341,3 @@ def _top(scores: torch.Tensor, k: int) -> Found:
     among = torch.cat([among, rest], dim=1)
     found = scores.gather(1, among).topk(k, sorted=False)
     return found.values, among.gather(1, found.indices)
-

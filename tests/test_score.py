@@ -230,7 +230,9 @@ def test_what_a_search_by_faiss_missed_is_measured_and_said(training, tmp_path, 
     """All images are copies: a search that misses every neighbour finds none of them."""
 
     def farthest(search):
-        return (search.floats(search.queries) @ search.floats(search.references).T).topk(search.k, largest=False).indices
+        return (
+            (search.floats(search.queries) @ search.floats(search.references).T).topk(search.k, largest=False).indices
+        )
 
     if not works:
         monkeypatch.setattr("ietagc_diffusers.eval.approximate.candidates", farthest)
