@@ -1,5 +1,6 @@
-"""Nearest neighbours as an audit searches for them: the share of this machine's own matrix-product rate that each search
-reaches. Products and searches are measured in turn, because other work on a machine changes both.
+"""Nearest neighbours as an audit searches for them: the share of this machine's matrix-product rate that they reach.
+
+Products and searches are measured in turn, because other work on a machine changes both.
 
 Prints also the peak memory, and with ``--plain`` the ratio of the time to the plain way's (the full distance matrix,
 then a sort), on as many queries as fit into memory.
@@ -86,8 +87,8 @@ def main():
         achieved = 2 * args.queries * args.references * args.dim / took
         shares.append(achieved / statistics.mean(rates[-2:]))
         print(
-            f"{took:.1f} s: {achieved / 1e9:.0f} GFLOP/s, {shares[-1]:.0%} of the products' {rates[-2] / 1e9:.0f} before "
-            f"and {rates[-1] / 1e9:.0f} after",
+            f"{took:.1f} s: {achieved / 1e9:.0f} GFLOP/s, {shares[-1]:.0%} of the products' "
+            f"{rates[-2] / 1e9:.0f} before and {rates[-1] / 1e9:.0f} after",
             flush=True,
         )
     print(

@@ -1,4 +1,4 @@
-"""Candidates for nearest neighbours from an inverted file of FAISS, which looks at the lists nearest to each query only.
+"""Candidates for nearest neighbours from an inverted file of FAISS, which looks only at the lists nearest to a query.
 
 How many it finds depends on the vectors, so it is measured: lists are added until the nearest neighbours of a sample of
 the queries are among the candidates, and what was found is compared with an exact search (``recall``).
