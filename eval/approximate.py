@@ -44,8 +44,9 @@ def recall(
     some = sample(len(best), start=1)
     found, right = best[some].double(), exact(some).double()
     nearest = torch.isclose(found, right, rtol=1e-4, atol=1e-6).double().mean()
-    copies = right > (torch.inf if copy_threshold is None else copy_threshold)
-    found_copies = round((found > copy_threshold)[copies].double().mean().item(), 4) if copies.any() else None
+    over = torch.inf if copy_threshold is None else copy_threshold
+    copies = right > over
+    found_copies = round((found > over)[copies].double().mean().item(), 4) if copies.any() else None
     return {"queries": len(some), "nearest": round(nearest.item(), 4), "copies": found_copies}
 
 
