@@ -1,8 +1,11 @@
-"""Candidates for nearest neighbours from an inverted file of FAISS, which looks at the lists nearest to each query only.
+"""Candidates for nearest neighbours from an inverted file of FAISS, which looks only at the lists nearest to a query.
 
 How many it finds depends on the vectors, so it is measured: lists are added until the nearest neighbours of a sample of
-the queries are among the candidates.
+the queries are among the candidates, and what was found is compared with an exact search (``recall``).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -16,9 +19,41 @@ SAMPLE = 200
 WANTED = 0.99  # share of the sample's nearest neighbours
 
 
-def sample(number: int) -> torch.Tensor:
-    """Up to 200 indices of ``number``, evenly spread, from the first on: on them the lists are chosen."""
-    return torch.arange(0, number, max(1, -(-number // SAMPLE)))
+def sample(number: int, start: int = 0) -> torch.Tensor:
+    """Up to 200 indices of ``number``, evenly spread, from ``start`` on."""
+    step = max(1, -(-number // SAMPLE))
+    return torch.arange(start % step, number, step)
+
+
+def recall(
+    best: torch.Tensor, exact: Callable[[torch.Tensor], torch.Tensor], copy_threshold: float | None = None
+) -> dict[str, Any]:
+    """How much a search found, by exact searches for a sample of its queries.
+
+    The sample has others than those for which the lists were chosen, where there are more queries than 200.
+
+    Args:
+        best: (N,) the similarity or the distance of each query's nearest neighbour that was found.
+        exact: the same by an exact search, for (n,) indices of queries.
+        copy_threshold: the similarity above which a neighbour is a copy.
+
+    Returns:
+        ``queries``: how many; ``nearest``: share of them whose nearest neighbour was found; ``copies``: share of the
+        copies among them that were found, None where there are none.
+    """
+    some = sample(len(best), start=1)
+    found, right = best[some].double(), exact(some).double()
+    nearest = torch.isclose(found, right, rtol=1e-4, atol=1e-6).double().mean()
+    over = torch.inf if copy_threshold is None else copy_threshold
+    copies = right > over
+    found_copies = round((found > over)[copies].double().mean().item(), 4) if copies.any() else None
+    return {"queries": len(some), "nearest": round(nearest.item(), 4), "copies": found_copies}
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What ``recall`` returned, in words."""
+    copies = "" if found["copies"] is None else f", and {found['copies']:.1%} of the copies among them"
+    return f"it found the nearest training image of {found['nearest']:.1%} of {found['queries']} images{copies}"
 
 
 def candidates(search: Search) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ietagc_diffusers.errors import UsageError
 
-from .image_sets import NO_ROW, BadImage, ImageSet, comparable, to_tensor
+from .image_sets import NO_ROW, BadImage, ImageSet, comparable, content_hash, to_tensor
 
 DTYPES = {"f": np.float32, "u": np.uint8}
 PIXELS_AT_ONCE = 16_000_000  # 16 photographs of a megapixel, or one large one

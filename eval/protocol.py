@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import torch
-
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.sscd import Descriptor
 from ietagc_diffusers.sscd.descriptor import PROTOCOLS, protocol_of
@@ -107,6 +105,7 @@ class Protocol:
         """For ``nearest_l2`` and ``most_similar``."""
         return {"device": self.device, "index": self.index, "max_memory": self.max_memory}
 
-    def search(self, vectors: torch.Tensor) -> str:
-        """How the neighbours among these vectors are found: ``exact`` or ``faiss``."""
-        return self.index
+    @property
+    def exact_search(self) -> dict:
+        """The same for a search that misses nothing."""
+        return self.search_options | {"index": "exact"}

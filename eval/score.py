@@ -366,6 +366,7 @@ def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]
         | measured.scores
         | {
             "protocol": protocol,
+            "recall": measured.recall,
             "version": __version__,
             "generated": _location(generated),
             "train": _location(training),

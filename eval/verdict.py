@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ietagc_diffusers import __version__
 
+from .approximate import describe
 from .image_sets import unusable
 from .metrics import Metric
 from .metrics.patches import PATCH_COPY_RATE
@@ -96,6 +97,8 @@ def judge(scores: dict[str, Any], limits: Limits, strict: bool = False, warnings
             "The descriptor pixel detects only near-exact copies: for a model to be published, set `descriptor` to "
             "sscd_disc_mixup."
         )
+    for name, found in scores.get("recall", {}).items():
+        sentences.append(f"The search by FAISS ({name}) is not exact: {describe(found)}.")
     unread = {side: len(unusable(scores["skipped"][side])) for side in SIDES}
     left_out = [
         f"{unread[side]} of {scores['num_files'][side]} {name} images" for side, name in SIDES.items() if unread[side]

@@ -27,6 +27,7 @@ class RunFolder:
         skip_counts_file: visits and skips of every sample, as Parquet;
         bad_samples_file: a JSON line per row that was replaced;
         identity_file: the fingerprints that the run has had;
+        lock_file: held by the process that trains, see ``training.lock``;
         waiting: tensors that wait on the disk while others train.
     """
 
@@ -40,6 +41,7 @@ class RunFolder:
         self.skip_counts_file = self.records / "skip_counts.parquet"
         self.bad_samples_file = self.records / "bad_samples.jsonl"
         self.identity_file = self.records / "run.json"
+        self.lock_file = self.records / "lock"
         self.waiting = self.records / "waiting"
         self.card_file = self.path / "README.md"
         self.card_grid_file = self.path / "val_imgs_grid.png"
@@ -72,7 +74,7 @@ class RunFolder:
             except (OSError, ValueError):
                 parts = {}
             pipeline += [self.path / part for part in parts if (self.path / part).is_dir()]
-        records = [path for path in self.records.glob("*") if path != self.waiting]
+        records = [path for path in self.records.glob("*") if path not in (self.waiting, self.lock_file)]
         own = [*records, self.path / "rounds", self.card_file, self.card_grid_file]
         return [path for path in [*self.checkpoints(), *own, *pipeline] if path.exists()]
 
@@ -93,6 +95,7 @@ class RunFolder:
             "ietagc/bad_samples.jsonl",
             "ietagc/run.json",
             "ietagc/training_rows.parquet",
+            "ietagc/lock",
             "ietagc/waiting/**",
         ]
 

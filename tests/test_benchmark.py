@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import yaml
 from conftest import write_folder
@@ -18,6 +19,7 @@ from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import benchmark as module
+from ietagc_diffusers.eval import processes
 from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
 from ietagc_diffusers.eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 
@@ -140,7 +142,7 @@ def test_whatever_goes_wrong_with_a_model_the_others_continue(base, pictures, tm
 
 
 def test_an_interruption_ends_what_runs_and_begins_no_more(base, pictures, tmp_path):
-    processes = module.Processes()
+    running = module.Processes()
     rows = [{"training": "given"}, {"training": "given", "inference": "rt"}]
     made = Benchmark(config(tmp_path, base, pictures, seeds=[0], tables={"T": {"rows": rows}}))
     begun = []
@@ -152,12 +154,86 @@ def test_an_interruption_ends_what_runs_and_begins_no_more(base, pictures, tmp_p
     call = module.Processes.call
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Processes, "call", long)
-        patch.setattr(module, "Processes", lambda: processes)
+        patch.setattr(module, "Processes", lambda: running)
         threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         started = time.monotonic()
         module._fill(made, 1, "cpu", None)
     assert time.monotonic() - started < 20 and len(begun) == 1
     assert not list((tmp_path / "out").rglob(module.FAILED))
+
+
+LAUNCHER = """
+import signal, subprocess, sys
+started = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], start_new_session=sys.argv[3] == "own")
+if sys.argv[4] == "ignores":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[2] + ".launched", "w").close()
+started.wait()
+"""
+TRAINING = """
+import os, pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.3)
+    pathlib.Path(sys.argv[1] + ".saved").touch()
+    os._exit(0)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv[1] else stop)
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def lives(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("training", "launcher", "session", "number"),
+    [
+        ("saves", "dies", "shared", signal.SIGTERM),
+        ("saves", "dies", "own", signal.SIGHUP),
+        ("saves", "ignores", "shared", signal.SIGINT),
+        ("deaf", "ignores", "own", signal.SIGTERM),
+    ],
+)
+def test_no_training_survives_its_benchmark(tmp_path, monkeypatch, training, launcher, number, session):
+    """Whatever the launcher does with signals: the training saves its checkpoint, or is killed after the grace."""
+    place = tmp_path / training
+    command = [sys.executable, "-c", LAUNCHER, TRAINING, place, session, launcher]
+    monkeypatch.setattr(processes, "GRACE", 1.0 if training == "deaf" else 30.0)
+    running = processes.Processes()
+
+    def interrupt():
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not (place.exists() and place.with_suffix(".launched").exists()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    def call():
+        with pytest.raises(processes.Stopped):
+            running.call(command, tmp_path / "log")
+        ended.append(True)
+
+    ended, threads = [], [threading.Thread(target=work) for work in (call, interrupt)]
+    with pytest.raises(KeyboardInterrupt), running.ended_by_signals():
+        for thread in threads:
+            thread.start()
+        time.sleep(60)
+    assert not lives(int(place.read_text()))
+    assert place.with_suffix(".saved").exists() == (training == "saves")
+    for thread in threads:
+        thread.join(timeout=10)
+    assert ended == [True]
+
+
+def test_what_a_failed_launcher_started_is_ended(tmp_path):
+    launcher = LAUNCHER.replace("started.wait()", "time.sleep(1); sys.exit(3)").replace("import", "import time,", 1)
+    place = tmp_path / "saves"
+    command = [sys.executable, "-c", launcher, TRAINING, place, "shared", "dies"]
+    assert processes.Processes().call(command, tmp_path / "log").startswith("exit 3")
+    assert not lives(int(place.read_text())) and place.with_suffix(".saved").exists()
 
 
 def test_a_training_that_a_signal_ended_is_no_failure(base, pictures, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import html
 import html.parser
+import importlib.util
 import json
 import math
 import os
@@ -220,14 +221,32 @@ def test_rows_that_name_one_file_are_one_training_image(training, fresh, tmp_pat
     assert scores["train_hash"] == once["train_hash"]
 
 
-def test_scores_say_which_search_was_exact(training, fresh, tmp_path, monkeypatch):
-    def few(index, references, max_memory):
-        return len(references) > 500
+def test_an_exact_search_is_the_default_and_needs_no_recall(training, fresh, tmp_path):
+    scores = scored(fresh, training, tmp_path)
+    assert scores["protocol"]["searches"] == {"descriptor": "exact", "l2": "exact"} and scores["recall"] == {}
+    assert scores["protocol"]["neighbours"] == "exact" and "FAISS" not in judge(scores, Limits()).sentence
 
-    monkeypatch.setattr("ietagc_diffusers.eval.protocol.uses_faiss", few)
-    protocol = scored(fresh, training, tmp_path, Protocol(descriptor="pixel", patches=True))["protocol"]
-    assert protocol["searches"] == {"descriptor": "exact", "l2": "exact", "patches": "faiss"}
-    assert protocol["neighbours"] == "exact"
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is optional")
+@pytest.mark.parametrize("works", [True, False])
+def test_what_a_search_by_faiss_missed_is_measured_and_said(training, tmp_path, monkeypatch, works):
+    """All images are copies: a search that misses every neighbour finds none of them."""
+
+    def farthest(search):
+        return (
+            (search.floats(search.queries) @ search.floats(search.references).T).topk(search.k, largest=False).indices
+        )
+
+    if not works:
+        monkeypatch.setattr("ietagc_diffusers.eval.approximate.candidates", farthest)
+    protocol = Protocol(descriptor="pixel", index="faiss", patches=works)
+    scores = scored(training, training, tmp_path, protocol)
+    assert scores["protocol"]["searches"].keys() == scores["recall"].keys() >= {"descriptor", "l2"}
+    found = scores["recall"]["descriptor"]
+    assert found == {"queries": 63, "nearest": float(works), "copies": float(works)}
+    sentence = judge(scores, Limits()).sentence
+    assert f"(descriptor) is not exact: it found the nearest training image of {works:.1%} of 63 images" in sentence
+    assert any("FAISS (l2) is not exact" in note for note in scores["notes"])
 
 
 def test_a_named_checkpoint_brings_its_protocol(fresh, training, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 from ietagc_diffusers.sscd import Descriptor
 
+from ..approximate import describe, recall
 from ..features import Embedded, Extractor
 from ..protocol import Protocol
 from .intervals import bootstrap_interval, newcombe_interval, wilson_interval
@@ -161,6 +162,7 @@ class Measured:
         background: the columns of ``background.parquet``.
         protocol: what the numbers were measured with.
         searches: how neighbours were found, ``exact`` or ``faiss``, by what was searched.
+        recall: of each search by FAISS, what ``approximate.recall`` returns.
         reasons: why a score is None, by its key.
         notes: what to keep in mind when reading the scores.
     """
@@ -170,6 +172,7 @@ class Measured:
     background: dict[str, list] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     searches: dict[str, str] = field(default_factory=dict)
+    recall: dict[str, dict[str, Any]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -181,6 +184,7 @@ class Measured:
             self.background | other.background,
             self.protocol | other.protocol,
             self.searches | other.searches,
+            self.recall | other.recall,
             self.reasons | other.reasons,
             self.notes + other.notes,
         )
@@ -223,3 +227,23 @@ class Kind(ABC):
     @abstractmethod
     def measure(self, sets: ImageSets) -> Measured:
         """Compute the metrics."""
+
+    def searched(
+        self,
+        name: str,
+        best: torch.Tensor,
+        exact: Callable[[torch.Tensor], torch.Tensor],
+        copy_threshold: float | None = None,
+    ) -> Measured:
+        """The record of a search, and where it was not exact, of how much it found.
+
+        Args:
+            name: what was searched.
+
+        Other arguments as for ``approximate.recall``.
+        """
+        if self.protocol.index == "exact":
+            return Measured(searches={name: "exact"})
+        found = recall(best, exact, copy_threshold)
+        note = f"the search by FAISS ({name}) is not exact: {describe(found)}"
+        return Measured(searches={name: "faiss"}, recall={name: found}, notes=(note,))

@@ -119,20 +119,21 @@ class L2(Kind):
                 "l2": self.protocol.l2,
                 "l2_neighbours": min(NUM_NEIGHBOURS, num_training),
                 "l2_pixels": sets.pixels,
-            },
-            searches={"l2": self.protocol.search(training.vectors)},
+            }
         )
         if num_training < 2:
             return about | missing(self.metrics, "needs two training images")
-        search = partial(
-            nearest_l2,
-            references=training.vectors,
-            k=NUM_NEIGHBOURS,
-            owners=training.owners,
-            progress=True,
-            **self.protocol.search_options,
+        search = partial(nearest_l2, references=training.vectors, owners=training.owners)
+        options = self.protocol.search_options
+        found = nearest_of_both(
+            partial(search, k=NUM_NEIGHBOURS, progress=True, **options), queries, training.owners, NUM_NEIGHBOURS
         )
-        found = nearest_of_both(search, queries, training.owners, NUM_NEIGHBOURS)
+
+        def exact(some: torch.Tensor) -> torch.Tensor:
+            chosen = [query[some] for query in queries]
+            return nearest_of_both(partial(search, **self.protocol.exact_search), chosen, training.owners, 1)[0][:, 0]
+
+        about |= self.searched("l2", found[0][:, 0], exact)
         ratios, gu_ratios = (l2_ratio(*found, training.vectors, protocol) for protocol in (self.protocol.l2, "gu"))
         few = (
             f"MQ compares with all {num_training} training images, which are fewer than {NUM_NEIGHBOURS}: l2 ratios "

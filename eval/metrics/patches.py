@@ -128,18 +128,8 @@ class Patches(Kind):
     def measure(self, sets: ImageSets) -> Measured:
         if self.patches is None:
             return missing(self.metrics, "not asked for: set `patches`", protocol={"patches": None})
-        training, grid = sets.training.several["patches"], [self.patches.grid, self.patches.share]
-        search = self.protocol.search_options
-        similarity, nearest, crop, training_crop = most_similar_crops(
-            sets.generated.several["patches"], training, **search
-        )
-        mirrored = sets.generated.several.get("patches_mirrored")
-        if mirrored is not None:
-            other = most_similar_crops(mirrored, training, **search)
-            sizes = sets.generated.features["size"].int().tolist()
-            for row in (other[0] > similarity).nonzero()[:, 0].tolist():
-                similarity[row], nearest[row], training_crop[row] = other[0][row], other[1][row], other[3][row]
-                crop[row] = mirrored_crop(int(other[2][row]), *sizes[row], *grid)
+        grid = [self.patches.grid, self.patches.share]
+        similarity, nearest, crop, training_crop = self._both_ways(sets, grid)
         copy_threshold, among = self._among_training(sets.training)
         copies = is_copy(similarity, copy_threshold)
         prompts = sets.prompts
@@ -153,9 +143,35 @@ class Patches(Kind):
                 "patch_of_nearest": training_crop.tolist(),
             },
             protocol={"patches": grid},
-            searches={"patches": self.protocol.search(training.vectors)},
         )
-        return measured | among
+        return measured | self._searched(sets, copy_threshold) | among
+
+    def _both_ways(self, sets: ImageSets, grid: list) -> tuple[torch.Tensor, ...]:
+        """What ``most_similar_crops`` finds, of the mirror images too if training may have mirrored."""
+        training, search = sets.training.several["patches"], self.protocol.search_options
+        found = most_similar_crops(sets.generated.several["patches"], training, **search)
+        mirrored = sets.generated.several.get("patches_mirrored")
+        if mirrored is None:
+            return found
+        similarity, nearest, crop, training_crop = found
+        other = most_similar_crops(mirrored, training, **search)
+        sizes = sets.generated.features["size"].int().tolist()
+        for row in (other[0] > similarity).nonzero()[:, 0].tolist():
+            similarity[row], nearest[row], training_crop[row] = other[0][row], other[1][row], other[3][row]
+            crop[row] = mirrored_crop(int(other[2][row]), *sizes[row], *grid)
+        return similarity, nearest, crop, training_crop
+
+    def _searched(self, sets: ImageSets, copy_threshold: float) -> Measured:
+        """How well the crops were found, of images as they are."""
+        generated, training = sets.generated.several["patches"], sets.training.several["patches"]
+
+        def search(some: torch.Tensor, options: dict) -> torch.Tensor:
+            return most_similar_crops(generated.select(some.tolist()), training, **options)[0]
+
+        if self.protocol.index == "exact":
+            return Measured(searches={"patches": "exact"})
+        best = search(torch.arange(len(sets.generated.kept)), self.protocol.search_options)
+        return self.searched("patches", best, lambda some: search(some, self.protocol.exact_search), copy_threshold)
 
     def _among_training(self, training: Embedded) -> tuple[float, Measured]:
         """The similarity over which a crop is a copy, and the scores of different training images among themselves.

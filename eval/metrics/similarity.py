@@ -3,6 +3,7 @@ training images and of held-out pictures, which say what is usual without copyin
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,11 +73,16 @@ class Similarity(Kind):
 
     def measure(self, sets: ImageSets) -> Measured:
         names, prompts = sets.training.images.names, sets.prompts
+        copy_threshold = self.protocol.copy_threshold(self.descriptor)
         similarity, nearest = self._nearest(sets.generated, sets.training)
         copies = self._copies(similarity)
         scores = SIM_SCORE.of(similarity, groups=prompts) | SIM_MEAN.of(similarity, groups=prompts)
         scores |= COPY_RATE.of(copies, groups=prompts) | NUM_COPIED.of(nearest[copies.bool()])
-        search = self.protocol.search(sets.training.several["views"].vectors)
+
+        def exact(some: torch.Tensor) -> torch.Tensor:
+            chosen = sets.generated.select(some.tolist())
+            return self._nearest(chosen, sets.training, **self.protocol.exact_search)[0]
+
         measured = Measured(
             scores,
             columns={
@@ -84,15 +90,19 @@ class Similarity(Kind):
                 "nearest": [names[i] for i in nearest],
                 "copy": copies.bool().tolist(),
             },
-            protocol={"copy_similarity": self.protocol.copy_threshold(self.descriptor), "neighbours": search},
-            searches={"descriptor": search},
+            protocol={"copy_similarity": copy_threshold, "neighbours": self.protocol.index},
         )
-        return measured | self._background(sets) | self._heldout(sets, copies)
+        searched = self.searched("descriptor", similarity, exact, copy_threshold)
+        return measured | searched | self._background(sets) | self._heldout(sets, copies)
 
-    def _nearest(self, images: Embedded, training: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
-        """The similarity (N,) of each image to the nearest training image, and the number (N,) of that image."""
+    def _nearest(self, images: Embedded, training: Embedded, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The similarity (N,) of each image to the nearest training image, and the number (N,) of that image.
+
+        ``options``: of the search, if not the protocol's.
+        """
         shown = training.several["views"]
-        search = functools.partial(most_similar, references=shown.vectors, **self.protocol.search_options)
+        options = options or self.protocol.search_options
+        search = functools.partial(most_similar, references=shown.vectors, **options)
         similarity, rows = best_of(search, images.both_ways())
         return similarity, shown.owners[rows]
 

@@ -273,7 +273,8 @@ def reference_images(args: Namespace) -> "ImageSet | None":
 def heldout_images(args: Namespace) -> "ImageSet | None":
     from ietagc_diffusers.eval.image_sets import load_images
 
-    return load_images(args.heldout, "heldout", args.image_column, args.caption_column) if args.heldout else None
+    columns = args.image_column or "image", args.caption_column or "text"
+    return load_images(args.heldout, "heldout", *columns) if args.heldout else None
 
 
 def check_apart(args: Namespace, *inputs: str) -> None:

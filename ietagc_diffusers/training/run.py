@@ -4,7 +4,8 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import datasets
@@ -37,6 +38,7 @@ from .callbacks import (
 )
 from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
+from .lock import locked
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import TrainingSettings
 
@@ -137,22 +139,38 @@ def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> Non
         say: takes what the user must read whatever the log shows.
 
     Raises:
-        UsageError: settings, rows or a checkpoint that will not do.
+        UsageError: settings, rows or a checkpoint that will not do, or a folder that another training is in.
         Diverged: the losses stopped being finite.
     """
     accelerator = set_up(settings)
     folder = RunFolder(settings.output_dir)
+    with _entered(folder, accelerator.is_main_process):
+        _train(settings, accelerator, folder, say)
+
+
+@contextmanager
+def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
+    """Inside, no other training enters the folder. The main process holds it for all, and all hear if it cannot."""
+    with ExitStack() as stack:
+        answer: list[UsageError | None] = [None]
+        if is_main:
+            try:
+                stack.enter_context(locked(folder))
+            except UsageError as error:
+                answer = [error]
+        (refusal,) = broadcast_object_list(answer)
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
     seed = agree_on_seed(settings)
     repo_id = ""
-    if accelerator.is_main_process:
-        try:
-            folder.records.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"`output_dir` {folder.path}: {error.strerror}") from error
-        if settings.push_to_hub:
-            repo_id = hub.create(settings)
+    if accelerator.is_main_process and settings.push_to_hub:
+        repo_id = hub.create(settings)
     family = load_family(settings, accelerator)
     if accelerator.is_main_process:
         family.pipeline()  # what the end needs is proved before the first step
