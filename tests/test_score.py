@@ -30,7 +30,7 @@ from ietagc_diffusers.eval.metrics.intervals import wilson_interval
 from ietagc_diffusers.eval.metrics.plausibility import number_of_flat
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
-from ietagc_diffusers.eval.verdict import TOO_FAR
+from ietagc_diffusers.eval.verdict import TOO_FAR, Limits, judge
 from ietagc_diffusers.sscd import pixel_descriptor
 
 PIXEL = Protocol(descriptor="pixel", batch_size=5)
