@@ -24,6 +24,7 @@ from ietagc_diffusers.training.ensemble import Rounds
 
 SHARDS = (1, 4, 10)
 CHECKED = (192, 384, 512)  # widths of the model of the real runs
+UNCOUNTED = 0.1e9  # bytes of activations and of the tensor that is being moved, beyond what the arithmetic knows
 EVERY, LIMIT = 2000, 2  # checkpoints of the runs in the table
 STEPS_PER_ROUND, NUM_ROUNDS = 2000, 2  # enough rounds for what a longer run keeps at a time
 _SD = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
@@ -174,7 +175,7 @@ def _memory(key):
 
 
 def check() -> bool:
-    """Print real runs beside the arithmetic. Returns whether all agree to 5%."""
+    """Print real runs beside the arithmetic. Returns whether all agree to 5%, and memory to that and ``UNCOUNTED``."""
     table = []
     with tempfile.TemporaryDirectory() as scratch:
         for num_shards, ema, place in ((1, True, "host"), (2, True, "host"), (2, True, "disk"), (4, True, "disk")):
@@ -186,7 +187,12 @@ def check() -> bool:
                 row[f"{what} ratio"] = f"{got[what] / got[f'{what} expected']:.3f}"
             table.append(row)
     print_table(table)
-    return all(abs(float(row[f"{what} ratio"]) - 1) <= 0.05 for row in table for what in ("memory", "checkpoint"))
+    allowed = {"memory": UNCOUNTED / 1e9, "checkpoint": 0.0}
+    return all(
+        abs(float(row[what]) - float(row[f"{what} expected"])) <= 0.05 * float(row[f"{what} expected"]) + more
+        for row in table
+        for what, more in allowed.items()
+    )
 
 
 def main():
