@@ -109,6 +109,7 @@ class Bench:
                 "random_flip": True,
                 "resolution": 16,
                 "caption_column": "text",
+                "on_bad_sample": "skip",  # what is met later is tested here
             }
             | changes
         )

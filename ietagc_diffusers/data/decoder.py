@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Image as ImageFeature
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # Formats that Pillow opens and calls images: it also opens videos, PostScript, and the headers of scientific data.
 SUFFIXES = {
@@ -85,7 +85,7 @@ def decode_bytes(encoded: bytes, alpha: str = "white") -> Image.Image:
     except BadImage:
         raise
     except Exception as error:  # Pillow and its plugins raise exceptions of any kind on broken files
-        raise BadImage(f"does not decode: {one_line(error)}") from error
+        raise BadImage(f"does not decode: {_reason(error)}") from error
 
 
 def read_file(path: str) -> bytes:
@@ -135,7 +135,7 @@ def decode_stored(stored: dict[str, Any] | None, alpha: str = "white") -> Image.
     try:
         return to_rgb(ImageFeature().decode_example(stored), alpha)
     except Exception as error:  # whatever datasets raises where an address cannot be read
-        raise BadImage(f"does not decode: {one_line(error)}") from error
+        raise BadImage(f"does not decode: {_reason(error)}") from error
 
 
 def damage(head: bytes, tail: bytes, size: int) -> bool | None:
@@ -199,7 +199,12 @@ def _look_at_header(inside: Any, path: Any) -> None:
         with io.BytesIO(inside) if inside is not None else open(native(path), "rb") as file:
             Image.open(file)
     except Exception as error:
-        raise BadImage(f"does not decode: {one_line(error)}") from error
+        raise BadImage(f"does not decode: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why an image does not decode; Pillow's own words name an object in memory, another in every run."""
+    return "not an image that Pillow reads" if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def one_line(error: BaseException) -> str:
