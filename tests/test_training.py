@@ -41,6 +41,8 @@ def plain_training(base, pictures, steps, flip, accumulation, ema, embedding_noi
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    for frozen in (vae, text_encoder):  # with gradients, attention takes another path, which rounds differently
+        frozen.requires_grad_(False)
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").train()
     average = EMAModel(unet.parameters()) if ema else None
     rows = load_dataset("imagefolder", data_files={"train": f"{pictures}/**"})["train"]
