@@ -28,7 +28,7 @@ from ietagc_diffusers.mitigations import parse_mitigations
 from ietagc_diffusers.sscd import load_descriptor
 
 from .generate import Settings, generate, model_hash
-from .image_sets import load_images
+from .image_sets import load_images, load_training_set
 from .processes import Processes, Stopped
 from .prompts import caption_prompts, choose, read_prompts
 from .score import SCORES, Protocol, Tools, score
@@ -204,7 +204,7 @@ class Benchmark:
     def run_cell(self, cell: Cell, device: str = "cpu", cache: Path | None = None) -> None:
         """Draw and score a cell. ``cache``: folder for features."""
         images = self.drawn(cell) / "images"
-        training = load_images(self.train, "train")
+        training = load_training_set(self.train)
         prompts = read_prompts(self.prompts) if self.prompts else caption_prompts(training, "train")
         prompts = choose(prompts, self.num_images or len(prompts), 0)
         chain = self.inference[cell.inference]
