@@ -12,9 +12,10 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import Extractor, Several, embed
+from .features import Extractor, embed
 from .image_sets import ImageSet
 from .neighbours import most_similar
+from .vectors import Several
 from .views import ALL_VIEWS, Views, Whole, best_of
 
 NEAR_DUPLICATE = 0.95  # training images that are more alike are taken for one picture in two versions

@@ -19,9 +19,10 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import Several, embed
+from .features import embed
 from .image_sets import ImageSet, to_tensor
 from .neighbours import most_similar
+from .vectors import Several
 from .views import ALL_VIEWS, Views, best_of
 
 FORMAT = 2  # of a saved index

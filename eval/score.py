@@ -5,7 +5,7 @@ computed is null, with the reason.
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
-from ietagc_diffusers.sscd import Descriptor, load_descriptor
+from ietagc_diffusers.sscd import Descriptor
 from ietagc_diffusers.sscd.descriptor import SSCD_EDGE
 
 from .drawing import drawing_of
 from .features import Embedded, Extractor, Pixels, Size, embed
 from .image_sets import ImageSet, content_hash, load_again, unusable
-from .metrics import KINDS, ImageSets, Kind, Measured
+from .metrics import ImageSets, Measured
 from .protocol import Protocol
-from .views import Mirrored, Views, Whole
+from .tools import Tools
 
 __all__ = [
     "BACKGROUND",
@@ -42,69 +42,6 @@ __all__ = [
 SCORES, NEAREST, BACKGROUND = "scores.json", "nearest.parquet", "background.parquet"
 LARGEST_L2_EDGE = 64
 INT64 = range(-(2**63), 2**63)
-
-
-@dataclass
-class Tools:
-    """A protocol with its models loaded: the descriptor, and the kinds of metrics that use it.
-
-    Raises:
-        UsageError, DescriptorError: a model that is unknown or cannot be loaded, or a descriptor without a threshold.
-    """
-
-    protocol: Protocol
-    descriptor: Descriptor = field(init=False)
-    kinds: list[Kind] = field(init=False)
-    views: Views | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.descriptor = load_descriptor(self.protocol.descriptor, self.protocol.name, self.protocol.device)
-        self.protocol.copy_threshold(self.descriptor)  # raises here, before anything is drawn or described
-        self.kinds = [kind(self.protocol, self.descriptor) for kind in KINDS]
-        self.views = self.protocol.resolved_views(self.descriptor)
-
-    @property
-    def protocol_name(self) -> str | None:
-        """The name of the protocol; None with the descriptor ``pixel``, which has no protocols. The papers compare
-        whole images only: with views the name says so.
-        """
-        name = self.descriptor.protocol
-        return f"{name} with views" if name and self.views else name
-
-    def extractors(self, pixels: Pixels) -> dict[str, Extractor]:
-        """What is computed of every image of both sets."""
-        always: dict[str, Extractor] = {"pixels": pixels, "size": Size()}
-        return always | _merged(kind.extractors for kind in self.kinds)
-
-    def training_extractors(self, pixels: Pixels) -> dict[str, Extractor]:
-        """What is computed of training images only."""
-        if self.views is None:
-            return {"views": Whole(self.descriptor)}
-        views = self.views.of_training(self.descriptor)
-        return views if self.protocol.l2 == "paper" else views | {"pixel_views": self.views.crops_of_pixels(pixels)}
-
-    @property
-    def generated_extractors(self) -> dict[str, Extractor]:
-        """What is computed of generated images only."""
-        own = _merged(kind.generated_extractors for kind in self.kinds)
-        if self.views is not None and self.views.mirrored:
-            several = _merged(kind.extractors for kind in self.kinds if kind.mirrors)
-            own |= {f"{name}_mirrored": Mirrored(one) for name, one in several.items()}
-        return own | self.queries
-
-    @property
-    def queries(self) -> dict[str, Extractor]:
-        """What is computed of images that are compared with the views of training images."""
-        return {"views": Whole(self.descriptor)} if self.views is None else self.views.of_others(self.descriptor)
-
-    @property
-    def reference_extractors(self) -> dict[str, Extractor]:
-        """What is computed of the images that the Fréchet distance is measured to."""
-        return _merged(kind.extractors for kind in self.kinds if kind.uses_reference)
-
-
-def _merged(dicts: Iterable[dict[str, Extractor]]) -> dict[str, Extractor]:
-    return functools.reduce(operator.or_, dicts, {})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 
 from ietagc_diffusers.sscd import Descriptor
 
-from .features import Extractor, Several
+from .features import Extractor
+from .vectors import Several
 
 # Distance between neighbouring crops, as a share of the small edge. Pixels of a crop that lies half of this away must
 # still be found (docs/evaluation.md has the measurements); networks tolerate larger shifts.

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.eval.features import Pixels, Several
+from ietagc_diffusers.eval.features import Pixels
 from ietagc_diffusers.eval.metrics import KINDS, METRICS, frechet, measured_distances
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScorer, clip_scores
@@ -28,6 +28,7 @@ from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_
 from ietagc_diffusers.eval.metrics.similarity import EXCESS_COPY_RATE, is_copy, sim_score
 from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
 from ietagc_diffusers.eval.protocol import Protocol
+from ietagc_diffusers.eval.vectors import Several
 from ietagc_diffusers.sscd import pixel_descriptor
 
 

@@ -34,6 +34,7 @@ OTHER = {
     "input_perturbation": 0.1, "dream_training": True, "dream_detail_preservation": 0.5, "learning_rate": 7e-4,
     "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.9,
     "adam_weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "mixed_precision": "bf16",
+    "alpha": "official",
 }  # fmt: skip
 # Needs other settings beside it.
 WITH = {
@@ -111,7 +112,7 @@ def what_shapes(run):
         "augment": None if control.augment is None else repr(control.augment.by_magnitude[-1]),
         "objective": attributes(objective) | {"prediction": objective.scheduler.config.prediction_type},
         "unconditional": None if objective.unconditional is None else sorted(objective.unconditional),
-        "transform": repr(samples.transform),
+        "transform": [repr(samples.transform), samples.alpha],
         "condition": attributes(samples.condition),
         "optimizer": plain(group),
         "rates": [rates, plain(getattr(proxy.schedule, "base_lrs", None))],

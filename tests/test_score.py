@@ -282,7 +282,7 @@ def smooth(folder, number, seed):
 def test_innocent_images_hold_no_local_copies(tmp_path):
     known, made = smooth(tmp_path / "training", 200, 0), smooth(tmp_path / "made", 200, 1)
     scores = scored(made, known, tmp_path / "s", Protocol(descriptor="pixel", patches=True, copy_similarity=0.5))
-    assert scores["patch_copy_rate"] <= 0.03 and scores["train_train_patch_copy_rate"] <= 0.005
+    assert scores["patch_copy_rate"] <= 0.03 and scores["train_train_patch_copy_rate"] <= 0.015
     assert 0.5 < scores["patch_copy_similarity"] < 0.999
 
 

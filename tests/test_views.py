@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 from ietagc_diffusers.data import image_transform
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.calibrate import calibrate
-from ietagc_diffusers.eval.features import Pixels, Several, Vectors, embed
+from ietagc_diffusers.eval.features import Pixels, embed
 from ietagc_diffusers.eval.guard import SimilarityGuard, TrainingIndex
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.score import Protocol, Tools, score
+from ietagc_diffusers.eval.vectors import Several, Vectors
 from ietagc_diffusers.eval.views import ALL_VIEWS, Views, mirrored_pixels, nearest_of_both, places
 from ietagc_diffusers.sscd import pixel_descriptor
 

@@ -11,8 +11,8 @@ import torch
 
 from ietagc_diffusers.errors import UsageError
 
-from ..features import Several
 from ..neighbours import nearest_l2
+from ..vectors import Several
 from ..views import mirrored_pixels, nearest_of_both
 from .base import ImageSets, Kind, Measured, Metric, mean, missing
 

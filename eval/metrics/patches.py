@@ -10,9 +10,10 @@ import torch
 
 from ietagc_diffusers.sscd import Descriptor
 
-from ..features import Embedded, Extractor, Several
+from ..features import Embedded, Extractor
 from ..neighbours import most_similar
 from ..protocol import Protocol
+from ..vectors import Several
 from ..views import places
 from .base import ImageSets, Kind, Measured, Metric, mean, missing
 from .similarity import is_copy, sim_score
