@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 # Two jobs of one thread each beat one of two on small models.
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +20,7 @@ benchmark-demo: $(VENV)/.ready
 	$(RUN) -m ietagc_diffusers benchmark --config configs/benchmark_demo.yaml --jobs 2
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
