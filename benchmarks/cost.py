@@ -147,7 +147,7 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     pipeline.unet = testing.build_unet(CHECKED, sample_size=8, text_width=16)
     pipeline.save_pretrained(scratch / "base")
     count = sum(p.numel() for p in pipeline.unet.parameters())
-    frozen = costs.pipeline_bytes(testing.family_of_pipeline(pipeline)) - count * costs.FLOAT32
+    frozen = testing.family_of_pipeline(pipeline).nbytes - count * costs.FLOAT32
     del pipeline
     flags = [flag for flag in flags if flag != "--use_ema"] + ["--use_ema"] * ema
     more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
