@@ -69,6 +69,20 @@ def adapted(denoiser: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in denoiser.named_modules() if hasattr(module, "lora_A")}
 
 
+def saved_names(family: Family) -> dict[str, str]:
+    """The names of the adapters' parameters in a file that diffusers loads.
+
+    They are the official LoRA script's, which has adapters on attention only, or else peft's: diffusers reads the names
+    of a file in one way or the other.
+    """
+    named = [name for name, p in family.denoiser.named_parameters() if p.requires_grad]
+    of_peft = [name.replace(f".{NAME}", "") for name in named]
+    of_peft = [name.removesuffix(".weight") if "lora_magnitude_vector" in name else name for name in of_peft]
+    converted = convert_state_dict_to_diffusers(dict.fromkeys(of_peft), StateDictType.PEFT)
+    names = of_peft if any("lora_A" in name for name in converted) else converted
+    return {name: f"{family.denoiser_name}.{saved}" for name, saved in zip(named, names, strict=True)}
+
+
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(O, I) of a layer's weight as a matrix; a convolution's kernel lies in I."""
     weight: Any = layer.weight
@@ -136,7 +150,7 @@ class LoraWeights(Weights):
         self.settings, self.num_shards, self.seed = settings, num_shards, seed
         self.scaling = settings.lora_alpha / settings.lora_rank
         self.layers = adapted(family.denoiser)
-        self.prefix = f"{family.denoiser_name}."
+        self.names = saved_names(family)
         self.start: dict[str, torch.Tensor] = {}  # the adapters that a round starts from
         super().__init__(family, several=num_shards > 1)
         self.base: dict[str, torch.Tensor] = {}  # with fold: the targeted weights before training
@@ -159,19 +173,11 @@ class LoraWeights(Weights):
 
     def live(self) -> Sets:
         denoiser = self.family.denoiser
-        named = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}
-        return {KEY: {self._saved_name(name): tensor for name, tensor in named.items()}}
-
-    def _saved_name(self, name):
-        """The name in a file that diffusers loads of a parameter."""
-        name = name.replace(f".{NAME}", "")
-        if "lora_magnitude_vector" in name:
-            return self.prefix + name.removesuffix(".weight")
-        return self.prefix + next(iter(convert_state_dict_to_diffusers({name: torch.empty(0)}, StateDictType.PEFT)))
+        return {KEY: {self.names[name]: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}}
 
     def _names(self, layer):
         """Of a layer's factors: up, down."""
-        return [self._saved_name(f"{layer}.lora_{side}.{NAME}.weight") for side in "BA"]
+        return [self.names[f"{layer}.lora_{side}.{NAME}.weight"] for side in "BA"]
 
     def _factors(self, tensors: Tensors, layer: str) -> Factors:
         """A layer's factors in a set, as matrices."""
@@ -272,7 +278,7 @@ class LoraWeights(Weights):
         config |= {"r": usual, "lora_alpha": self.scaling * usual, "inference_mode": True}
         config["rank_pattern"] = {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual}
         config["alpha_pattern"] = {name: self.scaling * rank for name, rank in config["rank_pattern"].items()}
-        about = {f"{self.prefix}{key}": value for key, value in config.items()}
+        about = {f"{self.family.denoiser_name}.{key}": value for key, value in config.items()}
         return {"format": "pt", "lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True, default=str)}
 
     def save_pipeline(self, folder: Path, final: bool = False) -> None:

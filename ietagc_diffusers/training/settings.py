@@ -216,7 +216,7 @@ class LoraSettings:
     lora_dropout: float = setting(
         0.0,
         "Dropout of what goes into the adapters.",
-        resume=Resume.SAME,
+        resume=Resume.FIXED,
         type=float,
         check=lambda rate: 0 <= rate < 1,
         wanted="in [0, 1)",
@@ -301,7 +301,8 @@ class TrainingSettings(
         if self.lora_rank is None:
             for entry in declared(LoraSettings):
                 given = getattr(self, entry.name)
-                if given != entry.default and [*(given or ())] != [*(entry.default or ())]:
+                given = tuple(given) if isinstance(given, list) else given
+                if given != entry.default:
                     raise UsageError(f"`{entry.name}`: is of adapters; give `lora_rank` too, or leave it out")
             return
         several = self.method.num_shards > 1
@@ -327,7 +328,9 @@ class TrainingSettings(
     def values(self) -> dict[str, Any]:
         """All effective values by flag, JSON- and YAML-ready, without secrets; the method's too."""
         shown = [entry.name for entry in declared(type(self)) if not entry.metadata["secret"]]
-        return {name: getattr(self, name) for name in shown} | self.method.to_dict()
+        values = {name: getattr(self, name) for name in shown}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return values | self.method.to_dict()
 
     def shaping(self, resume: Resume) -> set[str]:
         """Names of the settings, the method's too, that a resumed run treats as ``resume`` says."""

@@ -24,8 +24,8 @@ class Weights:
     On the device are those of the proxy in training or, between rounds, of the aggregated model theta_hat. With several
     shards theta_hat waits in ``place`` too, and the running mean of the next one.
 
-    A subclass for another parametrisation (``LoraWeights``) overrides ``parameters``, ``live``, ``encode``, ``decode`` and
-    the files: sums are taken of what ``encode`` gives, and ``decode`` makes the mean of the models of their mean.
+    A subclass for another parametrisation (``LoraWeights``) overrides ``parameters``, ``live``, ``encode``, ``decode``
+    and the files: means are taken of what ``encode`` gives, and ``decode`` makes the mean of the models of them.
 
     Args:
         family: whose ``denoiser`` is trained.
