@@ -4,9 +4,9 @@
     python -m benchmarks.parity --official_lora path/to/diffusers/examples/text_to_image/train_text_to_image_lora.py
 
 Runs Diffusers' own script and ours on the demo's pictures, under the same flags, and compares the UNet files byte by
-byte; of adapters, whose files have other headers, the tensors. On CPU, on two bases: the demo's, and one of random weights whose VAE has the real shape (widths 128, 256, 512,
-512, with attention) and which predicts noise. The memory layout of latents is another for such a VAE, and with it the
-order in which noise is drawn.
+byte; of adapters, whose files have other headers, the tensors. On CPU, on two bases: the demo's, and one of random
+weights whose VAE has the real shape (widths 128, 256, 512, 512, with attention) and which predicts noise. The memory
+layout of latents is another for such a VAE, and with it the order in which noise is drawn.
 """
 
 import argparse

@@ -132,7 +132,7 @@ def audit(
     if tools is None:
         return None
     generated = load_images(output / "images", "output")
-    about = {"model": str(model), "model_hash": model_hash(model), "settings": asdict(settings)}
+    about = {"model": str(model), "model_hash": model_hash(model, lora=settings.lora), "settings": asdict(settings)}
     scores = score(generated, train, output, tools, cache, reference, about)
     verdict = judge(scores, limits)
     scored = [Scored.load(output, Path(str(model)).name)]

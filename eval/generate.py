@@ -18,8 +18,9 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families import family_of
 from ietagc_diffusers.files import read_json, write_json, write_text
-from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 
+from .adapters import Adapter, base_of_run, find_adapter, put_on
 from .prompts import Prompt
 
 SCHEDULERS = {
@@ -34,7 +35,7 @@ HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
 # Keys of configurations that say where a model was saved and by which version, not what it is.
 NOT_HASHED = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
 SETTINGS_FILE = ".generate.json"  # hidden, so that it is neither an image nor a row for `datasets`
-NOT_COMPARED = ("model", "batch_size", "version")  # in that file: they do not change what is drawn
+NOT_COMPARED = ("model", "lora", "batch_size", "version")  # in that file: they do not change what is drawn
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Settings:
         negative_prompt: for every image.
         mitigation: a chain such as ``rt:num_words=2+gni``.
         dtype: one of ``DTYPES``.
+        lora: adapters for the model, see ``adapters.find_adapter``.
 
     Raises:
         UsageError: naming a setting that is out of range.
@@ -65,6 +67,7 @@ class Settings:
     negative_prompt: str | None = None
     mitigation: str | None = None
     dtype: str = "float32"
+    lora: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
@@ -83,7 +86,7 @@ def load_pipeline(
     """The text-to-image pipeline of a folder or a Hub id, without its safety checker, which would black out copies.
 
     Args:
-        denoiser: folder of a trained module that takes the place of the pipeline's own.
+        denoiser: folder of a trained module that takes the place of the pipeline's own, or of an adapter for it.
 
     Raises:
         UsageError: it does not load or takes no prompt.
@@ -91,7 +94,8 @@ def load_pipeline(
     dtype = getattr(torch, settings.dtype)
     folder = pipeline_folder(model)
     replaced: dict[str, Any] = {}
-    if denoiser is not None:
+    adapters = _adapters(model, denoiser, settings.lora)
+    if denoiser is not None and not _is_adapter(denoiser):
         family = family_of(folder, setting="model")
         replaced[family.denoiser_name] = family.load_denoiser(denoiser, dtype=dtype)
     if "safety_checker" in read_json(folder / "model_index.json"):
@@ -102,6 +106,7 @@ def load_pipeline(
         raise UsageError(f"`model` {model}: does not load as a pipeline: {_one_line(error)}") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
+    put_on(pipeline, adapters)
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -114,8 +119,33 @@ def load_pipeline(
     return pipeline
 
 
+def _is_adapter(folder):
+    return (Path(folder) / ADAPTER_FILE).is_file()
+
+
+def _adapters(model: str | Path, denoiser: str | Path | None, lora: Sequence[str]) -> list[Adapter]:
+    """All adapters that a pipeline is drawn with: of a run that left only its adapter, of ``denoiser``, and others."""
+    own = [] if base_of_run(model) is None else [model]
+    if denoiser is not None and _is_adapter(denoiser):
+        own = [denoiser]
+    return [find_adapter(str(place)) for place in [*own, *lora]]
+
+
 def pipeline_folder(model: str | Path) -> Path:
-    """The folder of a pipeline: the given one, or the one that a Hub id was downloaded to. Raises ``UsageError``."""
+    """The folder of a pipeline: the given one, the base's if a run left only an adapter, or the one that a Hub id was
+    downloaded to. Raises ``UsageError``.
+    """
+    base = base_of_run(model)
+    if base is not None:
+        try:
+            return pipeline_folder(base)
+        except UsageError as error:
+            raise UsageError(
+                f"`model` {model}: holds an adapter for {base}, which is not found; set `model` to that base, and "
+                "`lora` to this folder"
+            ) from error
+    if _is_adapter(model) and not (Path(model) / "model_index.json").is_file():
+        raise UsageError(f"`model` {model}: holds an adapter; set `model` to its base, and `lora` to this folder")
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -142,19 +172,23 @@ def trained_resolution(model: str | Path) -> int | None:
     return max(8, resolution // 8 * 8)  # pipelines draw multiples of 8
 
 
-def model_hash(model: str | Path, denoiser: str | Path | None = None) -> str:
+def model_hash(model: str | Path, denoiser: str | Path | None = None, lora: Sequence[str] = ()) -> str:
     """A hash, 16 hexadecimal digits, of a pipeline folder or a Hub id: of the weights, configurations and vocabularies
-    of all its components, wherever they are stored. ``denoiser``: as in ``load_pipeline``.
+    of all its components and adapters, wherever they are stored. ``denoiser``, ``lora``: as in ``load_pipeline``.
     """
     folder = pipeline_folder(model)
     index = folder / "model_index.json"
     parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
-    replaced = {} if denoiser is None else {family_of(folder, setting="model").denoiser_name: Path(denoiser)}
+    replaced = {}
+    if denoiser is not None and not _is_adapter(denoiser):
+        replaced = {family_of(folder, setting="model").denoiser_name: Path(denoiser)}
     digest = hashlib.sha256()
     for part in sorted(parts):
         component = replaced.get(part, folder / part)
         for path in sorted(path for path in component.iterdir() if path.suffix in HASHED):
             digest.update(f"{part}/{path.name}".encode() + _content_hash(path))
+    for adapter in _adapters(model, denoiser, lora):
+        digest.update(f"adapter {adapter.scale}".encode() + _content_hash(adapter.file))
     return digest.hexdigest()[:16]
 
 
@@ -204,7 +238,8 @@ def generate(
         UsageError: the folder holds images of another model, other prompts or settings.
     """
     output = Path(output)
-    settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
+    trained = [resolution for place in (model, *settings.lora) if (resolution := trained_resolution(place))]
+    settings = replace(settings, resolution=settings.resolution or (trained or [None])[-1])
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
         _check_settings(output, model, denoiser, prompts, settings)
@@ -264,7 +299,7 @@ def _check_settings(
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     wanted = asdict(settings) | {
         "model": str(model),
-        "model_hash": model_hash(model, denoiser),
+        "model_hash": model_hash(model, denoiser, settings.lora),
         "num_images": len(prompts),
         "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
         "version": __version__,

@@ -16,7 +16,7 @@ EMA = "_ema"  # ends the name of a folder with the moving average of a module's 
 
 
 class RunFolder:
-    """``output_dir`` of a run: a pipeline or an adapter that diffusers loads, and beside it the records of its training.
+    """``output_dir`` of a run: a pipeline or adapter that diffusers loads, and beside it the records of its training.
 
     Attributes:
         records: the folder ``ietagc``, which holds

@@ -34,9 +34,20 @@ def add_training_images(parser: ArgumentParser, required: bool = True) -> None:
     )
 
 
+def add_lora(group: ArgumentParser | _ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR|FILE|ID[:SCALE]",
+        help="an adapter for the model: a LoRA run, a .safetensors file (also kohya's) or a Hub id; may be given again",
+    )
+
+
 def add_generation(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("drawing images")
     group.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
+    add_lora(group)
     group.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; default: the captions of --train")
     group.add_argument("--num_images", type=int, help="default: one for each prompt")
     group.add_argument("--seed", type=int, default=0, help="of the first image; the next image has the next seed")
@@ -152,6 +163,7 @@ def settings_of(args: Namespace, device: str) -> "Settings":
         negative_prompt=args.negative_prompt,
         mitigation=_checked_chain(args.mitigation),
         dtype=dtype_of(args, device),
+        lora=tuple(args.lora),
     )
 
 
