@@ -80,11 +80,11 @@ def test_the_hash_of_a_model_is_that_of_its_adapters_too(base, run, tmp_path):
 
 
 def test_images_of_another_adapter_are_not_continued(base, run, tmp_path):
-    prompts, settings = [Prompt("a red picture")], Settings(num_inference_steps=1, lora=(str(run),))
+    prompts, settings = [Prompt("a red picture")], Settings(**FEW, lora=(str(run),))
     generate(base, prompts, tmp_path / "one", settings)
-    generate(run, prompts, tmp_path / "one", Settings(num_inference_steps=1))  # the same model by another name
+    generate(run, prompts, tmp_path / "one", Settings(**FEW))  # the same model by another name
     with pytest.raises(UsageError, match="begun with `model_hash`"):
-        generate(base, prompts, tmp_path / "one", Settings(num_inference_steps=1))
+        generate(base, prompts, tmp_path / "one", Settings(**FEW))
     assert trained_resolution(run) == 16
 
 
