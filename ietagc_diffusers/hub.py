@@ -61,7 +61,7 @@ def write_card(
     load = f'pipeline = DiffusionPipeline.from_pretrained("{base if lora else repo_id}", torch_dtype=torch.float16)'
     if lora:
         load += f'\npipeline.load_lora_weights("{repo_id}")'
-    adapter = f"| LoRA rank, alpha | {settings.lora_rank}, {settings.lora_alpha:g} |\n" if lora else ""
+    adapter = f"| LoRA rank, alpha | {settings.lora_rank}, {settings.lora_alpha} |\n" if lora else ""
     source = settings.dataset_name or "an image folder"
     description = f"""# {repo_id}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import launch, train_flags, train_here
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ietagc_diffusers import RunFolder, UsageError, testing
@@ -17,7 +17,8 @@ from ietagc_diffusers.tensor_files import TensorFile
 from ietagc_diffusers.training.cost import checkpoint_steps, cost_of
 from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.layout import Layout
-from ietagc_diffusers.training.lora import LoraWeights, add_adapter, targeted
+from ietagc_diffusers.training.lora import LoraWeights, adapted, add_adapter, targeted
+from ietagc_diffusers.training.settings import LORA_TARGETS
 
 METHOD = ["--lora_rank=2", "--num_shards=2", "--steps_per_round=2", "--max_train_steps=8", "--checkpointing_steps=3"]
 AVERAGES = ("svd", "concatenate", "fold")
@@ -229,6 +230,10 @@ def test_a_stock_pipeline_draws_what_ours_draws(base, runs, average):
     assert np.abs(adapted - merged).max() < 1e-4 < 1e-3 < np.abs(adapted - plain).max()
 
 
+def denoiser_of(base):
+    return UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+
+
 @pytest.mark.parametrize("more", [["--use_dora"], ["--lora_target_modules", *CONVOLUTIONS.split()], []])
 def test_all_kinds_of_layers_load_with_their_alpha(base, pictures, tmp_path, more):
     flags = [*train_flags(base, pictures, "--mitigation=none", "--rank=3", "--max_train_steps=2"), "--lora_alpha=6"]
@@ -236,7 +241,10 @@ def test_all_kinds_of_layers_load_with_their_alpha(base, pictures, tmp_path, mor
     stock = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     plain = draw(stock)
     stock.load_lora_weights(tmp_path)
-    assert {module.scaling["default_0"] for module in stock.unet.modules() if hasattr(module, "lora_A")} == {2.0}
+    layers = adapted(stock.unet)
+    assert layers.keys() == targeted(denoiser_of(base), more[1:] if len(more) > 1 else LORA_TARGETS).keys()
+    assert {module.scaling["default_0"] for module in layers.values()} == {2.0}
+    assert all(module.lora_B["default_0"].weight.any() for module in layers.values())
     merged = draw(DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None))
     assert np.abs(draw(stock) - merged).max() < 1e-4 < 1e-3 < np.abs(merged - plain).max()
 
@@ -287,8 +295,7 @@ def test_only_adapters_are_trained(base, runs):
     before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
     after = load_file(runs["svd"] / "unet" / "diffusion_pytorch_model.safetensors")
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    family = testing.family_of_pipeline(DiffusionPipeline.from_pretrained(base, safety_checker=None))
-    assert changed == {f"{name}.weight" for name in targeted(family.denoiser, ("to_k", "to_q", "to_v", "to_out.0"))}
+    assert changed == {f"{name}.weight" for name in targeted(denoiser_of(base), LORA_TARGETS)}
 
 
 @pytest.mark.parametrize("average", AVERAGES)
