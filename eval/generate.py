@@ -239,7 +239,7 @@ def generate(
     """
     output = Path(output)
     trained = [resolution for place in (model, *settings.lora) if (resolution := trained_resolution(place))]
-    settings = replace(settings, resolution=settings.resolution or (trained or [None])[-1])
+    settings = replace(settings, resolution=settings.resolution or (trained[-1] if trained else None))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
         _check_settings(output, model, denoiser, prompts, settings)

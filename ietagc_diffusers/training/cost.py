@@ -14,7 +14,7 @@ from ..checkpoint import gigabytes
 from ..families import Family
 from .ensemble import Rounds
 from .layout import Layout
-from .lora import adapted, shape_of
+from .lora import adapted, shape_of, size_of
 from .settings import LoraSettings, TrainingSettings
 
 FLOAT32, FLOAT64 = 4, 8
@@ -227,8 +227,7 @@ def adapters_of(settings: LoraSettings, denoiser: torch.nn.Module) -> Adapters:
     layers = adapted(denoiser).values()
     shapes = tuple(shape_of(layer.base_layer) for layer in layers)
     magnitudes = sum(shape[0] for shape in shapes) if settings.use_dora else 0
-    assert settings.lora_rank is not None
-    return Adapters(shapes, settings.lora_rank, settings.lora_average, settings.save_merged, magnitudes)
+    return Adapters(shapes, size_of(settings)[0], settings.lora_average, settings.save_merged, magnitudes)
 
 
 def describe(cost: Cost, rounds: Rounds, every: int, total_limit: int | None) -> str:

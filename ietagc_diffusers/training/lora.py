@@ -48,11 +48,20 @@ def add_adapter(family: Family, settings: LoraSettings) -> None:
         parameter.data = parameter.data.float()
 
 
+def size_of(settings: LoraSettings) -> tuple[int, float]:
+    """Rank and alpha of settings that have them."""
+    if settings.lora_rank is None:
+        raise ValueError("these settings have no `lora_rank`")
+    return settings.lora_rank, settings.lora_alpha or float(settings.lora_rank)
+
+
 def adapter_config(settings: LoraSettings) -> LoraConfig:
     """The adapter for peft."""
+    rank, alpha = size_of(settings)
+    options: dict[str, Any] = {"lora_alpha": alpha}  # peft calls it an int, and takes any number
     return LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        **options,
+        r=rank,
         lora_dropout=settings.lora_dropout,
         init_lora_weights="gaussian",
         target_modules=list(settings.lora_target_modules),
@@ -102,11 +111,13 @@ def _check_fit(family, settings):
     layers = {name: m for name, m in family.denoiser.named_modules() if isinstance(m, SUPPORTED)}
     for target in settings.lora_target_modules:
         fits = targeted(family.denoiser, [target])
-        wrong = next((name for name, module in fits.items() if not isinstance(module, SUPPORTED)), None)
-        if fits and wrong is None:
+        wrong = [name for name, module in fits.items() if not isinstance(module, SUPPORTED)]
+        if fits and not wrong:
             continue
         known = ", ".join(sorted({_last(name) for name in layers})[:20])
-        why = "fits no layer of the model" if not fits else f"{wrong} is a {type(fits[wrong]).__name__}, not a layer"
+        why = "fits no layer of the model"
+        if wrong:
+            why = f"{wrong[0]} is a {type(fits[wrong[0]]).__name__}, not a layer"
         raise UsageError(f"`lora_target_modules` {target}: {why}; its linear and convolutional layers are {known}")
     for name, layer in targeted(family.denoiser, settings.lora_target_modules).items():
         rows, columns = shape_of(layer)
@@ -148,7 +159,8 @@ class LoraWeights(Weights):
 
     def __init__(self, family: Family, num_shards: int, settings: LoraSettings, seed: int = 0):
         self.settings, self.num_shards, self.seed = settings, num_shards, seed
-        self.scaling = settings.lora_alpha / settings.lora_rank
+        self.rank, alpha = size_of(settings)
+        self.scaling = alpha / self.rank
         self.layers = adapted(family.denoiser)
         self.names = saved_names(family)
         self.start: dict[str, torch.Tensor] = {}  # the adapters that a round starts from
@@ -219,7 +231,7 @@ class LoraWeights(Weights):
     def _theta(self, layer, mean):
         """theta_hat of a layer, with the energy of the mean and of what the next round's start has lost of it."""
         if self.settings.lora_average != "fold":
-            nearest = truncate(mean, self.settings.lora_rank)
+            nearest = truncate(mean, self.rank)
             return nearest if self.settings.lora_average == "svd" else nearest._replace(factors=mean)
         assert self.aggregated is not None
         earlier = [self._factors(self.aggregated[KEY], layer)] if self.round else []  # before, up is zero
@@ -249,16 +261,15 @@ class LoraWeights(Weights):
                 update = (self.scaling * factors.product()).reshape(self.base[layer].shape)
                 module.base_layer.weight.copy_((self.base[layer].double() + update).float())
                 factors = self._fresh(number, layer)
-            self.start |= self._tensors(truncate(factors, self.settings.lora_rank).factors, layer)
+            self.start |= self._tensors(truncate(factors, self.rank).factors, layer)
 
     def _fresh(self, number, layer):
         """A layer's adapter as it starts a round: drawn as peft does, from the seed, the round and the layer."""
         rows, columns = shape_of(self.layers[layer].base_layer)
-        rank = self.settings.lora_rank
         state = np.random.SeedSequence([self.seed, self.round, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> 1))
-        down = torch.empty(rank, columns).normal_(std=1 / rank, generator=generator)
-        return Factors(torch.zeros(rows, rank), down)
+        down = torch.empty(self.rank, columns).normal_(std=1 / self.rank, generator=generator)
+        return Factors(torch.zeros(rows, self.rank), down)
 
     def is_finite(self) -> bool:
         return all(bool(t.isfinite().all()) for tensors in self.deployable().values() for t in tensors.values())
