@@ -148,6 +148,11 @@ def pipeline_folder(model: str | Path) -> Path:
         raise UsageError(f"`model` {model}: holds an adapter; set `model` to its base, and `lora` to this folder")
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file():
+        raise UsageError(
+            f"`model` {model}: is a single file; convert it to a folder once, by diffusers' "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), and give that; adapters are `lora`"
+        )
     try:
         return Path(DiffusionPipeline.download(model))
     except Exception as error:

@@ -141,6 +141,8 @@ def test_an_adapter_without_its_base_says_what_to_give(base, run, tmp_path):
     shutil.copy(run / ADAPTER_FILE, tmp_path)
     with pytest.raises(UsageError, match="holds an adapter; set `model` to its base, and `lora` to this folder"):
         load_pipeline(tmp_path, Settings())
+    with pytest.raises(UsageError, match="is a single file; convert it to a folder once"):
+        load_pipeline(tmp_path / ADAPTER_FILE, Settings())
     (tmp_path / "ietagc").mkdir()
     (tmp_path / "ietagc" / "config.yaml").write_text("pretrained_model_name_or_path: /moved/away\n")
     with pytest.raises(UsageError, match="holds an adapter for /moved/away, which is not found; set `model`"):
