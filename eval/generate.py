@@ -243,7 +243,8 @@ def generate(
         UsageError: the folder holds images of another model, other prompts or settings.
     """
     output = Path(output)
-    trained = [resolution for place in (model, *settings.lora) if (resolution := trained_resolution(place))]
+    places = [model, *(find_adapter(given).file.parent for given in settings.lora)]
+    trained = [resolution for place in places if (resolution := trained_resolution(place))]
     settings = replace(settings, resolution=settings.resolution or (trained[-1] if trained else None))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:

@@ -17,7 +17,7 @@ from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 from .curves import FrontPoint
-from .generate import model_hash, pipeline_folder
+from .generate import model_hash
 from .image_sets import BadImage, ImageSet, to_tensor
 from .prompts import choose
 
@@ -130,7 +130,7 @@ class Losses:
         key = self.conditions + weights_hash(Path(folder) / (subfolder or "."))
         if key not in self.known:
             if subfolder is None and (Path(folder) / ADAPTER_FILE).is_file():
-                denoiser = self.family.load_adapted(pipeline_folder(self.base), folder)
+                denoiser = self.family.load_adapted(self.base, folder)
             else:
                 denoiser = self.family.load_denoiser(folder, subfolder)
             denoiser = denoiser.to(self.family.device).eval()

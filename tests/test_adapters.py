@@ -1,6 +1,7 @@
 """Evaluation of adapters: of runs that left only one, of files from elsewhere, several together."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ietagc_diffusers.eval.detect import Detection, detect
 from ietagc_diffusers.eval.generate import Settings, draw, generate, load_pipeline, model_hash, trained_resolution
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.losses import Losses, captioned
+from ietagc_diffusers.eval.paper_figures import fig3
 from ietagc_diffusers.eval.prompts import Prompt
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 
@@ -51,6 +53,7 @@ def test_a_run_is_drawn_from_as_its_base_with_the_adapter(base, run, wanted):
         assert np.array_equal(drawn(model, *lora), wanted[1.0])
     assert np.array_equal(drawn(base, f"{run}:0.5"), wanted[0.5])
     assert np.array_equal(drawn(base, f"{run}:0.25", f"{run}:0.25"), wanted[0.5])
+    assert trained_resolution(run) == 16
     assert np.array_equal(drawn(base, denoiser=run / "checkpoint-4"), wanted[1.0])
     plain = drawn(base)
     assert min(np.abs(one - other).max() for one in (plain, wanted[1.0]) for other in (wanted[0.5],)) > 2
@@ -103,6 +106,14 @@ def test_losses_along_a_run_are_those_of_its_adapters(base, run, pictures):
     models = RunFolder(run).saved_models("unet")
     assert [step for step, _ in models] == [2, 4]
     assert len({losses.of_base(), *(losses(folder) for _, folder in models)}) == 3
+
+
+def test_fig_3_is_of_the_run_s_adapter(base, run, pictures, tmp_path):
+    plain = shutil.copytree(base, tmp_path / "plain")
+    shutil.copytree(run / "ietagc", plain / "ietagc")
+    scored = SimpleNamespace(nearest={"nearest": [], "similarity": []})
+    curves = [fig3(scored, folder, load_images(pictures, "train")).axes[0].lines[0] for folder in (run, plain)]
+    assert not np.array_equal(*(curve.get_ydata() for curve in curves))
 
 
 @pytest.mark.parametrize(
