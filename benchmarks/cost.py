@@ -1,6 +1,7 @@
 """What a run takes at real size: memory, checkpoints and disk, by arithmetic on shapes.
 
     python -m benchmarks.cost               # a table of models x K x moving average x where waiting proxies are
+    python -m benchmarks.cost --lora        # the same of adapters
     python -m benchmarks.cost --check       # real runs of an 80 M parameter model beside the arithmetic (minutes)
 
 Models are made on the meta device: they have shapes and no content. Frozen parts are in half precision, as with
@@ -19,8 +20,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from ietagc_diffusers.training.cost import Cost
+from ietagc_diffusers.training.cost import PROCESS, Adapters, Cost
 from ietagc_diffusers.training.ensemble import Rounds
+from ietagc_diffusers.training.lora import shape_of, targeted
+from ietagc_diffusers.training.settings import LORA_TARGETS
 
 SHARDS = (1, 4, 10)
 CHECKED = (192, 384, 512)  # widths of the model of the real runs
@@ -110,6 +113,33 @@ def rows(name: str, precision: int = 2):
                 }
 
 
+def adapter_rows(name: str, rank: int = 4, num_rounds: int = 25, precision: int = 2):
+    """Rows of the table of adapters on the attention of a model: a dict each, sizes in MB, the device's in GB."""
+    kind, config, others = MODELS[name]
+    with torch.device("meta"):
+        denoiser = kind(**config)
+    shapes = tuple(shape_of(layer) for layer in targeted(denoiser, LORA_TARGETS).values())
+    frozen = (sum(p.numel() for p in denoiser.parameters()) + others) * precision
+    for num_shards in SHARDS:
+        for average in ("svd", "concatenate", "fold") if num_shards > 1 else ("svd",):
+            adapters = Adapters(shapes, rank, average)
+            cost = Cost(adapters.parameters(rank), frozen, num_shards, optimizer_state="reset", adapters=adapters)
+            rounds = Rounds(num_shards, STEPS_PER_ROUND * num_rounds, STEPS_PER_ROUND)
+            numbers = {
+                "host beside the process": cost.host - PROCESS,
+                "checkpoint between rounds": sum(cost.files(rounds, rounds.steps_before(1)).values()),
+                "checkpoint at most": cost.checkpoint(rounds, STEPS_PER_ROUND // 4),
+                "saved adapter": cost.output(num_rounds),
+            }
+            yield {
+                "model": name,
+                "K": num_shards,
+                "mean": average if num_shards > 1 else "–",
+                "device (GB)": f"{cost.device / 1e9:.1f}",
+                **{key: f"{value / 1e6:.1f}" for key, value in numbers.items()},
+            }
+
+
 def print_table(table):
     print("| " + " | ".join(table[0]) + " |")
     print("|" + "---|" * len(table[0]))
@@ -148,7 +178,7 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     pipeline.unet = testing.build_unet(CHECKED, sample_size=8, text_width=16)
     pipeline.save_pretrained(scratch / "base")
     count = sum(p.numel() for p in pipeline.unet.parameters())
-    frozen = costs.pipeline_bytes(testing.family_of_pipeline(pipeline)) - count * costs.FLOAT32
+    frozen = testing.family_of_pipeline(pipeline).nbytes - count * costs.FLOAT32
     del pipeline
     flags = [flag for flag in flags if flag != "--use_ema"] + ["--use_ema"] * ema
     more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
@@ -198,11 +228,14 @@ def check() -> bool:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with real runs")
+    parser.add_argument("--lora", action="store_true", help="adapters of rank 4 in runs of 25 rounds")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         num_shards, ema, place, scratch = args.child
         child(int(num_shards), bool(int(ema)), place, Path(scratch))
+    elif args.lora:
+        print_table([row for name in MODELS if name != "CIFAR UNet" for row in adapter_rows(name)])
     elif args.check:
         sys.exit(not check())
     else:

@@ -84,7 +84,7 @@ def audit(
     generated = load_images(output / IMAGES, "output")
     about = {
         "model": str(model),
-        "model_hash": model_hash(model),
+        "model_hash": model_hash(model, lora=settings.lora),
         "settings": asdict(settings),
         "drawing": drawing_of(output / IMAGES, len(prompts), pipeline_folder(model), prompts_file),
     }
@@ -150,9 +150,9 @@ def check_held_out_files(heldout: ImageSet, training: ImageSet) -> None:
 
 def check_plain(settings: Settings) -> None:
     """Raise ``UsageError`` unless images are drawn as the weights draw them by themselves, which a card is about."""
-    for name in ("mitigation", "negative_prompt"):
+    for name in ("mitigation", "negative_prompt", "lora"):
         value = getattr(settings, name)
-        if value is not None:
+        if value:
             raise UsageError(
                 f"`card` with `{name}` {value}: the card is read as a statement on the weights, which others use "
                 f"without it; audit without `{name}`, or without `card`"

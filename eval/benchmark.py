@@ -25,6 +25,7 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.method.config import check_keys, recipe_path
 from ietagc_diffusers.mitigations import parse_mitigations
+from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.sscd import load_descriptor
 
 from .generate import Settings, generate, model_hash
@@ -347,13 +348,13 @@ def _train_and_score(
 def _train(benchmark: Benchmark, training: str, seed: int, processes: Processes) -> str | None:
     """Train a variant unless it is trained already. Returns why it failed, or None."""
     folder = Path(benchmark.model(training, seed))
-    finished = folder / "model_index.json"
-    if training not in benchmark.effective or finished.exists():
+    run = RunFolder(folder)
+    if training not in benchmark.effective or run.is_finished:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     why = processes.call(benchmark.training_command(training, seed), folder / "train.log")
-    if why is None and not finished.exists():
+    if why is None and not run.is_finished:
         raise Stopped  # after a signal training writes a checkpoint and exits with 0
     if why is not None:
         return f"training: {why}"

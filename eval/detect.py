@@ -41,6 +41,7 @@ class Detection:
         seed: prompt i, generation g has the noise of seed ``seed + i * generations + g``.
         resolution: height and width of the images in pixels; None is what the model was trained at, see
             ``trained_resolution``, or else the pipeline's own.
+        lora: adapters for the model, see ``adapters.find_adapter``.
     """
 
     steps: int = 1
@@ -49,6 +50,7 @@ class Detection:
     guidance_scale: float = 7.5
     seed: int = 0
     resolution: int | None = None
+    lora: tuple[str, ...] = ()
 
 
 def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -147,7 +149,7 @@ def _magnitudes(
     batch_size: int,
 ) -> np.ndarray:
     """(N, generations); those that an interrupted run left are not computed again."""
-    drawing = Settings(dtype=dtype, resolution=settings.resolution)
+    drawing = Settings(dtype=dtype, resolution=settings.resolution, lora=settings.lora)
     _check_settings(model, prompts, output, settings, dtype, batch_size)
     kept = output / MAGNITUDES
     rows = read_json_lines(kept)
@@ -190,9 +192,10 @@ def _check_settings(
 ) -> None:
     """Record in ``output`` how prompts are scored, or compare with the record that is there."""
     wanted = asdict(settings) | {"dtype": dtype, "batch_size": batch_size, "num_prompts": len(prompts)}
+    del wanted["lora"]  # a place; the model's hash says what is there
     wanted["prompts"] = hashlib.blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
     if isinstance(model, (str, Path)):
-        wanted["model_hash"] = model_hash(model)
+        wanted["model_hash"] = model_hash(model, lora=settings.lora)
     path = output / SETTINGS
     if not path.exists():
         write_json(path, wanted | {"version": __version__})

@@ -11,7 +11,9 @@ from ietagc_diffusers.files import read_json
 
 from .generate import SCHEDULERS, SETTINGS_FILE
 
-RECORDED = ("model", "num_inference_steps", "guidance_scale", "mitigation", "negative_prompt", "dtype", "num_images")
+RECORDED = (
+    "model", "lora", "num_inference_steps", "guidance_scale", "mitigation", "negative_prompt", "dtype", "num_images",
+)  # fmt: skip
 CAPTIONS = "captions of training images"
 
 
@@ -60,11 +62,13 @@ def sentence_of(drawing: dict[str, Any]) -> str:
     first, last = drawing["seeds"]
     mitigation = f"with the mitigation {drawing['mitigation']}" if drawing["mitigation"] else "without mitigation"
     negative = f", negative prompt “{drawing['negative_prompt']}”" if drawing["negative_prompt"] else ""
+    adapters = [Path(place).name for place in drawing.get("lora") or ()]
+    lora = f" with the adapter{'s' if len(adapters) > 1 else ''} {', '.join(adapters)}" if adapters else ""
     scheduler = f" of {drawing['scheduler']}" if drawing["scheduler"] else ""
     seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
     steps = f"{drawing['num_inference_steps']} steps{scheduler}"
     return (
-        f"Drawn {mitigation}{negative}: {drawing['num_images']} images, {steps}, "
+        f"Drawn{lora} {mitigation}{negative}: {drawing['num_images']} images, {steps}, "
         f"guidance {drawing['guidance_scale']:g}, {width} x {height} pixels, {drawing['dtype']}, {seeds}; "
         f"{drawing['num_prompts']} different prompts: {drawing['prompts']}."
     )

@@ -18,7 +18,9 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families import drawn_edge, family_of
 from ietagc_diffusers.files import read_json, write_json, write_text
+from ietagc_diffusers.run_folder import ADAPTER_FILE
 
+from .adapters import Adapter, base_of_run, find_adapter, put_on
 from .pipelines import check_pipeline, one_line, pipeline_folder
 from .prompts import Prompt
 from .record import recorded_training
@@ -35,7 +37,7 @@ HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
 # Keys of configurations that say where a model was saved and by which version, not what it is.
 NOT_HASHED = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
 SETTINGS_FILE = ".generate.json"  # hidden, so that it is neither an image nor a row for `datasets`
-NOT_COMPARED = ("model", "batch_size", "version")  # in that file: they do not change what is drawn
+NOT_COMPARED = ("model", "lora", "batch_size", "version")  # in that file: they do not change what is drawn
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Settings:
         negative_prompt: for every image.
         mitigation: a chain such as ``rt:num_words=2+gni``.
         dtype: one of ``DTYPES``.
+        lora: adapters for the model, see ``adapters.find_adapter``.
 
     Raises:
         UsageError: naming a setting that is out of range.
@@ -66,6 +69,7 @@ class Settings:
     negative_prompt: str | None = None
     mitigation: str | None = None
     dtype: str = "float32"
+    lora: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
@@ -84,7 +88,7 @@ def load_pipeline(
     """The text-to-image pipeline of a folder or a Hub id, without its safety checker, which would black out copies.
 
     Args:
-        denoiser: folder of a trained module that takes the place of the pipeline's own.
+        denoiser: folder of a trained module that takes the place of the pipeline's own, or of an adapter for it.
 
     Raises:
         UsageError: it does not load or takes no prompt.
@@ -93,7 +97,8 @@ def load_pipeline(
     dtype = getattr(torch, settings.dtype)
     folder = pipeline_folder(model)
     replaced: dict[str, Any] = {}
-    if denoiser is not None:
+    adapters = _adapters(model, denoiser, settings.lora)
+    if denoiser is not None and not _is_adapter(denoiser):
         family = family_of(folder, setting="model")
         replaced[family.denoiser_name] = family.load_denoiser(denoiser, dtype=dtype)
     if "safety_checker" in read_json(folder / "model_index.json"):
@@ -104,6 +109,7 @@ def load_pipeline(
         raise UsageError(f"`model` {model}: does not load as a pipeline: {one_line(error)}") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
+    put_on(pipeline, adapters)
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -114,6 +120,18 @@ def load_pipeline(
 
         pipeline = apply_mitigations(pipeline, settings.mitigation)
     return pipeline
+
+
+def _is_adapter(folder):
+    return (Path(folder) / ADAPTER_FILE).is_file()
+
+
+def _adapters(model: str | Path, denoiser: str | Path | None, lora: Sequence[str]) -> list[Adapter]:
+    """All adapters that a pipeline is drawn with: of a run that left only its adapter, of ``denoiser``, and others."""
+    own = [] if base_of_run(model) is None else [model]
+    if denoiser is not None and _is_adapter(denoiser):
+        own = [denoiser]
+    return [find_adapter(str(place)) for place in [*own, *lora]]
 
 
 def trained_resolution(model: str | Path) -> int | None:
@@ -129,19 +147,23 @@ def trained_resolution(model: str | Path) -> int | None:
     return drawn_edge(record.resolution)
 
 
-def model_hash(model: str | Path, denoiser: str | Path | None = None) -> str:
+def model_hash(model: str | Path, denoiser: str | Path | None = None, lora: Sequence[str] = ()) -> str:
     """A hash, 16 hexadecimal digits, of a pipeline folder or a Hub id: of the weights, configurations and vocabularies
-    of all its components, wherever they are stored. ``denoiser``: as in ``load_pipeline``.
+    of all its components and adapters, wherever they are stored. ``denoiser``, ``lora``: as in ``load_pipeline``.
     """
     folder = pipeline_folder(model)
     index = folder / "model_index.json"
     parts = [key for key in json.loads(index.read_text()) if (folder / key).is_dir()] if index.is_file() else ["."]
-    replaced = {} if denoiser is None else {family_of(folder, setting="model").denoiser_name: Path(denoiser)}
+    replaced = {}
+    if denoiser is not None and not _is_adapter(denoiser):
+        replaced = {family_of(folder, setting="model").denoiser_name: Path(denoiser)}
     digest = hashlib.sha256()
     for part in sorted(parts):
         component = replaced.get(part, folder / part)
         for path in sorted(path for path in component.iterdir() if path.suffix in HASHED):
             digest.update(f"{part}/{path.name}".encode() + _content_hash(path))
+    for adapter in _adapters(model, denoiser, lora):
+        digest.update(f"adapter {adapter.scale}".encode() + _content_hash(adapter.file))
     return digest.hexdigest()[:16]
 
 
@@ -192,7 +214,9 @@ def generate(
     """
     check_pipeline(model)
     output = Path(output)
-    settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
+    places = [model, *(find_adapter(given).file.parent for given in settings.lora)]
+    trained = [resolution for place in places if (resolution := trained_resolution(place))]
+    settings = replace(settings, resolution=settings.resolution or (trained[-1] if trained else None))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
         _check_settings(output, model, denoiser, prompts, settings)
@@ -252,7 +276,7 @@ def _check_settings(
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     wanted = asdict(settings) | {
         "model": str(model),
-        "model_hash": model_hash(model, denoiser),
+        "model_hash": model_hash(model, denoiser, settings.lora),
         "num_images": len(prompts),
         "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
         "version": __version__,

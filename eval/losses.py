@@ -13,7 +13,7 @@ from ietagc_diffusers.data import image_transform
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families import family_of
 from ietagc_diffusers.files import read_json_lines
-from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 from .curves import FrontPoint
@@ -124,10 +124,16 @@ class Losses:
         return self(self.base, self.family.denoiser_name)
 
     def __call__(self, folder: str | Path, subfolder: str | None = None) -> tuple[float, float]:
-        """(training loss, held-out loss) of the denoiser in a folder, or in a pipeline's subfolder."""
+        """(training loss, held-out loss) of the denoiser in a folder or in a pipeline's subfolder, or of the base with
+        the adapter in a folder.
+        """
         key = self.conditions + weights_hash(Path(folder) / (subfolder or "."))
         if key not in self.known:
-            denoiser = self.family.load_denoiser(folder, subfolder).to(self.family.device).eval()
+            if subfolder is None and (Path(folder) / ADAPTER_FILE).is_file():
+                denoiser = self.family.load_adapted(self.base, folder)
+            else:
+                denoiser = self.family.load_denoiser(folder, subfolder)
+            denoiser = denoiser.to(self.family.device).eval()
             self.known[key] = tuple(losses(denoiser).mean().item() for losses in self.sets)
             if self.memory is not None:
                 with Path(self.memory).open("a") as file:

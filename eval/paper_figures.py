@@ -17,6 +17,7 @@ from ietagc_diffusers.families import family_of
 from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
+from .adapters import base_of_run
 from .features import Pixels, embed
 from .image_sets import BadImage, ImageSet
 from .losses import captioned
@@ -85,8 +86,10 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
     if size < 2:
         raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images with captions")
     others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
-    family = family_of(run, setting="run").load_frozen(str(run), device=device, setting="run")
-    denoiser = family.load_denoiser(run, family.denoiser_name).to(device).eval()
+    base = base_of_run(run)  # of a run that left an adapter
+    family = family_of(base or run, setting="run").load_frozen(str(base or run), device=device, setting="run")
+    denoiser = family.load_adapted(base, run) if base else family.load_denoiser(run, family.denoiser_name)
+    denoiser = denoiser.to(device).eval()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
         images, texts = captioned(training.select(rows), resolution, size)

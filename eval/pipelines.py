@@ -11,25 +11,32 @@ from safetensors import SafetensorError, safe_open
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json
-from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
+
+from .adapters import base_of_run
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"  # in every pipeline's folder
-ADAPTERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
-FUSE = (
-    "load it into its base model (`pipeline.load_lora_weights`), fuse it (`pipeline.fuse_lora()`), and give the folder "
-    "that `pipeline.save_pretrained` writes"
-)
+ADAPTERS = (ADAPTER_FILE, "pytorch_lora_weights.bin", "adapter_config.json")
+ADVICE = "set `model` to its base model, and `lora` to this"
 
 
 def pipeline_folder(model: str | Path) -> Path:
-    """The folder of a pipeline: the given one, or the one that a Hub id was downloaded to, with what the repository
-    records of the training.
+    """The folder of a pipeline: the given one, the base's if a run left only an adapter, or the one that a Hub id was
+    downloaded to, with what the repository records of the training.
 
     Raises:
         UsageError: a file, or neither a folder nor a Hub id.
     """
-    path = Path(model)
+    path, base = Path(model), base_of_run(model)
+    if base is not None:
+        try:
+            return pipeline_folder(base)
+        except UsageError as error:
+            raise UsageError(
+                f"`model` {model}: holds an adapter for {base}, which is not found; set `model` to that base, and "
+                "`lora` to this folder"
+            ) from error
     if path.is_dir():
         return path
     if path.is_file():
@@ -47,7 +54,7 @@ def check_pipeline(model: str | Path) -> None:
     path = Path(model)
     if path.is_file():
         raise UsageError(f"`model` {model}: {_of_file(path)}")
-    if path.is_dir() and not (path / INDEX).is_file():
+    if path.is_dir() and not (path / INDEX).is_file() and base_of_run(path) is None:
         raise UsageError(f"`model` {model}: {_of_folder(path)}")
 
 
@@ -83,7 +90,7 @@ def _fetch_records(repository: str, folder: Path) -> None:
 def _of_file(path: Path) -> str:
     """What a file that was given for a pipeline is, and what would do."""
     if path.name in ADAPTERS or _has_adapters(path):
-        return f"is a LoRA, not a pipeline; {FUSE}"
+        return f"is a LoRA, not a pipeline; {ADVICE}"
     if path.name == INDEX:
         return f"is a file of a pipeline; give its folder, {path.parent}"
     return (
@@ -104,7 +111,7 @@ def _has_adapters(path: Path) -> bool:
 def _of_folder(path: Path) -> str:
     """What a folder without an index of a pipeline is, and what would do."""
     if any((path / name).is_file() for name in ADAPTERS):
-        return f"holds a LoRA, not a pipeline; {FUSE}"
+        return f"holds a LoRA, not a pipeline; {ADVICE}"
     if (path / "ietagc" / "checkpoint.json").is_file() or path.name.startswith("checkpoint-"):
         return (
             "is a checkpoint of a training, not a pipeline; put its unet folder into a copy of the base model and give "

@@ -52,7 +52,8 @@ def _add_flag(group, entry, default):
     text = about["help"].replace("%", "%%")
     if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
         text += f" Default: {default}."
-    group.add_argument(f"--{entry.name}", default=default, help=text, **options)
+    names = [f"--{name}" for name in (entry.name, *about["aliases"])]
+    group.add_argument(*names, default=default, help=text, **options)
 
 
 def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:

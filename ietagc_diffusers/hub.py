@@ -17,6 +17,7 @@ from .run_folder import RunFolder
 from .training.settings import TrainingSettings
 
 TAGS = ("diffusers", "diffusers-training", "ietagc")
+OF_ADAPTERS = ("lora",)
 
 
 def create(settings: TrainingSettings) -> str:
@@ -56,6 +57,11 @@ def write_card(
         skipped, augmented = last["skip_rate"], last["augment_rate"]
         outcome = f"In the last round {skipped:.1%} of the samples were skipped and {augmented:.1%} augmented.\n"
     prompt = (settings.validation_prompts or ["a photo"])[0]
+    lora = settings.lora_rank is not None
+    load = f'pipeline = DiffusionPipeline.from_pretrained("{base if lora else repo_id}", torch_dtype=torch.float16)'
+    if lora:
+        load += f'\npipeline.load_lora_weights("{repo_id}")'
+    adapter = f"| LoRA rank, alpha | {settings.lora_rank}, {settings.lora_alpha} |\n" if lora else ""
     source = settings.dataset_name or "an image folder"
     description = f"""# {repo_id}
 
@@ -69,7 +75,7 @@ against memorization of the training images ([IET-AGC+](https://github.com/liuxi
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}", torch_dtype=torch.float16)
+{load}
 image = pipeline({prompt!r}).images[0]
 ```
 
@@ -84,7 +90,7 @@ image = pipeline({prompt!r}).images[0]
 
 | | |
 |---|---|
-| learning rate | {settings.learning_rate} |
+{adapter}| learning rate | {settings.learning_rate} |
 | batch size | {settings.train_batch_size} |
 | gradient accumulation | {settings.gradient_accumulation_steps} |
 | resolution | {settings.resolution} |
@@ -101,7 +107,8 @@ image = pipeline({prompt!r}).images[0]
         model_description=description,
         inference=True,
     )
-    populate_model_card(card, tags=[*tags, *TAGS]).save(folder.card_file)
+    tags = [*tags, *(OF_ADAPTERS if lora else ()), *TAGS]
+    populate_model_card(card, tags=tags).save(folder.card_file)
 
 
 def upload(settings: TrainingSettings, repo_id: str) -> None:

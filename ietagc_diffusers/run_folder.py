@@ -12,11 +12,12 @@ from .files import read_json
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ROUND = re.compile(r"round-(\d+)")
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the adapter of a LoRA run, as diffusers names it
 EMA = "_ema"  # ends the name of a folder with the moving average of a module's weights
 
 
 class RunFolder:
-    """``output_dir`` of a run: a pipeline that diffusers loads, and beside it the records of its training.
+    """``output_dir`` of a run: a pipeline or adapter that diffusers loads, and beside it the records of its training.
 
     Attributes:
         records: the folder ``ietagc``, which holds
@@ -67,8 +68,8 @@ class RunFolder:
 
     def belongings(self) -> list[Path]:
         """All that a run leaves in the folder and that is there, but for the trackers' logs."""
-        pipeline = [self.path / "model_index.json"]
-        if self.is_finished:
+        pipeline = [self.path / "model_index.json", self.path / ADAPTER_FILE]
+        if pipeline[0].is_file():
             try:
                 parts = json.loads(pipeline[0].read_text(encoding="utf-8"))
             except (OSError, ValueError):
@@ -80,7 +81,13 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return (self.path / "model_index.json").is_file()
+        """Whether the trained model is here: a pipeline, or an adapter for its base."""
+        return (self.path / "model_index.json").is_file() or self.is_adapter
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the trained model is only an adapter for its base."""
+        return (self.path / ADAPTER_FILE).is_file() and not (self.path / "model_index.json").is_file()
 
     @property
     def private(self) -> list[str]:
@@ -129,19 +136,25 @@ class RunFolder:
 
     def saved_models(self, denoiser: str) -> list[tuple[int, Path]]:
         """The models that the run left along its way, [(global step, folder of the weights)] by step: the rounds that
-        ``--save_rounds`` wrote if there are any, else the checkpoints; moving averages where there are any.
+        ``--save_rounds`` wrote if there are any, else the checkpoints; moving averages where there are any. Of a LoRA
+        run it is the folder that holds the adapter.
 
         ``denoiser``: the trained module's folder in a pipeline, see ``families.Family.denoiser_name``.
         """
         rounds = _numbered(self.path / "rounds", _ROUND)
         if rounds:
             step_of = {row["round"]: row["global_step"] for row in self.rounds()}
-            return [(step_of[number], path / denoiser) for number, path in rounds]
+            return [(step_of[number], _weights_in(path, denoiser)) for number, path in rounds]
         models = []
         for step, path in _numbered(self.path, _CHECKPOINT):
             average = path / f"{denoiser}{EMA}"
-            models.append((step, average if average.is_dir() else path / denoiser))
+            models.append((step, average if average.is_dir() else _weights_in(path, denoiser)))
         return models
+
+
+def _weights_in(folder: Path, denoiser: str) -> Path:
+    """Where a model's trained weights are: in the folder of its denoiser, or an adapter in the folder itself."""
+    return folder if (folder / ADAPTER_FILE).is_file() else folder / denoiser
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:

@@ -29,6 +29,7 @@ def setting(
     type: Callable[[str], Any] = str,
     choices: Iterable[str] | None = None,
     several: bool = False,
+    aliases: Iterable[str] = (),
     secret: bool = False,
     check: Callable[[Any], bool] | None = None,
     wanted: str = "",
@@ -40,11 +41,13 @@ def setting(
         resume: see ``Resume``.
         type: makes the value of a word of the command line; ``bool`` makes a switch (``--name``, ``--no-name``).
         several: whether the flag takes one or more words.
+        aliases: other names of the flag.
         secret: never written to a record.
         check: whether a value that is not None will do; ``wanted`` says what would, as in "must be {wanted}".
     """
     about = {"help": help, "resume": resume, "type": type, "choices": None if choices is None else list(choices)}
-    return field(default=default, metadata=about | {"several": several, "secret": secret, "check": (check, wanted)})
+    about |= {"several": several, "secret": secret, "aliases": tuple(aliases)}
+    return field(default=default, metadata=about | {"check": (check, wanted)})
 
 
 def at_least(low: float) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def test_choices_and_defaults_are_the_library_s():
     for command in ("audit", "score", "front"):
         assert common.protocol_of(parse(command), "cpu") == Protocol()
     args = vars(parse("detect"))
+    args["lora"] = tuple(args["lora"])
     assert {name: args[name] for name in defaults(Detection)} == defaults(Detection)
 
 

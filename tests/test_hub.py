@@ -61,3 +61,11 @@ def test_a_card_without_images_or_rounds(tmp_path):
     args = parse_args(["--pretrained_model_name_or_path=b", "--train_data_dir=d", f"--output_dir={tmp_path}"])
     hub.write_card(args, "me/model", [], [])
     assert "an image folder" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_an_adapter_says_how_it_is_put_onto_its_base(tmp_path):
+    argv = ["--pretrained_model_name_or_path=some/base", "--dataset_name=some/data", f"--output_dir={tmp_path}"]
+    hub.write_card(parse_args([*argv, "--lora_rank=8"]), "me/model", [], [])
+    card = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("some/base"' in card and 'load_lora_weights("me/model")' in card
+    assert "- lora\n" in card and "| LoRA rank, alpha | 8, 8.0 |" in card

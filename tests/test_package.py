@@ -22,7 +22,6 @@ SOURCES = ("ietagc_diffusers", "eval", "sscd", "configs")
 # Names of distributions whose packages are called otherwise.
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "faiss-cpu": "faiss", "open-clip-torch": "open_clip"}
 NOT_IMPORTED = {
-    "peft": "diffusers loads adapters with it",
     "xformers": "diffusers computes attention with it",
     "mypy": "a command",
     "ruff": "a command",

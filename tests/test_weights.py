@@ -42,11 +42,11 @@ def test_another_space_of_means_needs_encode_and_decode_only(family):
     """Weights whose squares are averaged: the mean is taken where a subclass says."""
 
     class Squares(Weights):
-        def encode(self, tensors):
+        def encode(self, tensors, shard=0):
             return {name: tensor.double() ** 2 for name, tensor in tensors.items()}
 
-        def decode(self, name, mean):
-            return {name: mean.sqrt().float()}
+        def decode(self, means):
+            return ((name, mean.sqrt().float()) for name, mean in means)
 
     weights = Squares(family, several=True)
     for value in (1.0, 7.0):

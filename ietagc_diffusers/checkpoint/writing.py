@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,11 +25,15 @@ class NoRoom(OSError):
 
 
 class Held(NamedTuple):
-    """Tensors that are a file of a checkpoint. Equal versions of a name have equal content; None: not known."""
+    """Tensors that are a file of a checkpoint. Equal versions of a name have equal content; None: not known.
+
+    ``metadata``: what the file's header says besides.
+    """
 
     name: str
     version: Hashable
     tensors: Tensors
+    metadata: Mapping[str, str] = {}
 
 
 class Processes(Protocol):
@@ -139,7 +143,7 @@ class Writer:
             file.sync()
             tensor_files.link(file.path, target)
         else:
-            file = tensor_files.write(target, held.tensors, metadata={"format": "pt"})
+            file = tensor_files.write(target, held.tensors, metadata={"format": "pt", **held.metadata})
             file.sync()
         if file.not_finite:
             raise NotFinite(f"{held.name}: {file.not_finite} is not finite")

@@ -49,9 +49,20 @@ def add_columns(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset_split", help="split of a dataset; default: train")
 
 
+def add_lora(group: ArgumentParser | _ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR|FILE|ID[:SCALE]",
+        help="an adapter for the model: a LoRA run, a .safetensors file (also kohya's) or a Hub id; may be given again",
+    )
+
+
 def add_generation(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("drawing images")
     group.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
+    add_lora(group)
     group.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; default: the captions of --train")
     group.add_argument("--num_images", type=int, help="default: one for each prompt")
     group.add_argument("--seed", type=int, default=0, help="of the first image; the next image has the next seed")
@@ -199,6 +210,7 @@ def settings_of(args: Namespace, device: str) -> "Settings":
         negative_prompt=args.negative_prompt,
         mitigation=_checked_chain(args.mitigation),
         dtype=dtype_of(args, device),
+        lora=tuple(args.lora),
     )
 
 
@@ -255,9 +267,15 @@ def training_set(args: Namespace, model: str | Path | None = None, is_main: bool
     """The images of ``--train``, or those that the model records, with a line on the console for each doubt that they
     are those that the model was trained on.
     """
+    from ietagc_diffusers.eval.adapters import find_adapter
+    from ietagc_diffusers.eval.record import recorded_training
     from ietagc_diffusers.eval.record import training_set as find
 
     caption_column = getattr(args, "caption_column", None)
+    for given in getattr(args, "lora", []):
+        folder = find_adapter(given).file.parent
+        if recorded_training(folder) is not None:
+            model = folder  # a run's adapter says what it was trained on
     found = find(model, args.train, args.image_column, caption_column, args.dataset_config_name, args.dataset_split)
     for warning in found.warnings if is_main else ():
         print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)

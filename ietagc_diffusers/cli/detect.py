@@ -9,6 +9,7 @@ from . import common
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
+    common.add_lora(parser)
     parser.add_argument(
         "--prompts", metavar="FILE", help=".txt, .csv or .jsonl; a column `memorized` holds true labels, if known"
     )
@@ -35,7 +36,13 @@ def run(args: Namespace) -> None:
 
     device = common.device_of(args)
     settings = Detection(
-        args.steps, args.generations, args.num_inference_steps, args.guidance_scale, args.seed, args.resolution
+        args.steps,
+        args.generations,
+        args.num_inference_steps,
+        args.guidance_scale,
+        args.seed,
+        args.resolution,
+        tuple(args.lora),
     )
     dtype = common.dtype_of(args, device)
     result = detect(args.model, prompts, args.output, settings, labels, device, dtype, args.batch_size)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ..data import Batch, Condition, DataSettings, View
 from ..method.config import MitigationConfig
+from ..run_folder import ADAPTER_FILE
 from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
@@ -83,6 +84,16 @@ class Family(ABC):
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def parts(self) -> list[torch.nn.Module]:
+        """All modules, the denoiser among them."""
+        return [part for part in vars(self).values() if isinstance(part, torch.nn.Module)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters of all parts: the size of the pipeline's files, nearly."""
+        return sum(p.nbytes for part in self.parts for p in part.parameters())
+
     @classmethod
     @abstractmethod
     def load(
@@ -113,6 +124,19 @@ class Family(ABC):
     @abstractmethod
     def load_denoiser(cls, folder: str | Path, subfolder: str | None = None, **options: Any) -> torch.nn.Module:
         """A denoiser from a folder of its own, or from a subfolder of a pipeline."""
+
+    @classmethod
+    def load_adapted(cls, base: str | Path, adapter: str | Path, **options: Any) -> torch.nn.Module:
+        """The denoiser of the pipeline ``base`` with the adapter of a folder (``ADAPTER_FILE``)."""
+        denoiser: Any = cls.load_denoiser(base, cls.denoiser_name, **options)
+        denoiser.load_lora_adapter(Path(adapter), weight_name=ADAPTER_FILE, prefix=cls.denoiser_name)
+        return denoiser
+
+    def merge_adapter(self, adapter: str | Path) -> None:
+        """Add the adapter of a folder to the denoiser's own weights."""
+        self.denoiser.load_lora_adapter(Path(adapter), weight_name=ADAPTER_FILE, prefix=self.denoiser_name)
+        self.denoiser.fuse_lora()
+        self.denoiser.unload_lora()
 
     @abstractmethod
     def load_average(self) -> torch.nn.Module:

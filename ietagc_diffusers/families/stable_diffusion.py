@@ -94,6 +94,8 @@ class StableDiffusion(Family):
         base = settings.pretrained_model_name_or_path
         pinned = {"revision": settings.revision, "cache_dir": settings.cache_dir}
         of_denoiser = {"revision": settings.non_ema_revision, "cache_dir": settings.cache_dir}
+        if getattr(settings, "lora_rank", None) is not None:  # frozen: as the other parts, also upstream
+            of_denoiser = pinned | {"variant": settings.variant}
         family = cls(
             settings,
             _scheduler(base, settings.prediction_type, cache_dir=settings.cache_dir),

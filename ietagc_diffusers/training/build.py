@@ -34,6 +34,7 @@ from ..tensor_files import Disk, HostMemory, Place
 from .cost import available_memory, cost_of
 from .ensemble import IterativeEnsemble, Rounds
 from .layout import Layout
+from .lora import LoraWeights, add_adapter
 from .proxy import Proxy
 from .settings import OptimizationSettings, TrainingSettings
 from .streams import RandomStreams
@@ -48,6 +49,8 @@ def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
     kind = family_of(settings.pretrained_model_name_or_path, settings.revision, settings.cache_dir)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     family = kind.load(settings, accelerator.device, dtype, settings.method)
+    if settings.lora_rank is not None:
+        add_adapter(family, settings)
     if settings.enable_xformers_memory_efficient_attention:
         _use_xformers(family.denoiser, accelerator.device)
     if settings.channels_last:
@@ -318,7 +321,10 @@ def build_run(
     if settings.compile:
         model = torch.compile(model)
     place = waiting_place(settings, family, layout)
-    weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
+    if settings.lora_rank is not None:
+        weights: Weights = LoraWeights(family, config.num_shards, settings, settings.seed)
+    else:
+        weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
     build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams)
     run = IterativeEnsemble(
         model=model,

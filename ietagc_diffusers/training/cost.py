@@ -14,7 +14,8 @@ from ..checkpoint import gigabytes
 from ..families import Family
 from .ensemble import Rounds
 from .layout import Layout
-from .settings import TrainingSettings
+from .lora import adapted, shape_of, size_of
+from .settings import LoraSettings, TrainingSettings
 
 FLOAT32, FLOAT64 = 4, 8
 MOMENTS, MOMENTS_8BIT = 8, 2  # bytes a parameter: two numbers
@@ -22,12 +23,43 @@ PROCESS = 0.75e9  # host memory of Python and its libraries, before a model is l
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """What is trained instead of the denoiser.
+
+    Args:
+        shapes: (O, I) of the targeted weights as matrices.
+        rank: r.
+        average: ``svd``, ``concatenate`` or ``fold``.
+        merged: whether the result is also saved as a pipeline.
+        extra: parameters beside the factors (DoRA's magnitudes).
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    rank: int
+    average: str = "svd"
+    merged: bool = False
+    extra: int = 0
+
+    def parameters(self, rank: int) -> int:
+        """Of adapters of a rank, or as much of it as a layer can have."""
+        return self.extra + sum(min(rank, rows, columns) * (rows + columns) for rows, columns in self.shapes)
+
+    def theta(self, index: int, num_shards: int) -> int:
+        """Bytes of theta_hat after ``index`` rounds."""
+        if num_shards == 1 or index == 0 or self.average == "svd":
+            return self.parameters(self.rank) * FLOAT32
+        if self.average == "concatenate":
+            return num_shards * self.parameters(self.rank) * FLOAT32
+        return self.parameters(num_shards * self.rank * index) * FLOAT32
+
+
+@dataclass(frozen=True)
 class Cost:
     """The numbers of a run.
 
     Args:
-        parameters: of the denoiser.
-        frozen: bytes of the other parts of the pipeline.
+        parameters: that are trained: of the denoiser, or of the adapters.
+        frozen: bytes of the other parts of the pipeline, and of the denoiser if adapters are trained.
         num_shards, processes: K and W.
         ema: whether there is a moving average.
         on_disk: whether what waits is on the disk.
@@ -35,6 +67,7 @@ class Cost:
         moments_of_one: bytes of a parameter's moments.
         offload_ema: the moving average is in host memory.
         on_cpu: the device is the host.
+        adapters: what is trained, if that is not the denoiser.
     """
 
     parameters: int
@@ -47,16 +80,21 @@ class Cost:
     moments_of_one: int = MOMENTS
     offload_ema: bool = False
     on_cpu: bool = False
+    adapters: Adapters | None = None
 
     @property
     def copy(self) -> int:
-        """One copy of the denoiser in float32."""
+        """One copy of what is trained, in float32."""
         return self.parameters * FLOAT32
 
     @property
     def sets(self) -> int:
         """Weights, and their moving average if there is one."""
         return self.copy * (1 + self.ema)
+
+    def theta(self, index: int) -> int:
+        """The aggregated model after ``index`` rounds."""
+        return self.sets if self.adapters is None else self.adapters.theta(index, self.num_shards)
 
     @property
     def moments(self) -> int:
@@ -65,7 +103,8 @@ class Cost:
     @property
     def sums(self) -> int:
         """Of the running means."""
-        means = self.sets + (self.moments if self.optimizer_state == "average" else 0)
+        of_all = 1 if self.adapters is None else self.num_shards  # the factors of all proxies wait side by side
+        means = self.sets * of_all + (self.moments if self.optimizer_state == "average" else 0)
         return means // FLOAT32 * FLOAT64
 
     @property
@@ -92,7 +131,14 @@ class Cost:
         if self.optimizer_state == "keep" and self.proxies > 1:
             own = (self.proxies - self.on_cpu) * self.moments  # on a GPU all of them wait for a moment
         shared = self.moments if self.optimizer_state == "average" else 0
-        return self.sets + self.sums + own + shared
+        return self.sets + self.sums + own + shared + self._folded
+
+    @property
+    def _folded(self):
+        """With adapters folded into the base: its weights before training, and the sum of the updates at most."""
+        if self.adapters is None or self.adapters.average != "fold":
+            return 0
+        return (sum(o * i for o, i in self.adapters.shapes) + self.adapters.parameters(1 << 30)) * FLOAT32
 
     @property
     def host(self) -> int:
@@ -100,15 +146,16 @@ class Cost:
         offloaded = self.copy if self.ema and self.offload_ema and not self.on_cpu else 0
         return int(PROCESS) + (self.device if self.on_cpu else offloaded) + (0 if self.on_disk else self.waiting)
 
-    @property
-    def pipeline(self) -> int:
-        """The trained pipeline's files."""
-        return self.copy + self.frozen
+    def output(self, num_rounds: int) -> int:
+        """The files of the trained pipeline or adapter."""
+        if self.adapters is None:
+            return self.copy + self.frozen
+        return self.theta(num_rounds) + (self.frozen if self.adapters.merged else 0)
 
     def files(self, rounds: Rounds, step: int) -> dict[tuple, int]:
         """The large files of the checkpoint at a step, by (name, version): equal keys are one file on the disk."""
         if not self.several:
-            return {("theta", step): self.sets, ("moments", 0, step): self.moments}
+            return {("theta", step): self.theta(0), ("moments", 0, step): self.moments}
         index, steps = 0, 0
         while index < rounds.num_rounds and rounds.steps_before(index + 1) <= step:
             index += 1
@@ -116,7 +163,7 @@ class Cost:
             steps = (step - rounds.steps_before(index)) // min(self.processes, self.num_shards)
         quota = rounds.steps_in(index) if index < rounds.num_rounds else 1
         done, midway = divmod(steps, quota)  # proxies of each process that are done, and steps of the next
-        files: dict[Any, int] = {("theta", index): self.sets}
+        files: dict[Any, int] = {("theta", index): self.theta(index)}
         groups = min(self.processes, self.num_shards)
         for number in range(self.num_shards):
             mine = number // groups  # the how-manieth of its process
@@ -145,7 +192,7 @@ class Cost:
             kept.append(self.files(rounds, step))
             most = max(most, _together(kept) + others)
             kept = kept[-total_limit:] if total_limit else kept
-        return most + self.pipeline
+        return most + self.output(rounds.num_rounds)
 
 
 def checkpoint_steps(rounds: Rounds, every: int) -> list[int]:
@@ -157,21 +204,12 @@ def _together(checkpoints: Iterable[dict[tuple, int]]) -> int:
     return sum({key: size for files in checkpoints for key, size in files.items()}.values())
 
 
-def _bytes(modules, but=None):
-    return sum(p.nbytes for module in modules if module is not but for p in module.parameters())
-
-
-def pipeline_bytes(family: Family) -> int:
-    """The files of the trained pipeline, nearly: its parameters."""
-    return _bytes(part for part in vars(family).values() if isinstance(part, torch.nn.Module))
-
-
 def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk: bool = False) -> Cost:
     """The cost of a run that is about to start."""
-    parts = [part for part in vars(family).values() if isinstance(part, torch.nn.Module)]
+    trained = [p for p in family.denoiser.parameters() if p.requires_grad]
     return Cost(
-        parameters=sum(p.numel() for p in family.denoiser.parameters()),
-        frozen=_bytes(parts, but=family.denoiser),
+        parameters=sum(p.numel() for p in trained),
+        frozen=family.nbytes - sum(p.nbytes for p in trained),
         num_shards=layout.num_shards,
         processes=layout.num_processes,
         ema=settings.use_ema,
@@ -180,7 +218,16 @@ def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk:
         moments_of_one=MOMENTS_8BIT if settings.use_8bit_adam else MOMENTS,
         offload_ema=settings.offload_ema,
         on_cpu=layout.device.type == "cpu",
+        adapters=None if settings.lora_rank is None else adapters_of(settings, family.denoiser),
     )
+
+
+def adapters_of(settings: LoraSettings, denoiser: torch.nn.Module) -> Adapters:
+    """The adapters of a denoiser, which has them."""
+    layers = adapted(denoiser).values()
+    shapes = tuple(shape_of(layer.base_layer) for layer in layers)
+    magnitudes = sum(shape[0] for shape in shapes) if settings.use_dora else 0
+    return Adapters(shapes, size_of(settings)[0], settings.lora_average, settings.save_merged, magnitudes)
 
 
 def describe(cost: Cost, rounds: Rounds, every: int, total_limit: int | None) -> str:

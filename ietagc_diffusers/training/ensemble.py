@@ -259,7 +259,7 @@ class IterativeEnsemble:
         """A proxy has done its steps of the round."""
         self._tell("on_retire", proxy)
         if self.layout.leads:
-            self.weights.add_to_mean()
+            self.weights.add_to_mean(proxy.shard)
         proxy.suspend(self.streams)
         self.moments.retire(proxy, self.layout.leads)
         if len(self.proxies) > 1:
@@ -280,7 +280,7 @@ class IterativeEnsemble:
         )
         for proxy in self.proxies.values():
             proxy.end_round(self.plan.shards[proxy.shard])
-        row = self._round_row(totals, self.plan.num_moved(previous))
+        row = self._round_row(totals, self.plan.num_moved(previous)) | self.weights.notes
         self.rows.append(row)
         self.round, self.progress, self.seconds = self.round + 1, [0] * self.layout.num_shards, 0.0
         self._report("on_round", row)
@@ -370,6 +370,7 @@ class IterativeEnsemble:
             self.scaler.load_state_dict(run["scaler"])
         self.plan = ShardPlan.from_state_dict(checkpoint.state("plan"))
         self.history.load_state_dict(checkpoint.state("history"))
+        self.weights.round = self.round
         self.weights.load(checkpoint.folder)
         counts = {int(name.split("-")[1]): checkpoint.state(name)["count"] for name in checkpoint.names("mean-")}
         if self.layout.is_main:

@@ -15,10 +15,10 @@ from ..data.conditions import Condition
 from ..data.rows import content_hash
 from ..errors import UsageError
 from ..run_folder import RunFolder
-from ..settings import Resume
+from ..settings import Resume, declared
 from .ensemble import IterativeEnsemble
 from .proxy import Proxy
-from .settings import TrainingSettings
+from .settings import LoraSettings, TrainingSettings
 
 logger = get_logger(__name__)
 FIXED_MARKS = ("data", "num_samples", "sample_order")  # of the fingerprint, beside settings
@@ -89,6 +89,8 @@ def fingerprint(
     """
     values = settings.values() | {"bank_buckets": buckets}
     shaping = settings.shaping(Resume.SAME) | settings.shaping(Resume.FIXED) | settings.shaping(Resume.BUDGET)
+    if settings.lora_rank is None:
+        shaping -= {entry.name for entry in declared(LoraSettings)}
     marks = {name: values[name] for name in shaping}
     marks["train_batch_size"] *= run.layout.size
     marks["pretrained_model_name_or_path"] = base_mark(settings.pretrained_model_name_or_path)

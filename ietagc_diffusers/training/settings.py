@@ -1,6 +1,6 @@
 """Settings of a training: optimization, checkpoints and records, the Hub; and all settings of a script together."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..data.settings import DataSettings
@@ -189,6 +189,57 @@ class RecordSettings:
     )
 
 
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # the official scripts': the layers of attention
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters instead of all weights."""
+
+    lora_rank: int | None = setting(
+        None,
+        "Train adapters of this rank (LoRA); 4 is the official scripts'. With several shards Adam's moments start each "
+        "round from zero (--optimizer_state reset). Default: train all weights.",
+        resume=Resume.FIXED,
+        type=int,
+        aliases=["rank"],
+        **at_least(1),
+    )
+    lora_alpha: float | None = setting(
+        None,
+        "The update is scaled by this over the rank. Default: the rank.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda alpha: alpha > 0,
+        wanted="over 0",
+    )
+    lora_dropout: float = setting(
+        0.0,
+        "Dropout of what goes into the adapters.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda rate: 0 <= rate < 1,
+        wanted="in [0, 1)",
+    )
+    lora_target_modules: list[str] | tuple[str, ...] = setting(
+        LORA_TARGETS, "Names, or ends of names, of the layers that get adapters.", resume=Resume.FIXED, several=True
+    )
+    use_dora: bool = setting(
+        False, "DoRA: train magnitudes apart from directions; with one shard only.", resume=Resume.FIXED, type=bool
+    )
+    lora_average: str = setting(
+        "svd",
+        "The mean of several proxies, which is of their products: svd (the nearest adapter of the same rank after each "
+        "round), concatenate (likewise, but the saved one is the exact mean, of rank K r), or fold (exact: folded into "
+        "the base after each round; the saved adapter's rank grows with the rounds).",
+        resume=Resume.FIXED,
+        choices=["svd", "concatenate", "fold"],
+    )
+    save_merged: bool = setting(
+        False, "Save a whole pipeline with the adapter merged in, beside the adapter.", resume=Resume.FREE, type=bool
+    )
+
+
 @dataclass(kw_only=True)
 class HubSettings:
     """Upload of the result."""
@@ -207,6 +258,7 @@ class TrainingSettings(
     CaptionSettings,
     ObjectiveSettings,
     OptimizationSettings,
+    LoraSettings,
     RecordSettings,
     HubSettings,
 ):
@@ -217,6 +269,7 @@ class TrainingSettings(
         "data": DataSettings,
         "captions": CaptionSettings,
         "training": OptimizationSettings,
+        "LoRA": LoraSettings,
         "objective": ObjectiveSettings,
         "checkpoints and records": RecordSettings,
         "Hub": HubSettings,
@@ -235,6 +288,7 @@ class TrainingSettings(
         check_values(self)
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
+        self._check_lora()
         if self.cache_latents is not None and not self.center_crop:
             raise UsageError(
                 "`cache_latents`: without `center_crop` each visit crops the image at another place, and a cache holds "
@@ -243,10 +297,40 @@ class TrainingSettings(
         if self.non_ema_revision is None:
             self.non_ema_revision = self.revision
 
+    def _check_lora(self):
+        if self.lora_rank is None:
+            for entry in declared(LoraSettings):
+                given = getattr(self, entry.name)
+                given = tuple(given) if isinstance(given, list) else given
+                if given != entry.default:
+                    raise UsageError(f"`{entry.name}`: is of adapters; give `lora_rank` too, or leave it out")
+            return
+        several = self.method.num_shards > 1
+        if self.use_ema:
+            raise UsageError(
+                "`use_ema`: the moving average of an adapter's factors is not that of the models, and there is no "
+                "other for `lora_rank`; leave it out"
+            )
+        if self.use_dora and several:
+            raise UsageError(
+                f"`use_dora`: the mean of the models of `num_shards` {self.method.num_shards} is no DoRA; give "
+                "`num_shards` 1, or leave it out"
+            )
+        if several and self.method.optimizer_state == "average":
+            raise UsageError(
+                "`optimizer_state` average: with `lora_rank` the mean has other factors than the proxies, so that "
+                "moments do not fit them; give reset"
+            )
+        if several:  # for the same reason none are kept
+            self.method = replace(self.method, optimizer_state="reset")
+        self.lora_alpha = self.lora_alpha or float(self.lora_rank)
+
     def values(self) -> dict[str, Any]:
         """All effective values by flag, JSON- and YAML-ready, without secrets; the method's too."""
         shown = [entry.name for entry in declared(type(self)) if not entry.metadata["secret"]]
-        return {name: getattr(self, name) for name in shown} | self.method.to_dict()
+        values = {name: getattr(self, name) for name in shown}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return values | self.method.to_dict()
 
     def shaping(self, resume: Resume) -> set[str]:
         """Names of the settings, the method's too, that a resumed run treats as ``resume`` says."""

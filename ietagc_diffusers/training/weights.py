@@ -1,6 +1,6 @@
 """What is trained: the denoiser's weights and, if there is one, their moving average; and their mean over proxies."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class Weights:
     On the device are those of the proxy in training or, between rounds, of the aggregated model theta_hat. With several
     shards theta_hat waits in ``place`` too, and the running mean of the next one.
 
-    A subclass for another parametrisation (adapters) overrides ``live``, ``encode`` and ``decode``: means are taken of
-    what ``encode`` gives, the space in which the mean of models is a model.
+    A subclass for another parametrisation (``LoraWeights``) overrides ``parameters``, ``live``, ``encode``, ``decode``
+    and the files: means are taken of what ``encode`` gives, and ``decode`` makes the mean of the models of them.
 
     Args:
         family: whose ``denoiser`` is trained.
@@ -48,6 +48,7 @@ class Weights:
         self.ema: Any = ema
         self.offload_ema = offload_ema
         self.round = 0  # how many times theta_hat was made
+        self.notes: dict[str, float] = {}  # what the last averaging adds to the round's record
         live = self.live()
         self.aggregated: dict[str, Tensors] | None = None
         self.means: dict[str, ModelAverage] = {}
@@ -76,13 +77,13 @@ class Weights:
         """theta_hat, as far as it is known: that of the last round, or with one shard the model as it is."""
         return self.live() if self.aggregated is None else self.aggregated
 
-    def encode(self, tensors: Tensors) -> Tensors:
-        """A set as the tensors whose mean over proxies is taken: here itself."""
+    def encode(self, tensors: Tensors, shard: int = 0) -> Tensors:
+        """The set of a shard's proxy as the tensors whose mean over proxies is taken: here itself."""
         return tensors
 
-    def decode(self, name: str, mean: torch.Tensor) -> Tensors:
-        """The tensors of a set that a mean stands for, by name."""
-        return {name: mean}
+    def decode(self, means: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """The tensors of theta_hat, (name, tensor) each, from the means of what ``encode`` gave."""
+        return means
 
     @property
     def added(self) -> int:
@@ -97,11 +98,11 @@ class Weights:
             for name, tensor in tensors.items():
                 live[key][name].copy_(tensor)
 
-    def add_to_mean(self) -> None:
-        """A proxy has done its steps of the round: count the weights on the device in."""
+    def add_to_mean(self, shard: int = 0) -> None:
+        """The proxy of a shard has done its steps of the round: count the weights on the device in."""
         live = self.live()
         for key, mean in self.means.items():
-            mean.add(self.encode(live[key]))
+            mean.add(self.encode(live[key], shard))
 
     def aggregate(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """theta_hat becomes the mean of what was counted in (eq. 9), and the model on the device theta_hat.
@@ -111,14 +112,10 @@ class Weights:
         if self.aggregated is None:
             return
         for key, like in self.live().items():
-            old = self.aggregated[key]
-            self.aggregated[key] = self.place.keep(f"theta-{key}", like, self._means(key, total), old, owned=True)
+            old, means = self.aggregated[key], self.decode(self.means[key].mean(total))
+            self.aggregated[key] = self.place.keep(f"theta-{key}", like, means, old, owned=True)
         self.round += 1
         self.put()
-
-    def _means(self, key, total):
-        for name, mean in self.means[key].mean(total):
-            yield from self.decode(name, mean).items()
 
     def start_average(self, steps: int) -> None:
         """The moving average goes on at a proxy's own number of steps, which its decay depends on."""
@@ -159,8 +156,16 @@ class Weights:
         """Whether all weights on the device are finite."""
         return all(bool(t.isfinite().all()) for tensors in self.live().values() for t in tensors.values())
 
-    def save_pipeline(self, folder: Path) -> None:
-        """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one."""
+    @property
+    def output_bytes(self) -> int:
+        """The files that ``save_pipeline`` writes at the end of a run, nearly: their tensors."""
+        return self.family.nbytes
+
+    def save_pipeline(self, folder: Path, final: bool = False) -> None:
+        """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one.
+
+        ``final``: whether this is the result of the run, not a model on its way.
+        """
         with self.averaged():
             self.family.save_pipeline(folder)
 

@@ -8,7 +8,6 @@ from ...checkpoint import NoRoom, Writer, gigabytes, room
 from ...errors import UsageError
 from ...run_folder import RunFolder
 from ...tensor_files import NotFinite
-from ..cost import pipeline_bytes
 from ..ensemble import Callback
 from .faults import Ended
 
@@ -28,7 +27,7 @@ class Checkpoints(Callback):
 
     def on_start(self, run):
         self.last = run.global_step or None  # a run that starts late was resumed from there
-        final, next_one = pipeline_bytes(run.weights.family), self.writer.need(run)
+        final, next_one = run.weights.output_bytes, self.writer.need(run)
         if not run.layout.is_main:
             return
         left = room(self.folder.path)
@@ -79,8 +78,8 @@ class Checkpoints(Callback):
         if not run.weights.is_finite():
             raise Ended(f"{path}: no pipeline is written, since trained weights are not finite")
         try:
-            self.writer.make_room(pipeline_bytes(run.weights.family))
-            run.weights.save_pipeline(path)
+            self.writer.make_room(run.weights.output_bytes)
+            run.weights.save_pipeline(path, final=True)
         except NoRoom as error:
             raise Ended(f"`output_dir` {path}: {error}") from error
         except Exception as error:

@@ -1,0 +1,56 @@
+"""Means of low-rank updates (eq. 9 for adapters): of their products, not of their factors."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Factors(NamedTuple):
+    """An update of a weight matrix as the product ``up @ down``: float tensors (O, n) and (n, I)."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """n: the rank that the product can have."""
+        return self.down.shape[0]
+
+    def product(self) -> torch.Tensor:
+        """The update itself, float64 (O, I)."""
+        return self.up.double() @ self.down.double()
+
+
+class Truncated(NamedTuple):
+    """``factors`` of a lower rank, and the energy (the sum of squares) of the whole update and of what was left out."""
+
+    factors: Factors
+    energy: float
+    discarded: float
+
+
+def total(parts: Sequence[Factors]) -> Factors:
+    """The exact sum of updates: their factors side by side, of rank n_1 + n_2 + ..."""
+    return Factors(torch.cat([part.up for part in parts], dim=1), torch.cat([part.down for part in parts]))
+
+
+def truncate(factors: Factors, rank: int) -> Truncated:
+    """The nearest update of a rank (in the sum of squares), without forming the matrix; float32.
+
+    An update of at most that rank stays as it is, bit for bit. Otherwise ``down`` has orthogonal rows, all as long as
+    those of the given ``down`` are on the root mean square: how fast ``up`` learns depends on that length, and so stays
+    what it was. The signs are fixed, so that equal updates have equal factors.
+    """
+    if factors.rank <= rank:
+        return Truncated(factors, 0.0, 0.0)
+    up, down = factors.up.double(), factors.down.double()
+    basis_up, core_up = torch.linalg.qr(up)
+    basis_down, core_down = torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(core_up @ core_down.T)
+    left, kept, right = (basis_up @ left)[:, :rank], values[:rank], (right @ basis_down.T)[:rank]
+    largest = right.gather(1, right.abs().argmax(dim=1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    length = down.norm() / factors.rank**0.5
+    scaled = Factors((left * kept * sign.T / length).float(), (right * sign * length).float())
+    return Truncated(scaled, values.square().sum().item(), values[rank:].square().sum().item())
