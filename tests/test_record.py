@@ -215,7 +215,10 @@ def adapter(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda w, run: adapter(w / "lora"), "holds a LoRA, not a pipeline; load it into its base model"),
+        (
+            lambda w, run: adapter(w / "lora"),
+            "holds a LoRA, not a pipeline; set --model to its base model, and --lora to this",
+        ),
         (lambda w, run: adapter(w / "lora") / "pytorch_lora_weights.safetensors", "is a LoRA, not a pipeline"),
         (lambda w, run: (adapter(w / "l") / "pytorch_lora_weights.safetensors").rename(w / "x.safetensors"), "a LoRA"),
         (lambda w, run: run / "unet" / "diffusion_pytorch_model.safetensors", "is a file; a pipeline is a folder"),
