@@ -217,7 +217,7 @@ def adapter(folder):
     [
         (
             lambda w, run: adapter(w / "lora"),
-            "holds a LoRA, not a pipeline; set --model to its base model, and --lora to this",
+            "holds a LoRA, not a pipeline; set --model to its base",
         ),
         (lambda w, run: adapter(w / "lora") / "pytorch_lora_weights.safetensors", "is a LoRA, not a pipeline"),
         (lambda w, run: (adapter(w / "l") / "pytorch_lora_weights.safetensors").rename(w / "x.safetensors"), "a LoRA"),
