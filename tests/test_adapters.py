@@ -152,7 +152,7 @@ def test_an_adapter_without_its_base_says_what_to_give(base, run, tmp_path):
     shutil.copy(run / ADAPTER_FILE, tmp_path)
     with pytest.raises(UsageError, match="holds a LoRA, not a pipeline; set `model` to its base"):
         load_pipeline(tmp_path, Settings())
-    with pytest.raises(UsageError, match="is a file; a pipeline is a folder"):
+    with pytest.raises(UsageError, match="is a LoRA, not a pipeline; set `model`"):
         load_pipeline(tmp_path / ADAPTER_FILE, Settings())
     (tmp_path / "ietagc").mkdir()
     (tmp_path / "ietagc" / "config.yaml").write_text("pretrained_model_name_or_path: /moved/away\n")
