@@ -160,7 +160,11 @@ def check_plain(settings: Settings) -> None:
 
 
 def check_apart(
-    output: str | Path, inputs: dict[str, str | None], model: str | Path | None = None, setting: str = "output"
+    output: str | Path,
+    inputs: dict[str, str | None],
+    model: str | Path | None = None,
+    setting: str = "output",
+    recorded: Sequence[str] = (),
 ) -> None:
     """Raise ``UsageError`` if what is written into the folder ``output`` would change what is read.
 
@@ -168,10 +172,13 @@ def check_apart(
         inputs: {setting: folder of images, or file of prompts, that is read}; what is not on this machine, such as an
             id on the Hub, cannot be changed.
         model: the model's folder, or its id on the Hub.
+        recorded: folders of training images that the model records, which the next training reads.
     """
     place = Path(output).resolve()
     drawn = place / IMAGES
-    for name, value in inputs.items():
+    read_here = [(f"`{name}` {value}", value) for name, value in inputs.items()]
+    read_here += [(f"{value}, which the model was trained on", value) for value in recorded]
+    for name, value in read_here:
         if value is None or not Path(value).exists():
             continue
         read = Path(value).resolve()
@@ -181,7 +188,7 @@ def check_apart(
             spoilt = read.is_relative_to(drawn) or (read.parent == place and read.name in WRITTEN)
         if spoilt:
             raise UsageError(
-                f"`{setting}` {output}: what is written there would get into `{name}` {value}; give a folder elsewhere"
+                f"`{setting}` {output}: what is written there would get into {name}; give a folder elsewhere"
             )
     if model is not None and Path(model).is_dir() and _spoils_model((place, drawn), Path(model).resolve()):
         raise UsageError(

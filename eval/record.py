@@ -229,8 +229,8 @@ def _compared(
             if found.captions != record.settings.get("captions_hash"):
                 warnings = (f"{_trained_on(record)} Its captions were others than those of {images.source}.",)
             return TrainingSet(images.select(used), record, warnings, _of_selection(used, rows, images))
-    what = f"{source} holds other images" if source is not None else f"{images.source} has changed since"
-    return TrainingSet(images, record, (f"{_trained_on(record)} {what[0].upper()}{what[1:]}: {len(rows)} rows.",))
+    what = f"The images of {source} are others" if source is not None else f"Since then, {images.source} has changed"
+    return TrainingSet(images, record, (f"{_trained_on(record)} {what}: {len(rows)} rows.",))
 
 
 def _of_selection(used: np.ndarray, rows: Dataset, images: ImageSet) -> tuple[str, ...]:

@@ -82,12 +82,15 @@ def judge(scores: dict[str, Any], limits: Limits, strict: bool = False, warnings
         strict: whether intervals decide: a number passes only if the upper end of its 95% interval is within the limit,
             and fails only if the lower end is over it. Otherwise the number decides, and the verdict says where the
             interval reaches over the limit.
-        warnings: sentences that are added to the verdict.
+        warnings: sentences on doubts that the training images are those of the model. They are added to the verdict,
+            and with ``strict`` a model does not pass with them.
     """
     protocol = scores["protocol"]
     findings = [*_of_limits(scores, limits, strict), *_of_images(scores)]
     outcomes = [finding.outcome for finding in findings]
     outcome: Outcome = "failed" if FAILED in outcomes else "inconclusive" if INCONCLUSIVE in outcomes else "passed"
+    if strict and warnings and outcome == PASSED:
+        outcome = "inconclusive"  # other images than those that were trained on prove nothing
     measured = f"descriptor {protocol['descriptor']}, copies over {protocol['copy_similarity']:g}"
     sentences = [f"{outcome.capitalize()} ({measured}): {'; '.join(finding.text for finding in findings)}."]
     sentences += [finding.advice for finding in findings if finding.advice]

@@ -130,7 +130,7 @@ def test_images_that_the_model_was_not_trained_on_are_told(copy, run, pictures, 
     for image in (tmp_path / "pictures").glob("*.png"):
         image.write_bytes(image.read_bytes() + b"\0")
     found = training_set(run, str(tmp_path / "pictures"))
-    assert "holds other images: 24 rows" in found.warnings[0] and len(found.images) == 24
+    assert "are others: 24 rows" in found.warnings[0] and len(found.images) == 24
     text = copy.config_file.read_text()
     copy.config_file.write_text(text.replace(str(pictures), "gone"))
     copy.training_rows_file.unlink()
@@ -171,6 +171,21 @@ def test_the_audit_warns_once_and_in_the_verdict(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.count("warning: The model records that it was trained on") == 1
     assert "was trained on pictures" in said.out and "trained on" in (tmp_path / "other" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", ["audit --descriptor=pixel", "generate", "detect", "front --heldout=owner/set", "figures"]
+)
+def test_nothing_is_written_into_the_images_that_a_model_records(run, pictures, tmp_path, capsys, command):
+    name, *flags = command.split()
+    model = {"front": f"--run=ours={run}", "figures": f"--run={run}"}.get(name, f"--model={run}")
+    if name in ("generate", "detect"):
+        (tmp_path / "prompts.txt").write_text("a prompt")
+        flags.append(f"--prompts={tmp_path / 'prompts.txt'}")
+    before = sorted(pictures.rglob("*"))
+    assert main([name, model, *flags, f"--output={pictures / 'out'}"]) == 2
+    assert f"would get into {pictures}, which the model was trained on" in capsys.readouterr().err
+    assert sorted(pictures.rglob("*")) == before
 
 
 def test_a_resumed_run_keeps_its_record_and_knows_what_was_shown(base, pictures, run, tmp_path):

@@ -295,17 +295,24 @@ def heldout_images(args: Namespace) -> "ImageSet | None":
     return load_images(args.heldout, "heldout", *columns) if args.heldout else None
 
 
-def check_apart(args: Namespace, *inputs: str) -> None:
+def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) -> None:
     """Raise ``UsageError`` if ``output`` or the feature cache would change the images or prompts of these settings, or
-    the model.
+    the model, or the images that it records.
+
+    Args:
+        model: what records its training images; by default the setting of this name.
     """
     from ietagc_diffusers.eval.audit import check_apart
+    from ietagc_diffusers.eval.record import recorded_training
 
-    read = {name: getattr(args, name, None) for name in inputs}
-    check_apart(args.output, read, getattr(args, "model", None))
+    read, recorded = {name: getattr(args, name, None) for name in inputs}, list[str]()
+    model = model if model is not None else getattr(args, "model", None)
+    if model is not None and Path(model).is_dir() and (record := recorded_training(model)) is not None:
+        recorded = list(record.places.values())
+    check_apart(args.output, read, getattr(args, "model", None), recorded=recorded)
     cache = getattr(args, "feature_cache", None)
     if cache not in (None, "none"):
-        check_apart(cache, read, setting="feature_cache")
+        check_apart(cache, read, setting="feature_cache", recorded=recorded)
 
 
 def prompts_of(args: Namespace, training: "ImageSet | None") -> "list[Prompt]":

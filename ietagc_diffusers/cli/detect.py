@@ -31,6 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     common.check_positive(args, "steps", "generations", "num_inference_steps", "batch_size", "resolution")
+    common.check_apart(args, "prompts", "memorized", "others")
     prompts, labels = _prompts(args)
     from ietagc_diffusers.eval.detect import Detection, detect
 

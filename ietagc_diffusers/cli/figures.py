@@ -20,6 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     scores = common.named_folders(args.scores, "scores")
+    common.check_apart(args, "train", model=args.run)
     from ietagc_diffusers.eval.paper_figures import draw_all
     from ietagc_diffusers.eval.report import Scored
 

@@ -50,6 +50,7 @@ def run(args: Namespace) -> None:
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     first = next(iter(runs.values()))[0]
     RunFolder(first).config()  # a run has settings
+    common.check_apart(args, "train", "heldout", "reference", model=first)
     training = common.training_set(args, first).images
     columns = {"image_column": args.image_column, "text_column": args.caption_column}
     columns = {name: column for name, column in columns.items() if column is not None}

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from ..console import say
 from . import common
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def run(args: Namespace) -> None:
         training = _training_images(args, state.is_main_process)
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
     generate(args.model, prompts, args.output, settings, device, state)
+    if state.is_main_process:
+        say(f"{args.output}: {len(prompts)} images")
 
 
 def _training_images(args: Namespace, is_main: bool) -> "ImageSet | None":
