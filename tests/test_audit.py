@@ -253,6 +253,13 @@ def test_a_verdict_stands_beside_the_rates_that_are_usual():
     assert "Of 20 held-out pictures 15.0% are (95% interval 5.2% to 36.0%)" in sentence
 
 
+def test_a_strict_audit_does_not_pass_in_doubt_of_the_training_images():
+    scores, doubt = scores_of(0, 1000), ["The model records that it was trained on others."]
+    assert judge(scores, Limits(0.01), True).passed and judge(scores, Limits(0.01), False, doubt).passed
+    assert judge(scores, Limits(0.01), True, doubt).exit_code == 4
+    assert judge(scores_of(500, 1000), Limits(0.01), True, doubt).exit_code == 3
+
+
 def test_the_three_verdicts_have_three_colours_and_marks(training, fresh, audited):
     _, output, _ = audited
     scored = Scored.load(output, "model | $5 <b>")
