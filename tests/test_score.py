@@ -68,7 +68,7 @@ class Sharpness(Kind):
 
 
 def test_a_metric_is_one_class_and_one_registration(training, fresh, tmp_path, monkeypatch):
-    monkeypatch.setattr("ietagc_diffusers.eval.score.KINDS", [*KINDS, Sharpness])
+    monkeypatch.setattr("ietagc_diffusers.eval.tools.KINDS", [*KINDS, Sharpness])
     monkeypatch.setitem(METRICS, "sharpness", Sharpness.metrics[0])
     scores = scored(fresh, training, tmp_path / "s")
     low, high = scores["sharpness_ci95"]
