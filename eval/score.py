@@ -25,6 +25,7 @@ from .image_sets import ImageSet, content_hash, load_again, unusable
 from .metrics import ImageSets, Measured
 from .protocol import Protocol
 from .tools import Tools
+from .views import small_views
 
 __all__ = [
     "BACKGROUND",
@@ -169,9 +170,11 @@ def _describe(
     describe = functools.partial(embed, cache=cache, batch_size=protocol.batch_size)
     pixels = Pixels(protocol.pixels or _common_edge(generated, describe))
     extractors = tools.extractors(pixels)
-    training_features = describe(
-        training, extractors | tools.training_extractors(pixels), desc="Describing training images"
-    )
+    small = {} if heldout is None else small_views()
+    of_training = extractors | tools.training_extractors(pixels)
+    if heldout is not None:
+        of_training["small_views"] = small["small_views"]
+    training_features = describe(training, of_training, desc="Describing training images")
     generated_features = describe(
         generated, extractors | tools.generated_extractors, desc="Describing generated images"
     )
@@ -186,7 +189,7 @@ def _describe(
             )
     heldout_features = None
     if heldout is not None:
-        described: dict[str, Extractor] = {"pixels": pixels, **tools.queries}
+        described: dict[str, Extractor] = {"pixels": pixels, **tools.queries, **small}
         heldout_features = describe(heldout.files(), described, desc="Describing held-out pictures").distinct()
         _check_held_out(heldout_features, training_features)
     return ImageSets(

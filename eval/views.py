@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ietagc_diffusers.sscd import Descriptor
+from ietagc_diffusers.sscd import Descriptor, pixel_descriptor
 
 from .features import Extractor
 from .vectors import Several
@@ -61,6 +61,13 @@ class Views:
 
 
 ALL_VIEWS = Views()
+SMALL = 8  # pixels: what is left of a picture that was resized, recompressed or squashed
+
+
+def small_views() -> dict[str, Extractor]:
+    """Thumbnails of an image's centre and of the whole, as it is and mirrored, which tell versions of one picture."""
+    crops = Crops(pixel_descriptor(SMALL), None)
+    return {"small_views": crops, "small_views_mirrored": Mirrored(crops)}
 
 
 def spacing_of(descriptor: Descriptor) -> float:

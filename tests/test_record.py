@@ -292,3 +292,12 @@ def test_a_record_that_is_not_there_or_not_in_reach_is_unknown(hub, monkeypatch,
     assert pipeline_folder("me/model").name == "0a1b" and recorded_training("me/model") is None
     assert trained_resolution("me/model") is None
     assert len([record for record in caplog.records if "cannot be looked up" in record.message]) == warns
+
+
+@pytest.mark.parametrize("command", [["audit", "--descriptor=pixel"], ["generate"]])
+def test_what_is_drawn_does_not_get_into_the_recorded_training_images(run, pictures, capsys, command):
+    """The place that the model records is as safe from the output as one that is given."""
+    flags = [*command, "--model", str(run), "--num_images=1", "--num_inference_steps=1"]
+    assert main([*flags, "--output", str(pictures / "audit")]) == 2
+    assert "would get into" in capsys.readouterr().err
+    assert not (pictures / "audit").exists()

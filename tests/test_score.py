@@ -23,7 +23,7 @@ from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric
+from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric, similarity
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScore
 from ietagc_diffusers.eval.metrics.intervals import wilson_interval
@@ -68,7 +68,7 @@ class Sharpness(Kind):
 
 
 def test_a_metric_is_one_class_and_one_registration(training, fresh, tmp_path, monkeypatch):
-    monkeypatch.setattr("ietagc_diffusers.eval.score.KINDS", [*KINDS, Sharpness])
+    monkeypatch.setattr("ietagc_diffusers.eval.tools.KINDS", [*KINDS, Sharpness])
     monkeypatch.setitem(METRICS, "sharpness", Sharpness.metrics[0])
     scores = scored(fresh, training, tmp_path / "s")
     low, high = scores["sharpness_ci95"]
@@ -574,3 +574,16 @@ def test_names_with_signs_of_a_formula_or_a_leading_underscore_are_shown_as_they
         page = write_report([Scored.load(tmp_path / "s", name)], tmp_path / "r.html").read_text()
         svg = html.unescape(re.search(r"(?s)<svg.*?</svg>", page)[0])
         assert " ".join(name.split()) in svg and "could not be drawn" not in page
+
+
+def test_held_out_versions_of_training_images_are_left_out_though_the_descriptor_sees_others(
+    training, fresh, tmp_path, monkeypatch
+):
+    """To SSCD a smaller version is less similar than a near duplicate, and would make copies look usual."""
+    monkeypatch.setattr(similarity, "NEAR_DUPLICATE", 2)
+    held = write_folder(tmp_path / "held", 9, seed=4)
+    picture = Image.open(training / "020_0.png").convert("RGB")
+    ImageOps.mirror(picture).save(held / "mirrored.jpg", quality=90, subsampling=0)
+    sets = load_images(fresh, "x"), load_images(training, "x")
+    scores = score(*sets, tmp_path / "s", Tools(PIXEL), heldout=load_images(held, "heldout"))
+    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 1

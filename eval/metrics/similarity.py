@@ -17,6 +17,9 @@ from .intervals import as_float64, difference
 SIM_PERCENTILE = 95
 BACKGROUND_SAMPLES = 10_000
 NEAR_DUPLICATE = 0.95  # held-out pictures more similar to a training image show the same picture
+# So do those whose thumbnails are more similar. SSCD gives a smaller or recompressed version only 0.7 to 0.9, and
+# enough of these among the held-out pictures would make copies look usual.
+SAME_THUMBNAIL = 0.98
 
 
 def sim_score(similarities: Values | list) -> float:
@@ -117,12 +120,12 @@ class Similarity(Kind):
         if sets.heldout is None:
             return missing(OF_HELDOUT, "there are no held-out pictures: set `heldout`", {"num_heldout": 0})
         similarity, _ = self._nearest(sets.heldout, sets.training)
-        kept = similarity[similarity <= NEAR_DUPLICATE]
+        kept = similarity[(similarity <= NEAR_DUPLICATE) & ~self._same_thumbnail(sets.heldout, sets.training)]
         num_near = len(similarity) - len(kept)
         counts = {"num_heldout": len(kept), "num_heldout_near_duplicates": num_near}
         notes = (
             f"{num_near} of {len(similarity)} held-out pictures have a similarity over {NEAR_DUPLICATE} to a training "
-            "image: they are taken for other versions of it and left out",
+            "image, or the same thumbnail: they are taken for other versions of it and left out",
         )
         if not len(kept):
             return missing(OF_HELDOUT, "all held-out pictures are also in the training set", counts, notes=notes)
@@ -130,6 +133,13 @@ class Similarity(Kind):
         scores = HELDOUT_SIM_SCORE.of(kept) | HELDOUT_COPY_RATE.of(usual)
         scores |= EXCESS_COPY_RATE.of(copies, usual, groups=sets.prompts)
         return Measured(scores | counts, notes=notes if num_near else ())
+
+    def _same_thumbnail(self, heldout: Embedded, training: Embedded) -> torch.Tensor:
+        """Whether each picture (N,), as it is or mirrored, has the thumbnail of a training image."""
+        references = training.several["small_views"].vectors
+        search = functools.partial(most_similar, references=references, **self.protocol.exact_search)
+        ways = [heldout.several[name] for name in ("small_views", "small_views_mirrored")]
+        return best_of(search, ways)[0] > SAME_THUMBNAIL
 
     def _background(self, sets: ImageSets) -> Measured:
         """The similarity of each training image to its nearest other one; the rate counts duplicates once."""

@@ -279,6 +279,10 @@ def training_set(args: Namespace, model: str | Path | None = None, is_main: bool
     found = find(model, args.train, args.image_column, caption_column, args.dataset_config_name, args.dataset_split)
     for warning in found.warnings if is_main else ():
         print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)
+    if args.train is None and isinstance(args.output, str):  # the recorded place was not known before
+        from ietagc_diffusers.eval.audit import check_apart
+
+        check_apart(args.output, {"train": found.images.source})
     return found
 
 
