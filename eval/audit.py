@@ -82,6 +82,8 @@ def audit(
     if tools is None:
         return None
     generated = load_images(output / IMAGES, "output")
+    # Files of another origin, put beside them, would dilute the rate.
+    generated = generated.select(i for i, row in enumerate(generated.rows) if row.get("seed") is not None)
     about = {
         "model": str(model),
         "model_hash": model_hash(model, lora=settings.lora),

@@ -16,6 +16,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
+from ietagc_diffusers.data.decoder import VERSION
 from ietagc_diffusers.errors import UsageError
 
 from .image_sets import NO_ROW, BadImage, ImageSet, comparable, content_hash, to_tensor
@@ -54,7 +55,8 @@ class FeatureCache:
         self.path = None
         self.connection: sqlite3.Connection | None = None
         if folder is not None:
-            text = json.dumps(identity, sort_keys=True)
+            # Another decoder makes other pixels of the same file.
+            text = json.dumps([VERSION, identity], sort_keys=True)
             self.path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.sqlite"
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -187,7 +187,8 @@ def training_set(
     if record is None:
         if source is None:
             raise UsageError(f"`train`: {model} does not record what it was trained on; give the training images")
-        return TrainingSet(_unrecorded(source, given))
+        unknown = () if model is None else (f"{model} does not record whether it was trained on these images",)
+        return TrainingSet(_unrecorded(source, given), notes=unknown)
     settings = _settings(record, source, given)
     try:
         rows = read_source(settings, (settings.caption_column,), "train").rows

@@ -277,12 +277,12 @@ def _too_small(sets: ImageSets, descriptor: Descriptor) -> Measured:
     edges = {name: x.features["size"].amin(dim=1) for name, x in sides.items()}
     small = [name for name, edge in edges.items() if (edge <= SSCD_EDGE).double().mean() > 0.5]
     if not small:
-        return Measured()
+        return Measured({"too_small_for_descriptor": False})
     text = (
         f"most {' and '.join(small)} images have at most {SSCD_EDGE} pixels on their small edge: of such images "
         f"{descriptor.name} misses many copies, so compare their pixels too: `descriptor` pixel, and MQ"
     )
-    return Measured(notes=(text,))
+    return Measured({"too_small_for_descriptor": True}, notes=(text,))
 
 
 def _record(sets: ImageSets, measured: Measured, tools: Tools) -> dict[str, Any]:

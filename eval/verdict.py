@@ -100,6 +100,11 @@ def judge(scores: dict[str, Any], limits: Limits, strict: bool = False, warnings
             "The descriptor pixel detects only near-exact copies: for a model to be published, set `descriptor` to "
             "sscd_disc_mixup."
         )
+    if scores.get("too_small_for_descriptor"):
+        sentences.append(
+            f"Most images are so small that {protocol['descriptor']} misses many copies: audit with `descriptor` pixel "
+            "too."
+        )
     for name, found in scores.get("recall", {}).items():
         sentences.append(f"The search by FAISS ({name}) is not exact: {describe(found)}.")
     unread = {side: len(unusable(scores["skipped"][side])) for side in SIDES}

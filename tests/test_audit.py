@@ -98,6 +98,15 @@ def test_audit_passes_a_model_that_copies_nothing_and_leaves_its_proof(audited):
     assert "| copy rate ↓ | 0.0%" in (output / "summary.md").read_text()
 
 
+def test_files_of_another_origin_among_the_drawn_images_do_not_dilute_the_rate(audited, tmp_path):
+    flags, output, _ = audited
+    again = shutil.copytree(output, tmp_path / "again")
+    for number in range(20):
+        shutil.copy(again / "images" / "000000.png", again / "images" / f"own-{number}.png")
+    assert main([str(again) if flag == str(output) else flag for flag in flags]) == 0
+    assert json.loads((again / "scores.json").read_text())["num_generated"] == 6
+
+
 def test_audit_fails_over_the_limits_with_3_and_tells_github(audited, monkeypatch, capsys):
     flags, output, _ = audited
     page = output.parent / "summary"

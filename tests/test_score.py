@@ -566,6 +566,10 @@ def test_noise_is_told_from_pictures_of_the_same_kind_and_few_images_from_nothin
     assert honest["distance"] < TOO_FAR < bad["distance"]
     for pair in (("few", "known"), ("made", "few")):
         assert set(found[pair].values()) == {None}
+    # A network may find noise similar: pixels tell it, whatever finds the copies.
+    torch.jit.script(Blobs()).save(str(tmp_path / "blobs.torchscript.pt"))
+    network = Protocol(descriptor=str(tmp_path / "blobs.torchscript.pt"), copy_similarity=0.9)
+    assert scored(noise, known, tmp_path / "s", network)["plausibility"] == bad
 
 
 def test_names_with_signs_of_a_formula_or_a_leading_underscore_are_shown_as_they_are(training, fresh, tmp_path):

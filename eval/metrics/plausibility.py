@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ietagc_diffusers.sscd import pixel_descriptor
+
 from ..features import Embedded, Extractor, Pixels
 from ..neighbours import most_similar
-from ..views import best_of
+from ..views import Crops, best_of
 from .base import ImageSets, Kind, Measured
 from .frechet import frechet_distance
 
@@ -29,7 +31,7 @@ class Plausibility(Kind):
     """What a verdict needs to tell pictures from noise: the entry ``plausibility`` of the scores.
 
     ``num_of_one_colour``: images whose pixels are a single flat colour, within rounding and noise.
-    ``median_similarity`` of the generated images to the nearest training image, and the similarity
+    ``median_similarity`` of the generated images' pixels to the nearest training image, and the similarity
     ``usual_similarity`` that 99% of the training images have to their nearest other one.
     ``distance``: Fréchet distance of thumbnails of both sets, in units of the training thumbnails' total variance: a
     model that draws one grey picture has 1 or more. What cannot be said of so few images is null.
@@ -39,7 +41,8 @@ class Plausibility(Kind):
 
     @property
     def extractors(self) -> dict[str, Extractor]:
-        return {"thumbnail": Pixels(THUMBNAIL)}
+        # Pixels tell noise from pictures, which networks that find copies were never shown: the thresholds are theirs.
+        return {"thumbnail": Pixels(THUMBNAIL), "look": Crops(pixel_descriptor(), None)}
 
     def measure(self, sets: ImageSets) -> Measured:
         training = sets.distinct_training.select(_sample(len(sets.distinct_training.kept)))
@@ -54,14 +57,14 @@ class Plausibility(Kind):
         unknown = dict.fromkeys(("median_similarity", "usual_similarity"))
         if min(len(generated.kept), len(training.kept)) < ENOUGH_FOR_SIMILARITY:
             return unknown
-        shown, search = training.several["views"], self.protocol.search_options
+        shown, search = training.several["look"], self.protocol.exact_search
         groups = torch.arange(len(training.kept)), shown.owners
         among = most_similar(shown.middle(), shown.vectors, groups=groups, **search)[0][:, 0]
         others = among[among <= SAME_PICTURE].double().numpy()
         if len(others) < ENOUGH_FOR_SIMILARITY:
             return unknown
         compare = functools.partial(most_similar, references=shown.vectors, **search)
-        similarity = best_of(compare, [generated.several["views"]])[0]
+        similarity = best_of(compare, [generated.several["look"]])[0]
         usual = float(np.percentile(others, UNUSUAL_PERCENTILE))
         return {"median_similarity": similarity.double().median().item(), "usual_similarity": usual}
 
