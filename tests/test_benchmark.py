@@ -182,6 +182,16 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def heard():
+    """Signals as a terminal sends them: one that runs in the background was told to ignore some of them."""
+    kinds = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in kinds.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def lives(pid):
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -198,7 +208,7 @@ def lives(pid):
         ("deaf", "ignores", "own", signal.SIGTERM),
     ],
 )
-def test_no_training_survives_its_benchmark(tmp_path, monkeypatch, training, launcher, number, session):
+def test_no_training_survives_its_benchmark(tmp_path, monkeypatch, heard, training, launcher, number, session):
     """Whatever the launcher does with signals: the training saves its checkpoint, or is killed after the grace."""
     place = tmp_path / training
     command = [sys.executable, "-c", LAUNCHER, TRAINING, place, session, launcher]

@@ -165,10 +165,10 @@ def test_a_disk_without_room_for_the_pipeline_is_refused_before_the_first_step(f
 def test_no_checkpoint_of_weights_that_are_not_finite(flags, tmp_path, monkeypatch, caplog):
     add = Weights.add_to_mean
 
-    def spoilt(self):
+    def spoilt(self, shard):
         if next(iter(self.means.values())).count == 1:
             next(iter(self.live()["unet"].values())).view(-1)[3] = float("nan")
-        add(self)
+        add(self, shard)
 
     monkeypatch.setattr(Weights, "add_to_mean", spoilt)
     with pytest.raises(Ended):

@@ -24,6 +24,7 @@ IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "faiss-cpu": "faiss", "open-cl
 NOT_IMPORTED = {
     "xformers": "diffusers computes attention with it",
     "mypy": "a command",
+    "pytest-xdist": "a plugin of pytest",
     "ruff": "a command",
     "setuptools": "builds the package",
     "types-pyyaml": "for mypy",

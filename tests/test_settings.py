@@ -49,7 +49,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "enable_xformers_memory_efficient_attention", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
         "resume_from_checkpoint", "resume_allow", "logging_dir", "report_to", "tracker_project_name",
         "validation_prompts", "validation_epochs", "on_bad_sample", "log_every", "save_shards", "save_rounds",
-        "push_to_hub", "hub_model_id", "hub_token", "proxy_state",
+        "push_to_hub", "hub_model_id", "hub_token", "proxy_state", "save_merged",
     }  # fmt: skip
     for name in ("alpha", "image_column", "pretrained_model_name_or_path", "revision", "variant", "seed"):
         assert name in settings.shaping(Resume.SAME)

@@ -26,7 +26,10 @@ def plain(base, pictures, tmp_path_factory):
     return weights(train_here(train_flags(base, pictures, *FULL), tmp_path_factory.mktemp("plain") / "run"))
 
 
-@pytest.mark.parametrize("flag", ["--fused_adam", "--channels_last", "--compile", "--gradient_checkpointing"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--fused_adam", "--channels_last", pytest.param("--compile", marks=pytest.mark.slow), "--gradient_checkpointing"],
+)
 def test_results_agree(base, pictures, plain, tmp_path, monkeypatch, flag):
     # The compiler's graphs, without the minutes that its kernels take to build.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
