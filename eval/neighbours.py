@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 MARGIN = 8  # candidates beyond k: rounding of the expanded square can swap neighbours that are nearly tied
 # An expanded square is the difference of sums; where it is a smaller share of them than this, rounding shows in it.
-# Above, the rounding of float32 products (about 1e-6 of the sums) changes a distance by 1e-5 of itself at most.
+# Where it is larger, float32 rounds products by about 1e-6 of the sums, and so a distance by at most 1e-5 of itself.
 CANCELS = 1 / 16
 QUERY_CHUNK = 1024
 PAIRS = 2**18  # pairs of vectors that are listed at a time

@@ -95,8 +95,8 @@ def _of_file(path: Path) -> str:
         return f"is a file of a pipeline; give its folder, {path.parent}"
     return (
         "is a file; a pipeline is a folder. A checkpoint in a single file becomes one by "
-        "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`; the weights of a UNet alone belong "
-        "into the unet folder of a copy of the base model"
+        "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`; a file with only a UNet's weights "
+        "goes into the unet folder of a copy of the base model"
     )
 
 

@@ -189,7 +189,7 @@ def _of_byte_lists(chunk):
 
 
 def _replaced(rows, column, make, feature):
-    """The rows with a column made anew, chunk by chunk; what is not copied stays in the file that it is mapped from."""
+    """The rows with a converted column, chunk by chunk; the other columns stay in the file that they come from."""
     table = rows.data.table
     place = table.schema.get_field_index(column)
     chunks = [make(chunk) for chunk in table[column].chunks]

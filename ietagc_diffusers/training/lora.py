@@ -205,7 +205,7 @@ class LoraWeights(Weights):
         yield names[1], factors.down.float().reshape(factors.rank, *down.shape[1:]).contiguous()
 
     def encode(self, tensors: Tensors, shard: int = 0) -> Tensors:
-        """All proxies' factors side by side, (K, ...) each, of which a proxy has its own: their sum has all."""
+        """A proxy's factors in its own place of (K, ...) zeros, so that the sum over proxies has the factors of all."""
 
         def alone(tensor):
             places = torch.zeros(self.num_shards, *tensor.shape)
@@ -215,7 +215,7 @@ class LoraWeights(Weights):
         return {name: alone(tensor) for name, tensor in tensors.items()}
 
     def decode(self, means: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The factors of theta_hat from those of the proxies, each a K-th of itself."""
+        """The factors of theta_hat from those of the proxies, which come divided by K, as a mean over K."""
         found = dict(means)
         energy = discarded = 0.0
         for layer in self.layers:
