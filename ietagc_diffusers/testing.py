@@ -17,8 +17,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .families import StableDiffusion
-from .families.settings import BaseModelSettings
+from .families import FAMILIES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -172,16 +171,7 @@ def random_xl_pipeline(
         )
 
 
-def family_of_pipeline(pipeline: StableDiffusionPipeline, **objective: Any) -> StableDiffusion:
-    """The family around a pipeline's parts, which it shares. ``objective``: options of ``TextToImageObjective``."""
-    return StableDiffusion(
-        BaseModelSettings(),
-        pipeline.scheduler,
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        pipeline.vae,
-        pipeline.unet,
-        "cpu",
-        torch.float32,
-        **objective,
-    )
+def family_of_pipeline(pipeline: Any, **objective: Any) -> Any:
+    """The family around a pipeline's parts, which it shares. ``objective``: options of its objective."""
+    kind: Any = next(family for family in FAMILIES if type(pipeline) in family.pipelines)
+    return kind.of_pipeline(pipeline, **objective)
