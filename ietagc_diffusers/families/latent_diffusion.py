@@ -28,7 +28,7 @@ class LatentDiffusion(Family):
 
     Attributes:
         settings: of the base.
-        tokenizers, text_encoders: by the names of their folders in the pipeline.
+        tokenizers, text_encoders: those that the base has, by the names of their folders in the pipeline.
         vae: frozen, as the text encoders are.
         resting: parts that wait on the host.
     """
@@ -52,7 +52,8 @@ class LatentDiffusion(Family):
         **objective: Any,
     ):
         self.settings = settings
-        self.tokenizers, self.text_encoders = dict(tokenizers), dict(text_encoders)
+        self.tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+        self.text_encoders = {name: encoder for name, encoder in text_encoders.items() if encoder is not None}
         self.vae, self.denoiser = vae, denoiser
         self.device, self.dtype = torch.device(device), dtype
         self.resting: list[torch.nn.Module] = []
@@ -67,12 +68,11 @@ class LatentDiffusion(Family):
     @property
     def present(self) -> list[Reader]:
         """The readers that this pipeline has."""
-        return [reader for reader in self.readers if self.text_encoders.get(reader.encoder_name) is not None]
+        return [reader for reader in self.readers if reader.encoder_name in self.text_encoders]
 
     @property
     def parts(self) -> list[torch.nn.Module]:
-        found = [*self.text_encoders.values(), self.vae, self.denoiser]
-        return [part for part in found if part is not None]
+        return [*self.text_encoders.values(), self.vae, *([] if self.denoiser is None else [self.denoiser])]
 
     @abstractmethod
     def make_objective(self, scheduler: Any, **options: Any) -> LatentObjective:
@@ -271,8 +271,7 @@ class LatentDiffusion(Family):
         return {"images": {"precision": str(self.vae.dtype), "vae": mark_of(self.vae)}, "inputs": inputs}
 
     def rest(self, images, inputs):
-        texts = [part for part in self.text_encoders.values() if part is not None]
-        self.resting = [*([self.vae] if images else []), *(texts if inputs else [])]
+        self.resting = [*([self.vae] if images else []), *(self.text_encoders.values() if inputs else [])]
         for part in self.resting:
             part.to("cpu")
         if self.device.type == "cuda":
@@ -283,8 +282,8 @@ class LatentDiffusion(Family):
         try:
             return self.pipelines[0].from_pretrained(
                 s.pretrained_model_name_or_path,
-                **self.text_encoders,
-                **self.tokenizers,
+                **{reader.encoder_name: self.text_encoders.get(reader.encoder_name) for reader in self.readers},
+                **{reader.tokenizer_name: self.tokenizers.get(reader.tokenizer_name) for reader in self.readers},
                 **{self.denoiser_name: self.denoiser},
                 vae=self.vae,
                 revision=s.revision,

@@ -51,7 +51,7 @@ class StableDiffusion3(LatentDiffusion):
         return self.settings.max_sequence_length if reader.suffix == T5 else super().length(reader)
 
     def fits(self):
-        config, t5 = self.denoiser.config, self.text_encoders[f"text_encoder{T5}"]
+        config, t5 = self.denoiser.config, self.text_encoders.get(f"text_encoder{T5}")
         clips = sum(text.config.hidden_size for text in self._clips())
         # The embeddings of CLIP are filled up with zeros to the width of T5's.
         width = max(clips, config.joint_attention_dim) if t5 is None else t5.config.d_model
@@ -84,7 +84,7 @@ class StableDiffusion3(LatentDiffusion):
         return {"encoder_hidden_states": both, "pooled_projections": torch.cat(pooled, dim=-1)}
 
     def _of_t5(self, inputs, like):
-        encoder = self.text_encoders[f"text_encoder{T5}"]
+        encoder = self.text_encoders.get(f"text_encoder{T5}")
         if encoder is not None:
             return encoder(inputs[f"input_ids{T5}"].to(encoder.device))[0]
         return like.new_zeros(*like.shape[:2], self._joint_width)  # as the pipeline
