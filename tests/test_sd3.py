@@ -98,7 +98,9 @@ def test_a_level_stands_for_its_noise(pipeline):
     objective, drawn = family.objective, draw(family, 40)
     again = objective.at_levels(drawn, drawn.levels)
     assert torch.equal(again.levels, drawn.levels) and again.noise is drawn.noise
-    assert (again.steps - drawn.steps).abs().max() <= 1  # a level is a range of noise
+    first, last = (1000 * objective.density.of((drawn.levels.double() + edge) / 1000) for edge in (0, 1))
+    for steps in (again.steps, drawn.steps):  # a level is a range of noise
+        assert (first.floor() - 1 <= steps).all() and (steps <= last.ceil() + 1).all()
     ordered = objective.at_levels(drawn, torch.arange(0, 1000, 25))
     assert (objective.sigmas(ordered).diff() < 0).all()
 
@@ -149,13 +151,11 @@ def test_a_base_without_t5_is_trained(pictures, tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     flags = train_flags(tmp_path / "base", pictures, *METHOD, "--validation_prompts=a red picture")
     out = train_here(flags, tmp_path / "out")
-    assert (
-        not (out / "text_encoder_3").exists() and StableDiffusion3Pipeline.from_pretrained(out).text_encoder_3 is None
-    )
+    assert not (out / "text_encoder_3").exists()
+    StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None)  # diffusers wants it said
     frozen = StableDiffusion3.load_frozen(out)
-    losses = FixedLosses(frozen, torch.zeros(4, 3, 16, 16), CAPTIONS, draws=2)(
-        StableDiffusion3.load_denoiser(out, "transformer")
-    )
+    transformer = StableDiffusion3.load_denoiser(out, "transformer")
+    losses = FixedLosses(frozen, torch.zeros(4, 3, 16, 16), CAPTIONS, draws=2)(transformer)
     assert losses.shape == (4,) and losses.isfinite().all()
 
 
