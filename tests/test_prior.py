@@ -137,39 +137,43 @@ def mean_loss(model, inputs, targets):
     return (model(inputs) - targets).square().mean() if len(inputs) else 0 * model.weight.sum()
 
 
-def step_of_process(rank, folder, size, accumulation, skipped):
-    """One process's part of the step: batches of the group lie one after another, in the order of the processes."""
+def steps_of_process(rank, folder, size):
+    """One process's part of a step of each case; in a batch of the group the processes' parts follow one another."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    layout = Layout(1, size, rank)
-    own, others = numbers(1, 100), numbers(2, 100)
-    first = rank * accumulation * BATCH
-    loaders = [Listed(*rows, [BATCH] * accumulation, first) for rows in (own, others)]
-    prior = Prior(loaders[1], WEIGHT, (0, 0), RandomStreams(), "`prior_dir` d")
-    gradient, _ = gradient_of_a_step(Skipping(skipped, layout), loaders[0], prior, accumulation, layout)
-    torch.save(gradient, folder / f"gradient-{rank}.pt")
+    for number, (accumulation, skipped) in enumerate(CASES):
+        layout = Layout(1, size, rank)
+        loaders = [Listed(*numbers(seed, 100), [BATCH] * accumulation, rank * accumulation * BATCH) for seed in (1, 2)]
+        prior = Prior(loaders[1], WEIGHT, (0, 0), RandomStreams(), "`prior_dir` d")
+        gradient, _ = gradient_of_a_step(Skipping(skipped, layout), loaders[0], prior, accumulation, layout)
+        torch.save(gradient, folder / f"gradient-{number}-{rank}.pt")
     if size > 1:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("skipped", [(), (0, 2, 4, 5), tuple(range(100))])
+# Micro-batches, and which samples are skipped: none, some (of one batch all) or all.
+CASES = [(micro, skipped) for micro in (1, 3) for skipped in ((), (0, 2, 3, 4, 5), tuple(range(100)))]
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_loss_is_the_mean_over_the_kept_plus_the_weighted_mean_over_the_prior(
-    tmp_path, size, accumulation, skipped
-):
-    """Whether none, some (of one batch all but one) or all are skipped; on one process and on two."""
-    rows = size * accumulation * BATCH
-    (x, y), (prior_x, prior_y) = (tuple(part[:rows] for part in numbers(seed, 100)) for seed in (1, 2))
-    keep = [row for row in range(rows) if row not in skipped]
-    wanted = gradient_of(lambda model: mean_loss(model, x[keep], y[keep]) + WEIGHT * mean_loss(model, prior_x, prior_y))
+def test_the_loss_is_the_mean_over_the_kept_plus_the_weighted_mean_over_the_prior(tmp_path, size):
+    """On one process and on two that share the shard."""
     if size == 1:
-        step_of_process(0, tmp_path, 1, accumulation, skipped)
+        steps_of_process(0, tmp_path, 1)
     else:
-        mp.spawn(step_of_process, (tmp_path, size, accumulation, skipped), nprocs=size)
-    for rank in range(size):
-        torch.testing.assert_close(torch.load(tmp_path / f"gradient-{rank}.pt"), wanted, rtol=1e-5, atol=1e-6)
+        mp.spawn(steps_of_process, (tmp_path, size), nprocs=size)
+    for number, (accumulation, skipped) in enumerate(CASES):
+        rows = size * accumulation * BATCH
+        (x, y), (prior_x, prior_y) = (tuple(part[:rows] for part in numbers(seed, 100)) for seed in (1, 2))
+        keep = [row for row in range(rows) if row not in skipped]
+
+        def loss(model, own=(x[keep], y[keep]), prior=(prior_x, prior_y)):
+            return mean_loss(model, *own) + WEIGHT * mean_loss(model, *prior)
+
+        for rank in range(size):
+            found = torch.load(tmp_path / f"gradient-{number}-{rank}.pt")
+            torch.testing.assert_close(found, gradient_of(loss), rtol=1e-5, atol=1e-6)
 
 
 def test_in_the_official_order_each_micro_batch_weighs_as_its_own_does():

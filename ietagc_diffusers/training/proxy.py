@@ -171,6 +171,7 @@ class Proxy:
 
         Adds replaced rows to ``bad``. Returns whether the loss is finite, as far as the gradient will not show it.
         """
+        assert self.prior is not None
         batches = len(self.seen)
         total = torch.zeros((), device=self.device)
         for number in range(batches):

@@ -61,7 +61,7 @@ class BadSamples(Callback):
 
     def __init__(self, folder: RunFolder, sample_ids: Sequence[int], stop: Callable[[UsageError], None] | None = None):
         self.path, self.sample_ids, self.stop = folder.bad_samples_file, sample_ids, stop
-        self.named: set[int | str] | None = None
+        self.named: set[int | str | None] | None = None
 
     def on_bad_samples(self, run, proxy, bad):
         if self.named is None:
