@@ -110,12 +110,13 @@ class StableDiffusion(Family):
             snr_gamma=settings.snr_gamma,
             dream_detail_preservation=settings.dream_detail_preservation if settings.dream_training else None,
             embedding_noise=(config and config.embedding_noise) or 0.0,
+            trains_text=getattr(settings, "train_text_encoder", False),
         )
         family._check_parts()
         family._draw_at(getattr(settings, "resolution", None))
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
-            family.objective.unconditional = family.encode_text(family.tokenize([""]))
+            family.objective.unconditional = family.objective.encode_inputs(family.tokenize([""]))
         return family
 
     def _draw_at(self, resolution):
@@ -172,7 +173,10 @@ class StableDiffusion(Family):
         pinned = {"revision": s.revision, "cache_dir": s.cache_dir}
         return _part(UNet2DConditionModel, s.pretrained_model_name_or_path, "unet", variant=s.variant, **pinned)
 
-    @torch.no_grad()
+    @property
+    def text_encoders(self):
+        return {"text_encoder": self.text_encoder}
+
     def encode_text(self, inputs: Tensors) -> Tensors:
         """The captions' embeddings, (B, L, D)."""
         ids = inputs["input_ids"].to(self.text_encoder.device)

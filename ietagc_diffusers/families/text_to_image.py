@@ -79,7 +79,9 @@ class TextToImageObjective(Objective):
         snr_gamma: min-SNR weighting, None is off.
         dream_detail_preservation: DREAM's p, None is off.
         embedding_noise: scale of Gaussian noise on the caption's embedding, 0 is off (GN, Somepalli et al. 2023).
-        unconditional: the condition of the empty caption, tensors (1, ...); ``losses_and_magnitudes`` needs it.
+        unconditional: what ``encode_inputs`` gives of the empty caption, tensors (1, ...); ``losses_and_magnitudes``
+            needs it.
+        trains_text: see ``Objective``; conditions are then a batch's ``inputs``, which each forward encodes.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class TextToImageObjective(Objective):
         dream_detail_preservation: float | None = None,
         embedding_noise: float = 0.0,
         unconditional: Tensors | None = None,
+        trains_text: bool = False,
     ):
         prediction_type = scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
@@ -112,6 +115,7 @@ class TextToImageObjective(Objective):
         self.dream_detail_preservation = dream_detail_preservation
         self.embedding_noise = embedding_noise
         self.unconditional = unconditional
+        self.trains_text = trains_text
 
     @property
     def num_levels(self) -> int:
@@ -129,8 +133,13 @@ class TextToImageObjective(Objective):
         """``moments`` (B, 2C, h, w): mean and logarithm of the variance of the VAE's posterior."""
         return {"moments": self.vae.encode(images.to(self.dtype)).latent_dist.parameters}
 
+    @torch.no_grad()
     def encode_inputs(self, inputs: Tensors) -> Tensors:
-        return self.encode_text(inputs)
+        return inputs if self.trains_text else self.encode_text(inputs)
+
+    def _told(self, condition: Tensors) -> Tensors:
+        """A condition as the denoiser takes it."""
+        return self.encode_text(condition) if self.trains_text else condition
 
     @torch.no_grad()
     def draw(self, encoded: Encoded) -> Drawn:
@@ -175,7 +184,7 @@ class TextToImageObjective(Objective):
         latents[rows] = self._sample(posterior.mean, posterior.std, drawn.posterior_noise[rows])
         return replace(drawn, latents=latents)
 
-    def _noisy_and_target(self, model, drawn):
+    def _noisy_and_target(self, model, drawn, condition):
         """What the model is shown and what it should say: noisy latents and target, both (B, C, h, w)."""
         noisy = self.scheduler.add_noise(drawn.latents, drawn.added_noise, drawn.timesteps)
         if self.scheduler.config.prediction_type == "epsilon":
@@ -190,7 +199,7 @@ class TextToImageObjective(Objective):
                 drawn.noise,
                 noisy,
                 target,
-                drawn.condition["encoder_hidden_states"],
+                condition["encoder_hidden_states"],
                 self.dream_detail_preservation,
             )
         return noisy, target
@@ -201,8 +210,9 @@ class TextToImageObjective(Objective):
 
     def predict(self, model: Callable, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
-        noisy, target = self._noisy_and_target(model, drawn)
-        return self._call(model, noisy, drawn.timesteps, drawn.condition), target
+        condition = self._told(drawn.condition)
+        noisy, target = self._noisy_and_target(model, drawn, condition)
+        return self._call(model, noisy, drawn.timesteps, condition), target
 
     def losses(self, model: Callable, drawn: Drawn) -> torch.Tensor:
         """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
@@ -217,11 +227,13 @@ class TextToImageObjective(Objective):
         """
         if self.unconditional is None:
             raise ValueError("losses_and_magnitudes needs the condition of the empty caption")
-        noisy, target = self._noisy_and_target(model, drawn)
-        prediction = self._call(model, noisy, drawn.timesteps, drawn.condition)
+        condition = self._told(drawn.condition)
+        noisy, target = self._noisy_and_target(model, drawn, condition)
+        prediction = self._call(model, noisy, drawn.timesteps, condition)
         with torch.no_grad():
             nothing = {
-                name: tensor.expand(len(drawn), *tensor.shape[1:]) for name, tensor in self.unconditional.items()
+                name: tensor.expand(len(drawn), *tensor.shape[1:])
+                for name, tensor in self._told(self.unconditional).items()
             }
             unconditional = self._call(model, noisy, drawn.timesteps, nothing)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
