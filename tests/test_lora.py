@@ -87,7 +87,9 @@ def settings(*more, base="m"):
 def weights(average="svd", num_shards=SHARDS, targets=CONVOLUTIONS, seed=0, *more):
     torch.manual_seed(0)
     family = testing.family_of_pipeline(testing.random_pipeline(["a red picture"]))
-    about = settings(f"--lora_average={average}", f"--lora_alpha={ALPHA}", "--lora_target_modules", *targets.split(), *more)
+    about = settings(
+        f"--lora_average={average}", f"--lora_alpha={ALPHA}", "--lora_target_modules", *targets.split(), *more
+    )
     add_adapter(family, about)
     return LoraWeights(family, num_shards, about, seed)
 
@@ -386,7 +388,10 @@ def test_half_precision_is_for_what_is_frozen(base):
         (["--save_merged"], "`save_merged`: is of adapters"),
         (["--scale_weight_norms=1"], "`scale_weight_norms`: is of adapters"),
         (["--lora_rank=4", "--scale_weight_norms=0"], "`scale_weight_norms` 0.0: must be over 0"),
-        (["--lora_rank=4", "--scale_weight_norms=1", "--lora_average=fold"], "`scale_weight_norms`: with `lora_average`"),
+        (
+            ["--lora_rank=4", "--scale_weight_norms=1", "--lora_average=fold"],
+            "`scale_weight_norms`: with `lora_average`",
+        ),
         (["--rank=4", "--scale_weight_norms=1", "--use_dora", "--num_shards=1"], "`scale_weight_norms`: DoRA's update"),
     ],
 )

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +18,7 @@ from ..run_folder import ADAPTER_FILE
 from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
+TOKEN_IDS = "input_ids"  # begins the names of texts among a batch's inputs
 Image = Any  # PIL's
 Tensors = dict[str, torch.Tensor]
 
@@ -57,6 +58,10 @@ class Objective(ABC):
         """Noise, levels and all else that is random."""
 
     @abstractmethod
+    def at_levels(self, drawn: Any, levels: torch.Tensor) -> Any:
+        """``drawn`` with other noise levels (B,) and nothing else changed."""
+
+    @abstractmethod
     def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:
         """``drawn`` with the samples ``rows`` showing ``images`` (N, 3, H, W): same noise, level and conditioning."""
 
@@ -78,6 +83,7 @@ class Family(ABC):
 
     Attributes:
         denoiser: the trained module.
+        text_encoders: by their name in a pipeline; {} for a family without.
         objective: ``Objective``.
         settings: what the base was loaded by.
         device: of all parts; dtype: of the frozen parts and of the images.
@@ -90,6 +96,7 @@ class Family(ABC):
     # The layers of the text encoders that get adapters: the official scripts', those of attention.
     text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
+    text_encoders: dict[str, Any]
     denoiser: Any  # a diffusers model: a torch.nn.Module with a configuration
     objective: Objective
     settings: BaseModelSettings
@@ -97,19 +104,19 @@ class Family(ABC):
     dtype: torch.dtype
 
     @property
+    @abstractmethod
     def parts(self) -> list[torch.nn.Module]:
         """All modules, the denoiser among them."""
-        return [part for part in vars(self).values() if isinstance(part, torch.nn.Module)]
 
     @property
-    def text_encoders(self) -> dict[str, torch.nn.Module]:
-        """The text encoders that adapters can be trained on, by their attribute, which is their name in a pipeline."""
+    def adaptable_texts(self) -> dict[str, Any]:
+        """The text encoders that adapters can be trained on, by name."""
         return {}
 
     @property
     def trained(self) -> dict[str, Any]:
         """The trained modules by their name in a pipeline, the denoiser first."""
-        return {self.denoiser_name: self.denoiser} | (self.text_encoders if self.objective.trains_text else {})
+        return {self.denoiser_name: self.denoiser} | (self.adaptable_texts if self.objective.trains_text else {})
 
     @property
     def nbytes(self) -> int:
@@ -157,9 +164,8 @@ class Family(ABC):
     def checkpoint_gradients(self) -> None:
         """Recompute activations of the trained modules in the backward pass."""
         self.denoiser.enable_gradient_checkpointing()
-        for encoder in self.text_encoders.values() if self.objective.trains_text else ():
-            # The other kind gives no gradient where a layer's input needs none, as that of the first layer.
-            cast(Any, encoder).gradient_checkpointing_enable({"use_reentrant": False})
+        for encoder in self.adaptable_texts.values() if self.objective.trains_text else ():
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})  # as diffusers does it for the denoiser
 
     @contextmanager
     def text_adapted(self, adapter: str | Path) -> Iterator[bool]:
@@ -168,13 +174,13 @@ class Family(ABC):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
         told = {name.partition(".")[0] for name in tensors}
-        own = {name: encoder for name, encoder in self.text_encoders.items() if name in told}
+        own = {name: encoder for name, encoder in self.adaptable_texts.items() if name in told}
         loader: Any = self.pipelines[0]
         try:
             for name, encoder in own.items():
                 adapted = copy.deepcopy(encoder)
                 loader.load_lora_into_text_encoder(tensors, None, adapted, prefix=name, metadata=about)
-                setattr(self, name, adapted)
+                self._put({name: adapted})
             yield bool(own)
         finally:
             self._put(own)
@@ -196,13 +202,16 @@ class Family(ABC):
     def _put(self, modules):
         """Modules, by their name in a pipeline, in the place of those that the family has."""
         for name, module in modules.items():
-            setattr(self, "denoiser" if name == self.denoiser_name else name, module)
+            if name == self.denoiser_name:
+                self.denoiser = module
+            else:
+                self.text_encoders[name] = module
 
     def load_again(self, name: str) -> torch.nn.Module:
         """A second copy of a trained module, by its name in a pipeline, as the base has it; float32, on the host."""
         if name == self.denoiser_name:
             return self.load_average()
-        s, kind = self.settings, cast(Any, type(self.text_encoders[name]))
+        s, kind = self.settings, type(self.text_encoders[name])
         return kind.from_pretrained(
             s.pretrained_model_name_or_path,
             subfolder=name,
