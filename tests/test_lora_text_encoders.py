@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import launch, train_flags, train_here
+from conftest import COLOURS, launch, train_flags, train_here
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -114,7 +114,7 @@ def test_magnitudes_are_of_the_encoder_as_it_is(family):
         assert losses.requires_grad and not magnitudes.requires_grad
 
 
-# Two encoders
+# Several encoders
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -158,6 +158,21 @@ def test_files_have_the_names_that_diffusers_writes(tmp_path):
     StableDiffusionXLPipeline.save_lora_weights(tmp_path / "theirs", unet, one, two)
     ours, theirs = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("make", [testing.random_xl_pipeline, testing.random_sd3_pipeline])
+def test_families_with_several_encoders_train_those_of_clip(pictures, tmp_path, make):
+    base = make([f"a {colour} picture" for colour in COLOURS])
+    base.save_pretrained(tmp_path / "base")
+    flags = [*train_flags(tmp_path / "base", pictures, *ALONE), "--learning_rate=1e-2", "--save_merged"]
+    folder = train_here(flags, tmp_path / "run")
+    trained = {name.split(".")[0] for name, t in load_file(folder / ADAPTER_FILE).items() if ".up." in name and t.any()}
+    assert trained == {"transformer" if hasattr(base, "transformer") else "unet", "text_encoder", "text_encoder_2"}
+    stock = type(base).from_pretrained(tmp_path / "base")
+    plain = draw(stock)
+    stock.load_lora_weights(folder)
+    merged = draw(DiffusionPipeline.from_pretrained(folder))
+    assert np.abs(draw(stock) - merged).max() < 1e-3 < np.abs(plain - merged).max()
 
 
 # Runs

@@ -228,7 +228,9 @@ class LoraWeights(Weights):
     def after_step(self) -> None:
         """Scale each layer's update down to the norm that ``scale_weight_norms`` allows."""
         limit = self.settings.scale_weight_norms
-        for layer in self.layers.values() if limit is not None else ():
+        if limit is None:
+            return
+        for layer in self.layers.values():
             up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
             scale = shrinking(Factors(up.flatten(1), down.flatten(1)), limit / self.scaling)
             up.mul_(scale)
