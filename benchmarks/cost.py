@@ -180,7 +180,7 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     count = sum(p.numel() for p in pipeline.unet.parameters())
     frozen = testing.family_of_pipeline(pipeline).nbytes - count * costs.FLOAT32
     del pipeline
-    flags = [flag for flag in flags if flag != "--use_ema"] + ["--use_ema"] * ema
+    flags += ["--use_ema"] * ema
     more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
     more += ["--checkpointing_steps=3", "--checkpoints_total_limit=1", f"--proxy_state={place}", "--train_batch_size=1"]
     train(parse_args([*flags, *more, "--augment_range=1", f"--output_dir={scratch / 'out'}"]))

@@ -40,6 +40,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "num_shards", "epochs_per_round", "steps_per_round", "bank_buckets", "train_batch_size", "use_ema",
         "gradient_accumulation_steps", "use_8bit_adam", "max_train_samples", "deduplicate", "group_duplicates",
         "label_column", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "lora_average",
+            "train_text_encoder", "scale_weight_norms",
     }  # fmt: skip
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {

@@ -299,7 +299,7 @@ def cache_samples(
         keys: of the images' contents (N), see ``hashes.stored_hashes``.
         rows: the samples' rows, of which every text is read.
         encoder: ``families.Objective``, for ``encode_images`` and ``encode_inputs``.
-        marks: what stands for the encoders, by "images" and "inputs".
+        marks: what stands for the encoders, by "images" and "inputs"; without the latter only images are cached.
         allow_bad: leave out an image that does not decode; else ``UsageError`` names it.
         processes: those that share the work (``training.layout.Layout``).
     """
@@ -337,8 +337,10 @@ def cache_samples(
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     latents.fill(dict(sorted(first.items(), key=lambda pair: pair[1])), encode_images, "Encoding images")
     texts = None
-    values = samples.condition.values(rows)
-    if values is None:
+    values = samples.condition.values(rows) if "inputs" in marks else None
+    if "inputs" not in marks:
+        logger.info("What encodes the captions is trained: they are encoded at each visit, only images are cached")
+    elif values is None:
         logger.info("Captions are rewritten at each visit: they are encoded at each visit too, only images are cached")
     else:
         texts = Store(folder, "texts", here | marks["inputs"], processes)

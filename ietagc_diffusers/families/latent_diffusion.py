@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..data import Batch, Captions, DataSettings, View
 from ..errors import UsageError
@@ -74,6 +75,12 @@ class LatentDiffusion(Family):
     def parts(self) -> list[torch.nn.Module]:
         return [*self.text_encoders.values(), self.vae, *([] if self.denoiser is None else [self.denoiser])]
 
+    @property
+    def adaptable_texts(self):
+        """As in the official scripts: CLIP's."""
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        return {name: encoder for name, encoder in self.text_encoders.items() if isinstance(encoder, kinds)}
+
     @abstractmethod
     def make_objective(self, scheduler: Any, **options: Any) -> LatentObjective:
         """The objective around these parts."""
@@ -117,6 +124,7 @@ class LatentDiffusion(Family):
         )
         options = cls.objective_options(settings, scheduler)
         options["embedding_noise"] = (config and config.embedding_noise) or 0.0
+        options["trains_text"] = getattr(settings, "train_text_encoder", False)
         make: Any = cls
         family = make(
             settings,
@@ -137,7 +145,7 @@ class LatentDiffusion(Family):
         family.prepare_denoiser(getattr(settings, "resolution", None))
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
-            family.objective.unconditional = family.encode_text(family.tokenize([""]))
+            family.objective.unconditional = family.objective.encode_inputs(family.tokenize([""]))
         return family
 
     @classmethod

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..data import Batch
-from .base import Objective, Tensors
+from .base import TOKEN_IDS, Objective, Tensors
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,11 @@ class LatentObjective(Objective):
         scheduler: the base's, with its tables of noise levels.
         dtype: of the denoiser's input.
         embedding_noise: scale of Gaussian noise on the caption's embedding, 0 is off (GN, Somepalli et al. 2023).
-        unconditional: the condition of the empty caption, tensors (1, ...); ``losses_and_magnitudes`` needs it.
+        unconditional: what ``encode_inputs`` gives of the empty caption, tensors (1, ...); ``losses_and_magnitudes``
+            needs it.
         stored_latents: latents are float32 and contiguous, as the official script of Stable Diffusion XL reads them
             from its cache; otherwise they have ``dtype`` and the memory layout that the VAE gives.
+        trains_text: see ``Objective``; conditions then have token ids, which each forward encodes.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class LatentObjective(Objective):
         embedding_noise: float = 0.0,
         unconditional: Tensors | None = None,
         stored_latents: bool = False,
+        trains_text: bool = False,
     ):
         self.vae = vae
         self.encode_text = encode_text
@@ -102,6 +105,7 @@ class LatentObjective(Objective):
         self.embedding_noise = embedding_noise
         self.unconditional = unconditional
         self.stored_latents = stored_latents
+        self.trains_text = trains_text
 
     @property
     def num_levels(self) -> int:
@@ -119,8 +123,16 @@ class LatentObjective(Objective):
         """``moments`` (B, 2C, h, w): mean and logarithm of the variance of the VAE's posterior."""
         return {"moments": self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters}
 
+    @torch.no_grad()
     def encode_inputs(self, inputs: Tensors) -> Tensors:
-        return self.encode_text(inputs)
+        return inputs if self.trains_text else self.encode_text(inputs)
+
+    def told(self, condition: Tensors) -> Tensors:
+        """A condition as ``call`` takes it: with ``trains_text`` its token ids are encoded now, with gradient."""
+        if not self.trains_text:
+            return condition
+        others = {name: tensor for name, tensor in condition.items() if not name.startswith(TOKEN_IDS)}
+        return self.encode_text(condition) | others
 
     def posterior_noise(self, draws: Draws, mean: torch.Tensor) -> torch.Tensor:
         """The draw that picks latents from the VAE's posterior, like ``mean`` (B, C, h, w)."""
@@ -156,6 +168,7 @@ class LatentObjective(Objective):
 
     def predict(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
+        drawn = replace(drawn, condition=self.told(drawn.condition))
         noisy, target = self.noisy_and_target(model, drawn)
         return self.call(model, noisy, drawn, drawn.condition), target
 
@@ -172,11 +185,13 @@ class LatentObjective(Objective):
         """
         if self.unconditional is None:
             raise ValueError("losses_and_magnitudes needs the condition of the empty caption")
+        drawn = replace(drawn, condition=self.told(drawn.condition))
         noisy, target = self.noisy_and_target(model, drawn)
         prediction = self.call(model, noisy, drawn, drawn.condition)
         with torch.no_grad():
             nothing = {
-                name: tensor.expand(len(drawn), *tensor.shape[1:]) for name, tensor in self.unconditional.items()
+                name: tensor.expand(len(drawn), *tensor.shape[1:])
+                for name, tensor in self.told(self.unconditional).items()
             }
             unconditional = self.call(model, noisy, drawn, drawn.condition | nothing)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UsageError
-from .base import Tensors
+from .base import TOKEN_IDS, Tensors
 
 
 class Reader(NamedTuple):
@@ -28,7 +28,7 @@ class Reader(NamedTuple):
     @property
     def ids(self) -> str:
         """The name of its token ids among a batch's inputs."""
-        return f"input_ids{self.suffix}"
+        return f"{TOKEN_IDS}{self.suffix}"
 
     @property
     def encoder_name(self) -> str:

@@ -67,7 +67,6 @@ class StableDiffusion3(LatentDiffusion):
     def _clips(self):
         return [self.text_encoders[f"text_encoder{suffix}"] for suffix in ("", "_2")]
 
-    @torch.no_grad()
     def encode_text(self, inputs: Tensors) -> Tensors:
         """``encoder_hidden_states`` (B, L_CLIP + L_T5, D), the embeddings of both CLIPs side by side, filled up with
         zeros, before those of T5, which are zeros without T5; ``pooled_projections`` (B, D_1 + D_2).

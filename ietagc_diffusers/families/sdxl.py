@@ -57,7 +57,6 @@ class StableDiffusionXL(NoisePredicting):
         what = "the UNet takes added conditions of width {}, text_encoder_2 and the sizes make {}"
         return [*super().fits(), (what, unet.projection_class_embeddings_input_dim, makes)]
 
-    @torch.no_grad()
     def encode_text(self, inputs: Tensors) -> Tensors:
         """``encoder_hidden_states`` (B, L, D_1 + D_2), of the layer before the last of both encoders, and
         ``text_embeds`` (B, D_2), the pooled embedding of the second.

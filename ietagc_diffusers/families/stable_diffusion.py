@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -87,7 +86,6 @@ class StableDiffusion(NoisePredicting):
             return files
         return {"revision": settings.non_ema_revision, "cache_dir": settings.cache_dir}
 
-    @torch.no_grad()
     def encode_text(self, inputs: Tensors) -> Tensors:
         """The captions' embeddings, (B, L, D)."""
         encoder = self.text_encoders["text_encoder"]

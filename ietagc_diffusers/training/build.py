@@ -60,7 +60,7 @@ def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
     if settings.channels_last:
         family.denoiser.to(memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
-        family.denoiser.enable_gradient_checkpointing()
+        family.checkpoint_gradients()
     return family
 
 
@@ -128,13 +128,16 @@ def _of_main(accelerator, compute):
 def _cached(samples, rows, settings, accelerator, family, layout, prior):
     """The samples, read from the cache of latents; encoders that have nothing left to do leave the device."""
     keys = _of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
+    marks = family.encoder_marks()
+    if family.objective.trains_text:
+        del marks["inputs"]
     samples = cache_samples(
         samples,
         settings.cache_latents,
         keys,
         rows,
         family.objective,
-        family.encoder_marks(),
+        marks,
         settings.train_batch_size,
         accelerator.device,
         settings.replaces_bad_samples,
@@ -341,7 +344,7 @@ def build_run(
         samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
-    model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    model, *_ = [accelerator.prepare_model(module, evaluation_mode=True) for module in family.trained.values()]
     if settings.compile:
         model = torch.compile(model)
     place = waiting_place(settings, family, layout)

@@ -230,7 +230,7 @@ class IterativeEnsemble:
                     self._tell("on_bad_samples", proxy, bad)
                 if nonfinite:
                     self._tell("on_nonfinite", proxy, nonfinite)
-                self.weights.update_average()
+                self.weights.after_step()
             for shard in stepping:
                 if shard is not None:
                     self.progress[shard] += 1

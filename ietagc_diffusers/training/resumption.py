@@ -15,6 +15,7 @@ from ..data.conditions import Condition
 from ..data.rows import content_hash
 from ..data.settings import PriorSettings
 from ..errors import UsageError
+from ..method.config import MitigationConfig
 from ..run_folder import RunFolder
 from ..settings import Resume, declared
 from .ensemble import IterativeEnsemble
@@ -158,7 +159,8 @@ def resume(
         if name not in marks or name == RESOLVED:
             known = ", ".join(sorted(marks.keys() - fixed - {RESOLVED}))
             raise UsageError(f"`resume_allow` {name}: not among {known}")
-    check_fingerprint(found.fingerprint, marks, {*settings.resume_allow, *budget, RESOLVED}, fixed)
+    saved = _with_newer_settings(found.fingerprint, marks)
+    check_fingerprint(saved, marks, {*settings.resume_allow, *budget, RESOLVED}, fixed)
     _continue_rounds(run, found)
     fresh = {shard: _hyperparameters(proxy) for shard, proxy in run.proxies.items()}
     run.resume(found)
@@ -169,6 +171,17 @@ def resume(
         continues(folder, found.fingerprint, marks)
     run.layout.barrier()  # none may step, and in time remove this checkpoint, while another still reads it
     logger.info(f"Resuming from {found.folder} at step {run.global_step}")
+
+
+def _with_newer_settings(saved, marks):
+    """A fingerprint with the settings that were not there yet when it was written: the run had their defaults.
+
+    Those of adapters are only in fingerprints of runs that train some.
+    """
+    entries = [*declared(TrainingSettings), *declared(MitigationConfig)]
+    if saved.get("lora_rank") is None:
+        entries = [entry for entry in entries if entry not in declared(LoraSettings)]
+    return {entry.name: entry.default for entry in entries if entry.name in marks} | saved
 
 
 def _continue_rounds(run, found):

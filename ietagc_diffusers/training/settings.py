@@ -243,6 +243,21 @@ class LoraSettings:
     lora_target_modules: list[str] | tuple[str, ...] = setting(
         LORA_TARGETS, "Names, or ends of names, of the layers that get adapters.", resume=Resume.FIXED, several=True
     )
+    train_text_encoder: bool = setting(
+        False,
+        "Train adapters on the attention of the text encoders too, of the same rank.",
+        resume=Resume.FIXED,
+        type=bool,
+    )
+    scale_weight_norms: float | None = setting(
+        None,
+        "Scale the update of each layer down to this norm (the square root of its sum of squares) after each step, as "
+        "kohya's scripts do; 1.0 is usual. Limits how far a LoRA moves from the base.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda norm: norm > 0,
+        wanted="over 0",
+    )
     use_dora: bool = setting(
         False, "DoRA: train magnitudes apart from directions; with one shard only.", resume=Resume.FIXED, type=bool
     )
@@ -338,6 +353,20 @@ class TrainingSettings(
             raise UsageError(
                 f"`use_dora`: the mean of the models of `num_shards` {self.method.num_shards} is no DoRA; give "
                 "`num_shards` 1, or leave it out"
+            )
+        if self.scale_weight_norms is not None and self.use_dora:
+            raise UsageError(
+                "`scale_weight_norms`: DoRA's update is not the product that this limits; leave out this or `use_dora`"
+            )
+        if self.scale_weight_norms is not None and several and self.lora_average == "fold":
+            raise UsageError(
+                "`scale_weight_norms`: with `lora_average` fold the updates of all rounds add up, beyond any limit on "
+                "each; give svd or concatenate, or leave it out"
+            )
+        if self.train_text_encoder and self.method.embedding_noise:
+            raise UsageError(
+                "`embedding_noise`: is noise on embeddings that do not change, and `train_text_encoder` changes them; "
+                "leave out one of the two"
             )
         if several and self.method.optimizer_state == "average":
             raise UsageError(
