@@ -68,7 +68,7 @@ class Step:
             rows = slice(0, self.conditional.start)
             return self._predict(rows, slice(0), self.inputs["encoder_hidden_states"][rows], None)
         embeddings, *pooled = self.call.unconditional
-        return self._predict(slice(None), slice(0), embeddings, *(pooled or [None]))
+        return self._predict(slice(None), slice(0), embeddings, pooled[0] if pooled else None)
 
     def _predict(
         self, rows: slice, conditional: slice, embeddings: torch.Tensor, pooled: torch.Tensor | None
