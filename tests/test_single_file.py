@@ -76,10 +76,11 @@ def test_it_is_converted_once_and_again_when_the_content_changes(file, config, t
     assert folder_of(mine, str(config)) != first
     own = tmp_path / "own"
     shutil.copytree(config, own)
+    before = folder_of(mine, str(own))
     scheduler = own / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "epsilon"}))
     other = folder_of(mine, str(own))
-    assert len(converted) == 3
+    assert other != before and len(converted) == 4
     assert json.loads((tmp_path / other / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == (
         "epsilon"
     )
