@@ -21,6 +21,11 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def _get_option_tuples(self, option_string: str) -> list:
+        """What an abbreviation may stand for: two names of one flag are one answer."""
+        found = super()._get_option_tuples(option_string)
+        return found[:1] if len({id(action) for action, *_ in found}) == 1 else found
+
 
 def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
@@ -57,8 +62,9 @@ def _add_flag(group, entry, default):
 
 
 def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:
-    """The names of all flags but ``config``: what a recipe may have as keys."""
-    return [entry.name for entry in [*declared(MitigationConfig), *declared(kind)]]
+    """The names of all flags but ``config``, aliases among them: what a recipe may have as keys."""
+    entries = [*declared(MitigationConfig), *declared(kind)]
+    return [name for entry in entries for name in (entry.name, *entry.metadata["aliases"])]
 
 
 def known_names(kind: type[TrainingSettings] = TrainingSettings) -> set[str]:

@@ -29,8 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from .families import StableDiffusion
-from .families.settings import BaseModelSettings
+from .families import FAMILIES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -256,16 +255,7 @@ def random_sd3_pipeline(captions: Sequence[str], seed: int = 0) -> StableDiffusi
         )
 
 
-def family_of_pipeline(pipeline: StableDiffusionPipeline, **objective: Any) -> StableDiffusion:
-    """The family around a pipeline's parts, which it shares. ``objective``: options of ``TextToImageObjective``."""
-    return StableDiffusion(
-        BaseModelSettings(),
-        pipeline.scheduler,
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        pipeline.vae,
-        pipeline.unet,
-        "cpu",
-        torch.float32,
-        **objective,
-    )
+def family_of_pipeline(pipeline: Any, **objective: Any) -> Any:
+    """The family around a pipeline's parts, which it shares. ``objective``: options of its objective."""
+    kind: Any = next(family for family in FAMILIES if type(pipeline) in family.pipelines)
+    return kind.of_pipeline(pipeline, **objective)

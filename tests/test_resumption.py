@@ -34,7 +34,7 @@ OTHER = {
     "input_perturbation": 0.1, "dream_training": True, "dream_detail_preservation": 0.5, "learning_rate": 7e-4,
     "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.9,
     "adam_weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "mixed_precision": "bf16",
-    "alpha": "official",
+    "alpha": "official", "prior_loss_weight": 2.0,
 }  # fmt: skip
 # Needs other settings beside it.
 WITH = {
@@ -47,10 +47,11 @@ WITH = {
     "dream_training": {"prediction_type": "epsilon"},
     "dream_detail_preservation": {"prediction_type": "epsilon", "dream_training": True},
 }
-# What they mean is seen elsewhere: a label, a Hub revision, where things lie, or the whole precision of a run.
+# What they mean is seen elsewhere: a label, a Hub revision, where things lie, the whole precision of a run, or (in
+# test_prior.py) a set of prior pictures.
 ELSEWHERE = {
     "mitigation", "variant", "revision", "non_ema_revision", "pretrained_model_name_or_path", "image_column",
-    "caption_column", "mixed_precision",
+    "caption_column", "mixed_precision", "prior_loss_weight",
 }  # fmt: skip
 
 

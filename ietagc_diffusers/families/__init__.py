@@ -6,9 +6,11 @@ from diffusers import DiffusionPipeline
 
 from ..errors import UsageError
 from .base import WEIGHTS_FILE, Family, Objective, drawn_edge, place_name
+from .sd3 import StableDiffusion3
+from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
 
 
 def family_of(
@@ -39,6 +41,8 @@ __all__ = [
     "Family",
     "Objective",
     "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
     "drawn_edge",
     "family_of",
     "place_name",

@@ -49,6 +49,10 @@ class Objective(ABC):
         """Noise, levels and all else that is random."""
 
     @abstractmethod
+    def at_levels(self, drawn: Any, levels: torch.Tensor) -> Any:
+        """``drawn`` with other noise levels (B,) and nothing else changed."""
+
+    @abstractmethod
     def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:
         """``drawn`` with the samples ``rows`` showing ``images`` (N, 3, H, W): same noise, level and conditioning."""
 
@@ -85,9 +89,9 @@ class Family(ABC):
     dtype: torch.dtype
 
     @property
+    @abstractmethod
     def parts(self) -> list[torch.nn.Module]:
         """All modules, the denoiser among them."""
-        return [part for part in vars(self).values() if isinstance(part, torch.nn.Module)]
 
     @property
     def nbytes(self) -> int:

@@ -263,7 +263,7 @@ class IterativeEnsemble:
         proxy.suspend(self.streams)
         self.moments.retire(proxy, self.layout.leads)
         if len(self.proxies) > 1:
-            proxy.loader.close()
+            proxy.close()
         self.active = None
 
     def _end_round(self):

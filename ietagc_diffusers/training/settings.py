@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..data.settings import DataSettings
+from ..data.settings import DataSettings, PriorSettings
 from ..errors import UsageError
 from ..families.settings import BaseModelSettings, CaptionSettings, ObjectiveSettings
 from ..method.config import MitigationConfig
@@ -118,6 +118,12 @@ class OptimizationSettings:
         resume=Resume.FREE,  # likewise
         type=bool,
     )
+    enable_npu_flash_attention: bool = setting(
+        False,
+        "Use the flash attention of Ascend NPUs (package torch_npu).",
+        resume=Resume.FREE,  # likewise
+        type=bool,
+    )
     proxy_state: str = setting(
         "auto",
         "Where weights and optimizer states of waiting proxies are: host (memory), disk (files in --output_dir), or "
@@ -162,7 +168,14 @@ class RecordSettings:
     )
     tracker_project_name: str = setting("text2image-fine-tune", "Project name for the tracker.", resume=Resume.FREE)
     validation_prompts: list[str] | None = setting(
-        None, "Prompts to draw images for during training.", resume=Resume.FREE, several=True
+        None,
+        "Prompts to draw images for during training.",
+        resume=Resume.FREE,
+        several=True,
+        aliases=["validation_prompt"],
+    )
+    num_validation_images: int = setting(
+        1, "Images drawn for each of them.", resume=Resume.FREE, type=int, **not_negative()
     )
     validation_epochs: int = setting(
         5,
@@ -177,6 +190,12 @@ class RecordSettings:
         resume=Resume.FREE,
         type=int,
         **at_least(1),
+    )
+    debug_loss: bool = setting(
+        False,
+        "Log the loss of the batch at each step under the file name of each of its images (loss_for_NAME).",
+        resume=Resume.FREE,
+        type=bool,
     )
     save_shards: bool = setting(
         False, "Write each shard of the final plan as a dataset to ietagc/shards/.", resume=Resume.FREE, type=bool
@@ -255,6 +274,7 @@ class HubSettings:
 class TrainingSettings(
     BaseModelSettings,
     DataSettings,
+    PriorSettings,
     CaptionSettings,
     ObjectiveSettings,
     OptimizationSettings,
@@ -267,6 +287,7 @@ class TrainingSettings(
     GROUPS: ClassVar[dict[str, type]] = {
         "model": BaseModelSettings,
         "data": DataSettings,
+        "prior preservation": PriorSettings,
         "captions": CaptionSettings,
         "training": OptimizationSettings,
         "LoRA": LoraSettings,
@@ -289,6 +310,7 @@ class TrainingSettings(
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
         self._check_lora()
+        self._check_prior()
         if self.cache_latents is not None and not self.center_crop:
             raise UsageError(
                 "`cache_latents`: without `center_crop` each visit crops the image at another place, and a cache holds "
@@ -324,6 +346,15 @@ class TrainingSettings(
         if several:  # for the same reason none are kept
             self.method = replace(self.method, optimizer_state="reset")
         self.lora_alpha = self.lora_alpha or float(self.lora_rank)
+
+    def _check_prior(self):
+        if self.prior_dir is None and self.prior_loss_weight is not None:
+            raise UsageError(
+                f"`prior_loss_weight` {self.prior_loss_weight}: weighs the pictures of `prior_dir`; give that too, or "
+                "leave this out"
+            )
+        if self.prior_dir is not None and self.prior_loss_weight is None:
+            self.prior_loss_weight = 1.0
 
     def values(self) -> dict[str, Any]:
         """All effective values by flag, JSON- and YAML-ready, without secrets; the method's too."""
