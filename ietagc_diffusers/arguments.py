@@ -31,11 +31,12 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
     parser = FlagParser(
         prog=program(),
-        description="Fine-tune Stable Diffusion without memorizing the training set (IET-AGC+).",
+        description="Fine-tune a diffusion model without memorizing the training set (IET-AGC+).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help=CONFIG_HELP)
     seen = set()
+    defaults = {entry.name: entry.default for entry in declared(kind)}
     for title, group in {"mitigation": MitigationConfig, **kind.GROUPS}.items():
         flags = parser.add_argument_group(title)
         for entry in declared(group):
@@ -43,7 +44,7 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
                 seen.add(entry.name)
                 # For the method None means: what the preset says.
                 of_preset = group is MitigationConfig and entry.name != "mitigation"
-                _add_flag(flags, entry, None if of_preset else entry.default)
+                _add_flag(flags, entry, None if of_preset else defaults.get(entry.name, entry.default))
     return parser
 
 
@@ -55,6 +56,8 @@ def _add_flag(group, entry, default):
     else:
         options = {"type": about["type"], "choices": about["choices"], **({"nargs": "+"} if about["several"] else {})}
     text = about["help"].replace("%", "%%")
+    if default not in (None, entry.default):  # a script with a default of its own
+        text = text.split(" Default: ")[0]
     if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
         text += f" Default: {default}."
     names = [f"--{name}" for name in (entry.name, *about["aliases"])]

@@ -279,6 +279,27 @@ def test_noise_depends_neither_on_processes_nor_on_what_was_drawn_before(base, p
     torch.testing.assert_close((losses(2, 2, 0) + losses(2, 2, 1)) / 2, whole, rtol=1e-5, atol=1e-6)
 
 
+class Noise:
+    """An objective whose loss is a random number."""
+
+    def encode(self, batch):
+        return batch
+
+    def draw(self, encoded):
+        return torch.rand(())
+
+    def plain_loss(self, model, drawn):
+        return drawn
+
+
+def test_every_batch_of_every_shard_has_noise_of_its_own():
+    def draws(shard):
+        prior = Prior.of_shard(PriorSet(Keys(7), 1.0, "", ""), 4, 0, (5, shard), RandomStreams())
+        return [prior.loss(None, Noise(), torch.device("cpu"))[0].item() for _ in range(5)]
+
+    assert len({*draws(0), *draws(1)}) == 10 and draws(0) == draws(0)
+
+
 def test_min_snr_weighs_the_prior_as_it_weighs_training(base, prior_dir):
     def loss(*more):
         _, family, prior = prior_of(base, prior_dir, *more)

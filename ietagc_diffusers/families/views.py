@@ -99,7 +99,10 @@ class SizedPixels:
         return (self.plain, mirrored) if self.random_flip else (self.plain,)
 
     def draw(self, rng: Any = random) -> int:
-        return int(self.random_flip and rng.random() < 0.5)
+        mirrored = self.random_flip and rng.random() < 0.5
+        if mirrored:
+            torch.rand(1)  # the official scripts mirror by a transform that draws whether to, and always does
+        return int(mirrored)
 
     def __call__(self, image: Image, rng: Any = random) -> Shown:
         if self.center_crop:

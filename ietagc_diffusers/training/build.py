@@ -47,7 +47,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
     """The base model, on the device, in the precision of the run."""
-    kind = family_of(settings.pretrained_model_name_or_path, settings.revision, settings.cache_dir)
+    base, revision, cache_dir = settings.pretrained_model_name_or_path, settings.revision, settings.cache_dir
+    kind = family_of(base, revision, cache_dir, wanted=settings.family)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     family = kind.load(settings, accelerator.device, dtype, settings.method)
     if settings.lora_rank is not None:

@@ -2,6 +2,7 @@
 same class, so that it keeps what it knew of the class.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,9 @@ class PriorSet:
             return None
         # Mitigations are for the user's own pictures: what is said of these stays as it is.
         untouched = replace(settings.method, caption_mitigation=None, caption_mitigation_probability=None)
-        condition = family.condition(settings, untouched)
+        kept = copy(settings)
+        kept.caption_dropout = 0.0
+        condition = family.condition(kept, untouched)
         with accelerator.main_process_first():
             rows = load_prior_rows(settings, condition)
         column, alpha = settings.image_column, settings.alpha

@@ -295,6 +295,7 @@ class TrainingSettings(
         "checkpoints and records": RecordSettings,
         "Hub": HubSettings,
     }
+    family: ClassVar[str | None] = None  # that the base must be of; None: of any
     method: MitigationConfig = field(default_factory=lambda: MitigationConfig.preset("iet-agc+"))
 
     def __post_init__(self):
