@@ -44,7 +44,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
     }  # fmt: skip
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {
-        "cache_dir", "cache_latents", "channels_last", "compile", "fused_adam",
+        "cache_dir", "cache_latents", "channels_last", "compile", "fused_adam", "model_config",
         "dataset_name", "dataset_config_name", "dataset_split", "caption_lines", "train_data_dir",
         "dataloader_num_workers",
         "gradient_checkpointing", "offload_ema", "foreach_ema", "allow_tf32", "max_nonfinite", "local_rank",

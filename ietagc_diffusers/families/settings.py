@@ -10,7 +10,15 @@ from ..settings import CacheSettings, Resume, at_least, not_negative, setting
 class BaseModelSettings(CacheSettings):
     """The model that training starts from."""
 
-    pretrained_model_name_or_path: str = setting(None, "Base model: a folder or a Hub id.", resume=Resume.SAME)
+    pretrained_model_name_or_path: str = setting(
+        None, "Base model: a folder, a Hub id, or a whole checkpoint in a .safetensors file.", resume=Resume.SAME
+    )
+    model_config: str | None = setting(
+        None,
+        "For a base in a single file: folder or Hub id of a pipeline of the same kind, for its configuration and the "
+        "parts that the file lacks. Default: the one that Diffusers has for the kind.",
+        resume=Resume.FREE,
+    )
     revision: str | None = setting(None, "Hub revision of the base model.", resume=Resume.SAME)
     non_ema_revision: str | None = setting(
         None,

@@ -23,6 +23,7 @@ from ..data.rows import file_names
 from ..data.sources import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
+from ..single_file import folder_of
 from ..tensor_files import Disk
 from . import records
 from .build import Budget, build_run, load_family, load_rows, moving_average
@@ -176,6 +177,12 @@ def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
 
 
 def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
+    settings.pretrained_model_name_or_path = folder_of(
+        settings.pretrained_model_name_or_path,
+        settings.model_config,
+        settings.cache_dir,
+        setting="pretrained_model_name_or_path",
+    )
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
     seed = agree_on_seed(settings)
