@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Diffusers' train_text_to_image_lora.py with IET-AGC+: fine-tune a LoRA of Stable Diffusion without memorizing the training set.
+"""Diffusers' train_text_to_image_lora.py with IET-AGC+: a LoRA that does not memorize the training set.
 
 Its flags and defaults are those of the official script; ``--mitigation none`` is its training. See ``--help``.
 """

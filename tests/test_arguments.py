@@ -63,6 +63,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
 
 
 ALIASES = {"rank": ("lora_rank", 8), "validation_prompt": ("validation_prompts", ["a red cat"])}
+ALIASES |= {"proportion_empty_prompts": ("caption_dropout", 0.25)}
 
 
 def test_other_names_of_a_flag_are_understood_on_the_command_line_and_in_recipes(tmp_path):
@@ -72,8 +73,8 @@ def test_other_names_of_a_flag_are_understood_on_the_command_line_and_in_recipes
         alias: name for alias, (name, _) in ALIASES.items()
     }
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("rank: 8\nvalidation_prompt: a red cat\n")
-    argv = [*NEEDED, "--rank=8", "--validation_prompt", "a red cat"]
+    recipe.write_text("rank: 8\nvalidation_prompt: a red cat\nproportion_empty_prompts: 0.25\n")
+    argv = [*NEEDED, "--rank=8", "--validation_prompt", "a red cat", "--proportion_empty_prompts=0.25"]
     for args in (parse_args(argv), parse_args([*NEEDED, f"--config={recipe}"])):
         assert {name: getattr(args, name) for name, _ in ALIASES.values()} == dict(ALIASES.values())
     args = parse_args([*NEEDED, f"--config={recipe}", "--lora_rank=2", "--validation_prompts", "b", "c"])
