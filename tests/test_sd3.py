@@ -185,3 +185,25 @@ def test_a_trained_adapter_loads_into_a_stock_pipeline(sd3, pictures, tmp_path):
 def test_what_has_no_meaning_is_said_before_training(sd3, pictures, tmp_path, flag, name):
     with pytest.raises(UsageError, match=f"`{name}`: has no meaning for Stable Diffusion 3"):
         train_here(train_flags(sd3, pictures, flag, "--max_train_steps=1"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("resolution", "found"), [(18, 18), (68, 68)])
+def test_a_resolution_that_is_not_cut_into_patches_is_refused(sd3, pictures, tmp_path, resolution, found):
+    flags = train_flags(sd3, pictures, "--max_train_steps=1")
+    with pytest.raises(UsageError, match=f"`resolution` {found}: Stable Diffusion 3 takes multiples of 4, at most 64"):
+        train_here([*flags, f"--resolution={resolution}"], tmp_path / "out")
+
+
+def test_embedding_noise_leaves_what_fills_up(pipeline):
+    """As GNI at inference: on every embedding that an encoder computed, the pooled one too."""
+    plain, noisy = testing.family_of_pipeline(pipeline), testing.family_of_pipeline(pipeline, embedding_noise=0.1)
+    torch.manual_seed(0)
+    before = draw(plain, 32)
+    torch.manual_seed(0)
+    after = draw(noisy, 32)
+    assert torch.equal(before.steps, after.steps) and torch.equal(before.noise, after.noise)
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        computed = before.condition[name] != 0
+        change = after.condition[name] - before.condition[name]
+        assert not change[~computed].any() and change[computed].std().item() == pytest.approx(0.1, rel=0.06)
+    assert (~(before.condition["encoder_hidden_states"] != 0)).any()

@@ -71,6 +71,7 @@ class FlowMatchingObjective(LatentObjective):
         precondition_outputs: weigh losses by s^2, which is the error of the image x = z - s v.
     """
 
+    EMBEDDINGS = ("encoder_hidden_states", "pooled_projections")
     scheduler: FlowMatchEulerDiscreteScheduler
 
     def __init__(

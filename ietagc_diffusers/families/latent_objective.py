@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,8 @@ class LatentObjective(Objective):
         trains_text: see ``Objective``; conditions then have token ids, which each forward encodes.
     """
 
+    EMBEDDINGS: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)  # of the caption, in a condition
+
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -144,12 +146,15 @@ class LatentObjective(Objective):
         return latents.float().contiguous() if self.stored_latents else latents.to(self.dtype)
 
     def noisy_condition(self, condition: Tensors, draws: Draws) -> Tensors:
-        """A condition with noise on the caption's embedding (GN), if that is on."""
-        if not self.embedding_noise:
-            return condition
-        embedding = condition["encoder_hidden_states"]
-        noise = draws.normal(*embedding.shape[1:], dtype=embedding.dtype)
-        return condition | {"encoder_hidden_states": embedding + self.embedding_noise * noise}
+        """A condition with noise on the caption's embeddings (GN), if that is on; not on the zeros that fill up those
+        of Stable Diffusion 3.
+        """
+        noisy = {}
+        for name in self.EMBEDDINGS if self.embedding_noise else ():
+            embedding = condition[name]
+            noise = draws.normal(*embedding.shape[1:], dtype=embedding.dtype)
+            noisy[name] = torch.where(embedding == 0, embedding, embedding + self.embedding_noise * noise)
+        return condition | noisy
 
     @torch.no_grad()
     def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from ..errors import UsageError
 from .base import Tensors, drawn_edge
 from .flow_matching import FlowMatchingObjective, LevelDensity
 from .latent_diffusion import LatentDiffusion
@@ -94,6 +95,14 @@ class StableDiffusion3(LatentDiffusion):
             return self.denoiser.config.joint_attention_dim
         base = self.settings.pretrained_model_name_or_path
         return self.denoiser_kind.load_config(base, subfolder=self.denoiser_name)["joint_attention_dim"]
+
+    def prepare_denoiser(self, resolution: int | None) -> None:
+        """Raise ``UsageError`` for a resolution whose latents are not cut into patches, or into too many."""
+        config, vae = self.denoiser.config, self.vae.config
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        edge, most = factor * config.patch_size, factor * config.patch_size * config.pos_embed_max_size
+        if resolution is not None and (resolution % edge or resolution > most):
+            raise UsageError(f"`resolution` {resolution}: {self.name} takes multiples of {edge}, at most {most}")
 
     def drawn_size(self) -> dict[str, int]:
         """The transformer's own size is part of its weights, and stays what it is."""

@@ -21,6 +21,7 @@ class SizedObjective(TextToImageObjective):
 
     PREDICTIONS = ("epsilon", "v_prediction", "sample")
     ADDED = ("text_embeds", "time_ids")
+    EMBEDDINGS = ("encoder_hidden_states", "text_embeds")
 
     def arguments(self, condition: Tensors) -> dict[str, Any]:
         own = {name: tensor for name, tensor in condition.items() if name not in self.ADDED}
