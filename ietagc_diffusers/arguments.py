@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .errors import UsageError, with_flags
 from .method.config import MitigationConfig, read_recipe
 from .settings import declared
-from .training.settings import TrainingSettings
+from .training.settings import RunSettings, TrainingSettings
 
 CONFIG_HELP = "YAML recipe with flags as keys; the command line wins."
 
@@ -27,7 +27,7 @@ class FlagParser(argparse.ArgumentParser):
         return found[:1] if len({id(action) for action, *_ in found}) == 1 else found
 
 
-def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
+def build_parser(kind: type[RunSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
     parser = FlagParser(
         prog=program(),
@@ -36,7 +36,7 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     )
     parser.add_argument("--config", help=CONFIG_HELP)
     seen = set()
-    defaults = {entry.name: entry.default for entry in declared(kind)}
+    of_kind = {entry.name: entry for entry in declared(kind)}
     for title, group in {"mitigation": MitigationConfig, **kind.GROUPS}.items():
         flags = parser.add_argument_group(title)
         for entry in declared(group):
@@ -44,11 +44,12 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
                 seen.add(entry.name)
                 # For the method None means: what the preset says.
                 of_preset = group is MitigationConfig and entry.name != "mitigation"
-                _add_flag(flags, entry, None if of_preset else defaults.get(entry.name, entry.default))
+                own = of_kind.get(entry.name, entry)
+                _add_flag(flags, own, None if of_preset else own.default, own.default != entry.default)
     return parser
 
 
-def _add_flag(group, entry, default):
+def _add_flag(group, entry, default, own_default):
     about = entry.metadata
     options: dict[str, Any]
     if about["type"] is bool:
@@ -56,7 +57,7 @@ def _add_flag(group, entry, default):
     else:
         options = {"type": about["type"], "choices": about["choices"], **({"nargs": "+"} if about["several"] else {})}
     text = about["help"].replace("%", "%%")
-    if default not in (None, entry.default):  # a script with a default of its own
+    if own_default and default is not None:  # a default of this script only
         text = text.split(" Default: ")[0]
     if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
         text += f" Default: {default}."
@@ -64,13 +65,13 @@ def _add_flag(group, entry, default):
     group.add_argument(*names, default=default, help=text, **options)
 
 
-def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:
+def flag_names(kind: type[RunSettings] = TrainingSettings) -> list[str]:
     """The names of all flags but ``config``, aliases among them: what a recipe may have as keys."""
     entries = [*declared(MitigationConfig), *declared(kind)]
     return [name for entry in entries for name in (entry.name, *entry.metadata["aliases"])]
 
 
-def known_names(kind: type[TrainingSettings] = TrainingSettings) -> set[str]:
+def known_names(kind: type[RunSettings] = TrainingSettings) -> set[str]:
     """The names that messages show as flags: ours, and the launcher's that we speak of."""
     return {*flag_names(kind), "config", "num_processes"}
 
@@ -86,7 +87,7 @@ def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
     return words
 
 
-def parse_flags(argv: list[str], kind: type[TrainingSettings] = TrainingSettings) -> TrainingSettings:
+def parse_flags(argv: list[str], kind: type[RunSettings] = TrainingSettings) -> RunSettings:
     """The settings that a list of words gives. Raises ``UsageError``."""
     parser = build_parser(kind)
     config_only = FlagParser(add_help=False)
@@ -100,7 +101,7 @@ def parse_flags(argv: list[str], kind: type[TrainingSettings] = TrainingSettings
     return kind(method=MitigationConfig.preset(given["mitigation"], **method), **others)
 
 
-def parse_args(argv: Sequence[str] | None = None, kind: type[TrainingSettings] = TrainingSettings) -> TrainingSettings:
+def parse_args(argv: Sequence[str] | None = None, kind: type[RunSettings] = TrainingSettings) -> RunSettings:
     """Parse the command line, see ``parse_flags``. Wrong use exits with 2 and a line that says what is wrong."""
     try:
         return parse_flags(sys.argv[1:] if argv is None else list(argv), kind)
@@ -108,7 +109,7 @@ def parse_args(argv: Sequence[str] | None = None, kind: type[TrainingSettings] =
         fail(error, kind)
 
 
-def fail(error: UsageError, kind: type[TrainingSettings] = TrainingSettings) -> NoReturn:
+def fail(error: UsageError, kind: type[RunSettings] = TrainingSettings) -> NoReturn:
     """Print what is wrong, with the flags' names, and exit with 2."""
     message = with_flags(str(error), known_names(kind))
     print(f"{program()}: error: {message}", file=sys.stderr)

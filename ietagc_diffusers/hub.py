@@ -14,17 +14,18 @@ from . import __version__
 from .errors import UsageError
 from .families import place_name
 from .run_folder import RunFolder
-from .training.settings import TrainingSettings
+from .training.settings import RunSettings
 
 TAGS = ("diffusers", "diffusers-training", "ietagc")
 OF_ADAPTERS = ("lora",)
 
 
-def create(settings: TrainingSettings) -> str:
+def create(settings: RunSettings) -> str:
     """Create the repository (or find it). Returns its id."""
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
     try:
-        return create_repo(repo_id=name, exist_ok=True, token=settings.hub_token).repo_id
+        private = settings.hub_private_repo or None  # None: as the account has it
+        return create_repo(repo_id=name, exist_ok=True, private=private, token=settings.hub_token).repo_id
     except Exception as error:  # of the network, the Hub, or a name that it does not take
         raise UsageError(
             f"`push_to_hub` {name}: the repository cannot be created: {' '.join(str(error).split())[:300]}"
@@ -32,7 +33,7 @@ def create(settings: TrainingSettings) -> str:
 
 
 def write_card(
-    settings: TrainingSettings,
+    settings: RunSettings,
     repo_id: str,
     images: Sequence[Image.Image],
     rows: Sequence[dict[str, Any]],
@@ -42,13 +43,16 @@ def write_card(
 
     ``rows``: those of rounds.jsonl; ``tags``: of the model's family.
     """
-    folder, base = RunFolder(settings.output_dir), place_name(settings.pretrained_model_name_or_path)
+    folder, base = RunFolder(settings.output_dir), settings.pretrained_model_name_or_path
+    base = base and place_name(base)
     gallery = ""
     if images:
-        columns = settings.num_validation_images if settings.num_validation_images > 1 else len(images)
+        per_prompt, _ = settings.validation
+        columns = per_prompt if per_prompt > 1 else len(images)
         make_image_grid(list(images), len(images) // columns, columns).save(folder.card_grid_file)
-        prompts = ", ".join(f"“{prompt}”" for prompt in settings.validation_prompts or [])
-        gallery = f"![Validation images](./{folder.card_grid_file.name})\n\nPrompts: {prompts}\n"
+        gallery = f"![Validation images](./{folder.card_grid_file.name})\n"
+        if settings.prompted:
+            gallery += f"\nPrompts: {', '.join(f'“{prompt}”' for prompt in settings.drawn)}\n"
     method = "\n".join(
         f"| `{key}` | {value} |" for key, value in settings.method.to_dict().items() if value is not None
     )
@@ -57,17 +61,18 @@ def write_card(
     if last:
         skipped, augmented = last["skip_rate"], last["augment_rate"]
         outcome = f"In the last round {skipped:.1%} of the samples were skipped and {augmented:.1%} augmented.\n"
-    prompt = (settings.validation_prompts or ["a photo"])[0]
-    lora = settings.lora_rank is not None
+    call = f"pipeline({(settings.drawn or ['a photo'])[0]!r})" if settings.prompted else "pipeline()"
+    lora = settings.adapters
     load = f'pipeline = DiffusionPipeline.from_pretrained("{base if lora else repo_id}", torch_dtype=torch.float16)'
     if lora:
         load += f'\npipeline.load_lora_weights("{repo_id}")'
-    adapter = f"| LoRA rank, alpha | {settings.lora_rank}, {settings.lora_alpha} |\n" if lora else ""
+    adapter = f"| LoRA rank, alpha | {lora.lora_rank}, {lora.lora_alpha} |\n" if lora else ""
     prior = f"| prior preservation, weight | {settings.prior_loss_weight} |\n" if settings.prior_dir else ""
     source = settings.dataset_name or "an image folder"
+    start = f"Fine-tuned from **{base}**" if base else "Trained from scratch"
     description = f"""# {repo_id}
 
-Fine-tuned from **{base}** on **{source}** with `{settings.method.mitigation}`
+{start} on **{source}** with `{settings.method.mitigation}`
 against memorization of the training images ([IET-AGC+](https://github.com/liuxiao-guan/IET-AGC)).
 
 {gallery}
@@ -78,7 +83,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 {load}
-image = pipeline({prompt!r}).images[0]
+image = {call}.images[0]
 ```
 
 ## Mitigation
@@ -104,7 +109,7 @@ image = pipeline({prompt!r}).images[0]
     card = load_or_create_model_card(
         repo_id_or_path=repo_id,
         from_training=True,
-        license="creativeml-openrail-m",
+        license="creativeml-openrail-m" if settings.prompted else None,  # Stable Diffusion's
         base_model=base,
         model_description=description,
         inference=True,
@@ -113,7 +118,7 @@ image = pipeline({prompt!r}).images[0]
     populate_model_card(card, tags=tags).save(folder.card_file)
 
 
-def upload(settings: TrainingSettings, repo_id: str) -> None:
+def upload(settings: RunSettings, repo_id: str) -> None:
     """Upload the run's folder, without what is private, and its settings without the places of this machine."""
     folder = RunFolder(settings.output_dir)
     shown = {

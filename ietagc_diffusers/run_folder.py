@@ -29,7 +29,8 @@ class RunFolder:
         bad_samples_file: a JSON line per row that was replaced;
         identity_file: the fingerprints that the run has had;
         lock_file: held by the process that trains, see ``training.lock``;
-        waiting: tensors that wait on the disk while others train.
+        waiting: tensors that wait on the disk while others train;
+        unfinished: the model of the last ``--save_model_epochs``, as a pipeline, until the run ends.
     """
 
     def __init__(self, path: str | Path):
@@ -44,6 +45,7 @@ class RunFolder:
         self.identity_file = self.records / "run.json"
         self.lock_file = self.records / "lock"
         self.waiting = self.records / "waiting"
+        self.unfinished = self.path / "unfinished"
         self.card_file = self.path / "README.md"
         self.card_grid_file = self.path / "val_imgs_grid.png"
 
@@ -76,7 +78,7 @@ class RunFolder:
                 parts = {}
             pipeline += [self.path / part for part in parts if (self.path / part).is_dir()]
         records = [path for path in self.records.glob("*") if path not in (self.waiting, self.lock_file)]
-        own = [*records, self.path / "rounds", self.card_file, self.card_grid_file]
+        own = [*records, self.path / "rounds", self.unfinished, self.card_file, self.card_grid_file]
         return [path for path in [*self.checkpoints(), *own, *pipeline] if path.exists()]
 
     @property
@@ -98,6 +100,7 @@ class RunFolder:
             "checkpoint-*",
             "earlier-run-*",
             "rounds/**",
+            "unfinished/**",
             "ietagc/shards/**",
             "ietagc/bad_samples.jsonl",
             "ietagc/run.json",

@@ -1,4 +1,4 @@
-"""Tiny pipelines of each kind of Stable Diffusion, made on the spot: the same classes and the same folder layout as the
+"""Tiny pipelines of each kind, made on the spot: the same classes and the same folder layout as the
 real ones, a thousandth of their size.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMPipeline,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -253,6 +255,23 @@ def random_sd3_pipeline(captions: Sequence[str], seed: int = 0) -> StableDiffusi
             text_encoder_3=build_t5_encoder(t5_tokenizer, width),
             tokenizer_3=t5_tokenizer,
         )
+
+
+def random_unconditional_pipeline(seed: int = 0, classes: int | None = None) -> DDPMPipeline:
+    """The smallest DDPM, of 16 px images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=8,
+            num_class_embeds=classes,
+        )
+        return DDPMPipeline(unet, DDPMScheduler())
 
 
 def family_of_pipeline(pipeline: Any, **objective: Any) -> Any:

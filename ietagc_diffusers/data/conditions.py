@@ -1,18 +1,21 @@
-"""What a model is told of an image: nothing, or its caption."""
+"""What a model is told of an image: nothing, its class, or its caption."""
 
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
 from ..errors import UsageError
 from ..mitigations.prompts import choose_caption, random_words, repeat_words, replace_caption
 from .columns import is_text, is_texts
+from .sources import SAMPLE_ID, stored_column
 
 ROWS_AT_ONCE = 10_000
+LABELS = 1  # tells the draw of random labels from others of the same seed
 REPLACED, ADDED = 4, 2  # words, as Somepalli et al. (2023) have them
 
 
@@ -46,6 +49,59 @@ class Condition:
     def tensors(self, drawn: list) -> dict[str, torch.Tensor]:
         """The drawn values of a batch as named tensors (B, ...)."""
         return {}
+
+
+class ClassLabels(Condition):
+    """A class label for each image, as the tensor ``class_labels`` (B,), int64.
+
+    Args:
+        kind: ``column`` (of integers, the dataset's own), ``random`` (drawn once for each row, uniformly, by the seed)
+            or ``unique`` (the number of the row, so that each image is a class of its own).
+        number: of classes; labels are 0 to ``number`` - 1.
+        column: that holds them, for ``column``.
+        seed: of the draw.
+    """
+
+    def __init__(self, kind: str, number: int, column: str | None = None, seed: int | None = None):
+        self.kind, self.number, self.column, self.seed = kind, number, column, seed
+        self.columns = (str(column),) if kind == "column" else (SAMPLE_ID,)
+
+    def check(self, rows: Dataset, only_types: bool = False, source: Any = None) -> None:
+        name = self.columns[0]
+        if name not in rows.column_names:
+            raise UsageError(
+                f"`label_column` {name}: not a column of the dataset, which has {', '.join(rows.column_names)}"
+            )
+        if self.kind == "random" or (only_types and self.kind == "column"):
+            return
+        found = [value for value in stored_column(rows, name).unique().to_pylist() if not self._is_label(value)]
+        if found and self.kind == "unique":
+            raise UsageError(
+                f"`num_classes` {self.number}: fewer than the rows of the dataset, each of which is a class of its own "
+                f"with `class_labels` unique; give {max(found) + 1} or more"
+            )
+        if found:
+            raise UsageError(
+                f"`label_column` {name}: holds {found[0]!r}, and labels are 0 to {self.number - 1} for `num_classes` "
+                f"{self.number}"
+            )
+
+    def _is_label(self, value):
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.number
+
+    def read(self, row: dict[str, Any]) -> int:
+        value = row[self.columns[0]]
+        if self.kind == "random":
+            return int(np.random.default_rng([self.seed or 0, LABELS, value]).integers(self.number))
+        if not self._is_label(value):
+            raise UsageError(f"has no label from 0 to {self.number - 1} in column '{self.columns[0]}'")
+        return value
+
+    def values(self, rows: Dataset) -> None:
+        return None
+
+    def tensors(self, drawn: list[int]) -> dict[str, torch.Tensor]:
+        return {"class_labels": torch.tensor(drawn)}
 
 
 class Captions(Condition):

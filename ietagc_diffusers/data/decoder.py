@@ -34,12 +34,15 @@ def to_rgb(image: Image.Image, alpha: str = "white") -> Image.Image:
     Args:
         alpha: "white" shows transparent parts on white, and scales deep images (16 bits, or floats in [0, 1]) to 8
             bits. "official" is the reading of Diffusers' scripts, Pillow's plain conversion: the colours that lie
-            hidden under transparent parts, and deep images clipped.
+            hidden under transparent parts, and deep images clipped. "stored" leaves an image as the file has it, of
+            8, 16 or 32 bits and any number of channels, unless it has a palette.
 
     Raises ``BadImage``, or what Pillow raises for an image that does not decode.
     """
     image.load()
     image = _turned(image)
+    if alpha == "stored" and image.mode != "P":
+        return image
     if alpha == "official":
         return image.convert("RGB")
     if image.mode.startswith(("I", "F")):  # 16-bit grey, which Pillow's own conversion clips

@@ -17,7 +17,7 @@ from PIL import Image
 from ..errors import UsageError
 from .conditions import ROWS_AT_ONCE, Condition
 from .decoder import BadImage, decode_stored, is_file, look, native, read_file, read_stored
-from .settings import DataSettings
+from .settings import ImageSettings
 from .sources import SAMPLE_ID, read_source, selected, stored_column, stored_image
 from .work import batched, in_threads
 
@@ -27,7 +27,7 @@ TEXT = "text"  # the column of captions that come from files beside the images
 LOOKED_AT = 200_000  # images whose ends are looked at before training; of more, that many evenly spread
 
 
-def load_training_rows(settings: DataSettings, condition: Condition | None = None) -> Dataset:
+def load_training_rows(settings: ImageSettings, condition: Condition | None = None) -> Dataset:
     """Load ``dataset_name`` or ``train_data_dir``.
 
     Returns the rows with the image column, the condition's columns and ``sample_id`` (int64): the row's number in the
@@ -142,7 +142,7 @@ def content_hash(rows: Dataset, image_column: str, condition: Condition) -> str:
     Where the images lie does not count.
     """
     digest = hashlib.blake2b(digest_size=8)
-    columns = rows.select_columns([SAMPLE_ID, *condition.columns]).with_format("arrow")
+    columns = rows.select_columns(list(dict.fromkeys([SAMPLE_ID, *condition.columns]))).with_format("arrow")
     for start in range(0, len(rows), ROWS_AT_ONCE):
         digest.update(json.dumps(columns[start : start + ROWS_AT_ONCE].to_pydict(), default=str).encode())
     whole = set(np.linspace(0, len(rows) - 1, min(len(rows), HASHED_WHOLE)).astype(int).tolist())

@@ -1,7 +1,7 @@
 """Settings of the training set."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchvision.transforms import InterpolationMode
 
@@ -13,8 +13,12 @@ INTERPOLATION_MODES = sorted(mode.name.lower() for mode in InterpolationMode)
 
 
 @dataclass(kw_only=True)
-class DataSettings(CacheSettings):
-    """Which rows are trained on, and how their images are shown."""
+class ImageSettings(CacheSettings):
+    """Which rows are trained on, and how their images are shown.
+
+    Attributes:
+        caption_lines, cache_latents: of a script that has them, see ``DataSettings``.
+    """
 
     dataset_name: str | None = setting(
         None,
@@ -34,13 +38,6 @@ class DataSettings(CacheSettings):
         "train",
         "Split of the dataset. Folders named train, test, validation or the like are splits of an image folder.",
         resume=Resume.FREE,
-    )
-    caption_lines: str = setting(
-        "whole",
-        "Of a .txt file beside an image: the whole file is its caption, or the first line, or each line is one of "
-        "several.",
-        resume=Resume.FREE,  # captions are part of the content
-        choices=CAPTION_LINES,
     )
     alpha: str = setting(
         "white",
@@ -86,12 +83,6 @@ class DataSettings(CacheSettings):
         resume=Resume.FIXED,
         type=bool,
     )
-    cache_latents: str | None = setting(
-        None,
-        "Folder in which the frozen encoders' results are kept, computed once before training: a step then needs "
-        "neither VAE nor text encoder. Needs --center_crop.",
-        resume=Resume.FREE,  # the numbers are the same
-    )
     label_column: str | None = setting(
         None, "Column of class labels; each class is spread evenly over the shards.", resume=Resume.FIXED
     )
@@ -111,9 +102,36 @@ class DataSettings(CacheSettings):
         wanted="in 0 to 2^32 - 1",
     )
 
+    caption_lines: str = field(default="whole", init=False)
+    cache_latents: str | None = field(default=None, init=False)
+
+    @property
+    def decoding(self) -> str:
+        """How training reads images, see ``decoder.to_rgb``."""
+        return self.alpha
+
     @property
     def replaces_bad_samples(self) -> bool:
         return self.on_bad_sample == "skip"
+
+
+@dataclass(kw_only=True)
+class DataSettings(ImageSettings):
+    """The same of images that have captions and are encoded."""
+
+    caption_lines: str = setting(
+        "whole",
+        "Of a .txt file beside an image: the whole file is its caption, or the first line, or each line is one of "
+        "several.",
+        resume=Resume.FREE,  # captions are part of the content
+        choices=CAPTION_LINES,
+    )
+    cache_latents: str | None = setting(
+        None,
+        "Folder in which the frozen encoders' results are kept, computed once before training: a step then needs "
+        "neither VAE nor text encoder. Needs --center_crop.",
+        resume=Resume.FREE,  # the numbers are the same
+    )
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ from .decoder import one_line
 from .folder import NO_ROW, FolderRows, is_picture, read_folder
 from .listing import KEYWORDS, Listing, list_folder, printable, repeated_folders, split_of_file, suffix_of
 from .metadata import FILE_NAME, NEAR_TEXT, near_column, rank
-from .settings import DataSettings
+from .settings import ImageSettings
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
@@ -65,7 +65,7 @@ class Source:
         return " (captions come from a metadata.jsonl in the folder, or from a .txt file beside each image)"
 
 
-def read_source(settings: DataSettings, texts: Iterable[str] = (), setting: str | None = None) -> Source:
+def read_source(settings: ImageSettings, texts: Iterable[str] = (), setting: str | None = None) -> Source:
     """Everything that ``dataset_name`` or ``train_data_dir`` holds of ``dataset_split``.
 
     Args:
@@ -94,7 +94,7 @@ def read_source(settings: DataSettings, texts: Iterable[str] = (), setting: str 
     return Source(rows, source.name, source.folder, source.skipped)
 
 
-def selected(rows: Dataset, settings: DataSettings) -> Dataset:
+def selected(rows: Dataset, settings: ImageSettings) -> Dataset:
     """The rows that ``max_train_samples`` draws with the seed."""
     if settings.max_train_samples is None:
         return rows

@@ -9,12 +9,13 @@ from .base import WEIGHTS_FILE, Family, Objective, drawn_edge, place_name
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
+from .unconditional import Unconditional
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Unconditional)
 
 
 def family_of(
-    base: str | Path,
+    base: str | Path | None,
     revision: str | None = None,
     cache_dir: str | None = None,
     setting: str = "pretrained_model_name_or_path",
@@ -23,10 +24,12 @@ def family_of(
     """The family of a pipeline's folder or Hub id, by the class that its model_index.json names.
 
     A base without that file is taken for ``wanted``, the name of a family, or for the first of ``FAMILIES``: Diffusers'
-    scripts read the parts only. ``setting`` names the base in messages. Raises ``UsageError`` for a pipeline of no
-    family here, or of another than ``wanted``.
+    scripts read the parts only. So is no base at all. ``setting`` names the base in messages. Raises ``UsageError`` for
+    a pipeline of no family here, or of another than ``wanted``.
     """
     expected = [family for family in FAMILIES if wanted in (None, family.name)]
+    if base is None:
+        return expected[0]
     try:
         kind = DiffusionPipeline.load_config(str(base), revision=revision, cache_dir=cache_dir)["_class_name"]
     except (OSError, ValueError, KeyError):
@@ -36,8 +39,7 @@ def family_of(
             if family in expected:
                 return family
             raise UsageError(
-                f"`{setting}` {base}: is a {kind}, and this script trains {wanted}; train_text_to_image_ietagc.py "
-                "trains every kind"
+                f"`{setting}` {base}: is a {kind}, and this script trains {wanted}; {family.script} trains it"
             )
     known = "; ".join(f"{f.name} ({', '.join(p.__name__ for p in f.pipelines)})" for f in FAMILIES)
     raise UsageError(f"`{setting}` {base}: is a {kind}; the models that can be trained are {known}")
@@ -51,6 +53,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "Unconditional",
     "drawn_edge",
     "family_of",
     "place_name",

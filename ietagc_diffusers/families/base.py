@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from ..data import Batch, Condition, DataSettings, View
+from ..data import Batch, Condition, ImageSettings, View
 from ..method.config import MitigationConfig
 from ..run_folder import ADAPTER_FILE
-from .settings import BaseModelSettings
+from .settings import PipelineSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
 TOKEN_IDS = "input_ids"  # begins the names of texts among a batch's inputs
@@ -93,13 +93,14 @@ class Family(ABC):
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # those that are of this family
     denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
     tags: ClassVar[tuple[str, ...]]  # of the model card
+    script: ClassVar[str] = "train_text_to_image_ietagc.py"  # that trains every base of this family
     # The layers of the text encoders that get adapters: the official scripts', those of attention.
     text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     text_encoders: dict[str, Any]
     denoiser: Any  # a diffusers model: a torch.nn.Module with a configuration
     objective: Objective
-    settings: BaseModelSettings
+    settings: PipelineSettings
     device: torch.device
     dtype: torch.dtype
 
@@ -127,7 +128,7 @@ class Family(ABC):
     @abstractmethod
     def load(
         cls,
-        settings: BaseModelSettings,
+        settings: PipelineSettings,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         config: MitigationConfig | None = None,
@@ -240,7 +241,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def view(self, settings: DataSettings) -> View:
+    def view(self, settings: ImageSettings) -> View:
         """What one visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view."""
 
     @abstractmethod

@@ -91,7 +91,7 @@ class FlowMatchingObjective(LatentObjective):
     @torch.no_grad()
     def draw(self, encoded: Encoded) -> FlowDrawn:
         """Draw noise and noise levels, in the order of Diffusers' script for Stable Diffusion 3."""
-        draws = Draws(encoded)
+        draws = Draws(encoded.mean, encoded.share)
         posterior_noise = self.posterior_noise(draws, encoded.mean)
         latents = self.latents(encoded.mean, encoded.std, posterior_noise)
         noise = draws.normal(*latents.shape[1:], dtype=latents.dtype, layout=layout_of(latents))

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ..data import Batch, Captions, DataSettings, View
+from ..data import Batch, Captions, ImageSettings, View
 from ..errors import UsageError
 from ..method.config import MitigationConfig
 from ..settings import declared
@@ -38,6 +38,7 @@ class LatentDiffusion(Family):
     denoiser_kind: ClassVar[Any]
     scheduler_kind: ClassVar[Any]
     foreign: ClassVar[tuple[str, ...]] = ()  # settings that such a model has no use for
+    settings: BaseModelSettings
     objective: LatentObjective
 
     def __init__(
@@ -260,7 +261,7 @@ class LatentDiffusion(Family):
             settings.caption_dropout,
         )
 
-    def view(self, settings: DataSettings) -> View:
+    def view(self, settings: ImageSettings) -> View:
         return Pixels.of(settings)
 
     def told(self, images: torch.Tensor) -> Tensors:

@@ -2,8 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..data import Batch
 from .base import TOKEN_IDS, Objective, Tensors
+from .draws import DrawnBatch, Draws
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class DrawnLatents:
+class DrawnLatents(DrawnBatch):
     """One batch with everything random drawn; the first dimension of each tensor is the sample.
 
     latents (B, C, h, w): scaled VAE latents; posterior_noise: the draw that made them from the VAE's posterior; noise:
@@ -39,34 +40,6 @@ class DrawnLatents:
     posterior_noise: torch.Tensor
     noise: torch.Tensor
     condition: Tensors
-
-    def __getitem__(self, rows: Any) -> Self:
-        return self._map(lambda tensor: tensor[rows])
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def to(self, device: torch.device | str) -> Self:
-        return self._map(lambda tensor: tensor.to(device))
-
-    def _map(self, change):
-        changed = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "condition"}
-        return type(self)(**changed, condition={name: change(tensor) for name, tensor in self.condition.items()})
-
-
-class Draws:
-    """Standard normal draws for a batch of which this process has a share: of the whole batch, then its rows."""
-
-    def __init__(self, encoded: Encoded):
-        self.device = encoded.mean.device
-        self.rows, self.batch_rows = encoded.share or (slice(None), len(encoded.mean))
-
-    def normal(
-        self, *shape: int, dtype: torch.dtype | None = None, layout: torch.memory_format = torch.contiguous_format
-    ) -> torch.Tensor:
-        """(rows, *shape)"""
-        drawn = torch.empty((self.batch_rows, *shape), device=self.device, dtype=dtype, memory_format=layout)
-        return drawn.normal_()[self.rows]
 
 
 class LatentObjective(Objective):

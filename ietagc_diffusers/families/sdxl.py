@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..data import DataSettings
+from ..data import ImageSettings
 from .base import Tensors
 from .parts import Reader
 from .stable_diffusion import OF_FLOW_MATCHING, NoisePredicting
@@ -71,7 +71,7 @@ class StableDiffusionXL(NoisePredicting):
             embeddings.append(hidden[-2])
         return {"encoder_hidden_states": torch.cat(embeddings, dim=-1), "text_embeds": pooled.flatten(1)}
 
-    def view(self, settings: DataSettings) -> SizedPixels:
+    def view(self, settings: ImageSettings) -> SizedPixels:
         return SizedPixels.of(settings)
 
     def told(self, images: torch.Tensor) -> Tensors:

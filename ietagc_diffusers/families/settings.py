@@ -7,25 +7,31 @@ from ..settings import CacheSettings, Resume, at_least, not_negative, setting
 
 
 @dataclass(kw_only=True)
-class BaseModelSettings(CacheSettings):
-    """The model that training starts from."""
+class PipelineSettings(CacheSettings):
+    """The pipeline that training starts from."""
 
     pretrained_model_name_or_path: str = setting(
         None, "Base model: a folder, a Hub id, or a whole checkpoint in a .safetensors file.", resume=Resume.SAME
     )
+    revision: str | None = setting(None, "Hub revision of the base model.", resume=Resume.SAME)
+    variant: str | None = setting(None, "Variant of the weight files, such as fp16.", resume=Resume.SAME)
+
+
+@dataclass(kw_only=True)
+class BaseModelSettings(PipelineSettings):
+    """The same of text-to-image models."""
+
     model_config: str | None = setting(
         None,
         "For a base in a single file: folder or Hub id of a pipeline of the same kind, for its configuration and the "
         "parts that the file lacks. Default: the one that Diffusers has for the kind.",
         resume=Resume.FREE,
     )
-    revision: str | None = setting(None, "Hub revision of the base model.", resume=Resume.SAME)
     non_ema_revision: str | None = setting(
         None,
         "Hub revision of only the trained module; deprecated upstream, use --variant=non_ema.",
         resume=Resume.SAME,
     )
-    variant: str | None = setting(None, "Variant of the weight files, such as fp16.", resume=Resume.SAME)
     pretrained_vae_model_name_or_path: str | None = setting(
         None,
         "Another VAE than the base model's: a folder or a Hub id. For Stable Diffusion XL in half precision, one that "
@@ -34,6 +40,54 @@ class BaseModelSettings(CacheSettings):
     )
     max_sequence_length: int = setting(
         77, "Tokens that T5 reads of a caption (Stable Diffusion 3).", resume=Resume.SAME, type=int, **at_least(1)
+    )
+
+
+@dataclass(kw_only=True)
+class UnconditionalModelSettings(PipelineSettings):
+    """A model of pixels, from scratch or from a base."""
+
+    model_config_name_or_path: str | None = setting(
+        None,
+        "Train from scratch a UNet of this configuration: a folder with a config.json, or a Hub id. Default, without a "
+        "base: the official script's UNet.",
+        resume=Resume.SAME,
+    )
+    prediction_type: str | None = setting(
+        None,
+        "What the model predicts: epsilon (the noise) or sample (the image). Default: epsilon, or what the base does.",
+        resume=Resume.SAME,
+        choices=["epsilon", "sample"],
+    )
+    ddpm_num_steps: int | None = setting(
+        None, "Noise levels. Default: 1000, or the base's.", resume=Resume.FIXED, type=int, **at_least(1)
+    )
+    ddpm_beta_schedule: str | None = setting(
+        None,
+        "How noise grows over them: linear, scaled_linear, squaredcos_cap_v2, sigmoid. Default: linear, or the base's.",
+        resume=Resume.SAME,
+        choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
+    )
+    ddpm_num_inference_steps: int = setting(
+        1000,
+        "Steps in which images are drawn along the training; at most --ddpm_num_steps are taken.",
+        resume=Resume.FREE,
+        type=int,
+        **at_least(1),
+    )
+    class_labels: str = setting(
+        "none",
+        "Tell the model a class of each image: of --label_column (column), drawn once for each image (random), or "
+        "another for each image (unique).",
+        resume=Resume.FIXED,
+        choices=["none", "column", "random", "unique"],
+    )
+    num_classes: int | None = setting(
+        None,
+        "How many classes there are: labels are 0 to --num_classes - 1. Default: as the base has them.",
+        resume=Resume.FIXED,
+        type=int,
+        **at_least(1),
     )
 
 

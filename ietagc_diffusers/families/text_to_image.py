@@ -106,7 +106,7 @@ class TextToImageObjective(LatentObjective):
         A VAE of the real shape gives latents whose channels lie last in memory, and the official script draws their
         noise by ``randn_like``, which fills memory in its order: so is noise drawn here.
         """
-        draws, shape = Draws(encoded), encoded.mean.shape[1:]
+        draws, shape = Draws(encoded.mean, encoded.share), encoded.mean.shape[1:]
         posterior_noise = self.posterior_noise(draws, encoded.mean)
         latents = self.latents(encoded.mean, encoded.std, posterior_noise)
         layout, dtype = layout_of(latents), latents.dtype

@@ -8,7 +8,7 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from ..data import DataSettings, fixed_transforms, image_transform
+from ..data import ImageSettings, fixed_transforms, image_transform
 from .base import Image, Tensors
 
 Shown = tuple[torch.Tensor, Tensors]  # float32 (3, H, W) in [-1, 1], and named tensors
@@ -35,7 +35,7 @@ class Pixels:
     fixed: tuple[Untold, ...] = ()
 
     @classmethod
-    def of(cls, settings: DataSettings) -> "Pixels":
+    def of(cls, settings: ImageSettings) -> "Pixels":
         size, flip, mode = settings.resolution, settings.random_flip, settings.image_interpolation_mode
         fixed = map(Untold, fixed_transforms(size, flip, mode) if settings.center_crop else ())
         return cls(image_transform(size, settings.center_crop, flip, mode), tuple(fixed))
@@ -46,6 +46,39 @@ class Pixels:
     def draw(self, rng: Any = random) -> int:
         """Which of the fixed views a visit shows, by the draw that the transform makes."""
         return int(torch.rand(1) < 0.5) if len(self.fixed) > 1 else 0
+
+
+@dataclass(frozen=True)
+class PrecisePixels:
+    """A view of an image of 8, 16 or 32 bits and any number of channels, as the official unconditional script shows it
+    with ``preserve_input_precision``: resized as floating-point numbers, and with three channels.
+    """
+
+    transform: transforms.Compose
+    fixed: tuple[Untold, ...] = ()
+
+    @classmethod
+    def of(cls, settings: ImageSettings) -> "PrecisePixels":
+        shown = Pixels.of(settings).transform.transforms
+        spatial = [step for step in shown if not isinstance(step, (transforms.ToTensor, transforms.Normalize))]
+        numbers = [
+            transforms.PILToTensor(),
+            transforms.Lambda(_three_channels),
+            transforms.ConvertImageDtype(torch.float32),
+        ]
+        return cls(transforms.Compose([*numbers, *spatial, transforms.Normalize([0.5], [0.5])]))
+
+    def __call__(self, image: Image, rng: Any = random) -> Shown:
+        return self.transform(image), {}
+
+    def draw(self, rng: Any = random) -> int:
+        return 0
+
+
+def _three_channels(image: torch.Tensor) -> torch.Tensor:
+    """(C, H, W) -> (3, H, W): the first three channels, from the first again where there are fewer."""
+    number = len(image)
+    return image[[0, 1 % number, 2 % number]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +120,7 @@ class SizedPixels:
     random_flip: bool
 
     @classmethod
-    def of(cls, settings: DataSettings) -> "SizedPixels":
+    def of(cls, settings: ImageSettings) -> "SizedPixels":
         plain = Sized(settings.resolution, settings.image_interpolation_mode)
         return cls(plain, settings.center_crop, settings.random_flip)
 

@@ -33,11 +33,12 @@ from ..run_folder import RunFolder
 from ..tensor_files import Disk, HostMemory, Place
 from .cost import available_memory, cost_of
 from .ensemble import IterativeEnsemble, Rounds
+from .groups import OptimizationSettings
 from .layout import Layout
 from .lora import LoraWeights, add_adapter
 from .prior import Prior, PriorSet
 from .proxy import Proxy
-from .settings import OptimizationSettings, TrainingSettings
+from .settings import RunSettings
 from .streams import RandomStreams
 from .weights import Weights
 
@@ -45,14 +46,14 @@ logger = get_logger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
+def load_family(settings: RunSettings, accelerator: Accelerator) -> Family:
     """The base model, on the device, in the precision of the run."""
     base, revision, cache_dir = settings.pretrained_model_name_or_path, settings.revision, settings.cache_dir
     kind = family_of(base, revision, cache_dir, wanted=settings.family)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     family = kind.load(settings, accelerator.device, dtype, settings.method)
-    if settings.lora_rank is not None:
-        add_adapter(family, settings)
+    if settings.adapters is not None:
+        add_adapter(family, settings.adapters)
     if settings.enable_xformers_memory_efficient_attention:
         _use_xformers(family.denoiser, accelerator.device)
     if settings.enable_npu_flash_attention:
@@ -82,13 +83,17 @@ def _use_npu_attention(denoiser):
     denoiser.enable_npu_flash_attention()
 
 
-def moving_average(family: Family, settings: OptimizationSettings, device: torch.device) -> EMAModel | None:
+def moving_average(family: Family, settings: RunSettings, device: torch.device) -> EMAModel | None:
     """The EMA of the denoiser's weights, from a second copy of the base's, as in the official script."""
     if not settings.use_ema:
         return None
     start = family.load_average()
     average = EMAModel(
-        start.parameters(), model_cls=type(start), model_config=start.config, foreach=settings.foreach_ema
+        start.parameters(),
+        model_cls=type(start),
+        model_config=start.config,
+        foreach=settings.foreach_ema,
+        **settings.ema_options,
     )
     if not settings.offload_ema:
         average.to(device)
@@ -98,7 +103,7 @@ def moving_average(family: Family, settings: OptimizationSettings, device: torch
 
 
 def load_rows(
-    settings: TrainingSettings, condition: Condition, accelerator: Accelerator
+    settings: RunSettings, condition: Condition, accelerator: Accelerator
 ) -> tuple[Dataset, np.ndarray | None]:
     """The training rows, de-duplicated on request, and their groups of duplicates or None."""
     with accelerator.main_process_first():
@@ -202,7 +207,7 @@ def _method_control(config, num_levels, visits_per_shard, layout):
     )
 
 
-def waiting_place(settings: TrainingSettings, family: Family, layout: Layout) -> Place:
+def waiting_place(settings: RunSettings, family: Family, layout: Layout) -> Place:
     """Where weights and moments wait, see ``--proxy_state``."""
     kind = settings.proxy_state
     if settings.method.optimizer_state == "average" and settings.use_8bit_adam:
@@ -227,6 +232,7 @@ class Budget:
     """How long the run is, in steps of all proxies together."""
 
     visits_per_step: int
+    batches_per_epoch: int
     steps_per_epoch: int
     total_steps: int
 
@@ -234,9 +240,10 @@ class Budget:
     def of(cls, settings: OptimizationSettings, num_rows: int, group_size: int) -> "Budget":
         """As the official script counts. ``group_size``: processes that share a shard."""
         batch, accumulation = settings.train_batch_size * group_size, settings.gradient_accumulation_steps
-        steps_per_epoch = math.ceil(math.ceil(num_rows / batch) / accumulation)
+        batches_per_epoch = math.ceil(num_rows / batch)
+        steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
         total_steps = settings.max_train_steps or settings.num_train_epochs * steps_per_epoch
-        return cls(batch * accumulation, steps_per_epoch, total_steps)
+        return cls(batch * accumulation, batches_per_epoch, steps_per_epoch, total_steps)
 
 
 class ProxyBuilder:
@@ -244,7 +251,7 @@ class ProxyBuilder:
 
     def __init__(
         self,
-        settings: TrainingSettings,
+        settings: RunSettings,
         samples: TrainingSamples,
         weights: Weights,
         plan: ShardPlan,
@@ -299,13 +306,16 @@ class ProxyBuilder:
         return Prior.of_shard(self.prior, batch_size, workers, (self.seed, shard), self.streams, size, rank)
 
     def _schedule(self, optimizer) -> Any:
-        name = self.settings.lr_scheduler
+        name, warmup, total = self.settings.lr_scheduler, self.settings.lr_warmup_steps, self.rounds.steps_per_proxy
+        if self.settings.schedule_counts_batches:  # given in micro-batches, and stepped once a step all the same
+            warmup *= self.settings.gradient_accumulation_steps
+            total = math.ceil(total * self.budget.batches_per_epoch / self.budget.steps_per_epoch)
         try:
             return get_scheduler(
                 name,
                 optimizer,
-                num_warmup_steps=math.ceil(self.settings.lr_warmup_steps / self.layout.num_shards),
-                num_training_steps=self.rounds.steps_per_proxy,
+                num_warmup_steps=math.ceil(warmup / self.layout.num_shards),
+                num_training_steps=total,
             )
         except (ValueError, AttributeError, TypeError) as error:
             raise UsageError(f"`lr_scheduler` {name}: {error}") from error
@@ -321,7 +331,7 @@ def _warn_of_small_shards(plan, batch):
 
 
 def build_run(
-    settings: TrainingSettings,
+    settings: RunSettings,
     accelerator: Accelerator,
     family: Family,
     average: EMAModel | None,
@@ -339,7 +349,7 @@ def build_run(
     plan = ShardPlan.split(len(rows), config.num_shards, settings.seed, labels, groups)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition, settings.alpha)
+    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition, settings.decoding)
     if settings.cache_latents is not None:
         samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
@@ -348,8 +358,8 @@ def build_run(
     if settings.compile:
         model = torch.compile(model)
     place = waiting_place(settings, family, layout)
-    if settings.lora_rank is not None:
-        weights: Weights = LoraWeights(family, config.num_shards, settings, settings.seed)
+    if settings.adapters is not None:
+        weights: Weights = LoraWeights(family, config.num_shards, settings.adapters, settings.seed)
     else:
         weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
     build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams, prior)

@@ -11,9 +11,10 @@ from typing import Any
 from ..checkpoint import gigabytes
 from ..families import Family
 from .ensemble import Rounds
+from .groups import LoraSettings
 from .layout import Layout
 from .lora import adapted_layers, shape_of, size_of
-from .settings import LoraSettings, TrainingSettings
+from .settings import RunSettings
 
 FLOAT32, FLOAT64 = 4, 8
 MOMENTS, MOMENTS_8BIT = 8, 2  # bytes a parameter: two numbers
@@ -202,7 +203,7 @@ def _together(checkpoints: Iterable[dict[tuple, int]]) -> int:
     return sum({key: size for files in checkpoints for key, size in files.items()}.values())
 
 
-def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk: bool = False) -> Cost:
+def cost_of(settings: RunSettings, family: Family, layout: Layout, on_disk: bool = False) -> Cost:
     """The cost of a run that is about to start."""
     trained = [p for module in family.trained.values() for p in module.parameters() if p.requires_grad]
     return Cost(
@@ -216,7 +217,7 @@ def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk:
         moments_of_one=MOMENTS_8BIT if settings.use_8bit_adam else MOMENTS,
         offload_ema=settings.offload_ema,
         on_cpu=layout.device.type == "cpu",
-        adapters=None if settings.lora_rank is None else adapters_of(settings, family),
+        adapters=None if settings.adapters is None else adapters_of(settings.adapters, family),
     )
 
 

@@ -21,7 +21,7 @@ from ..families import Family
 from ..method.factors import Factors, shrinking, total, truncate
 from ..run_folder import ADAPTER_FILE
 from ..tensor_files import TensorFile, Tensors
-from .settings import LoraSettings
+from .groups import LoraSettings
 from .weights import Sets, Weights
 
 NAME = "default"  # peft's, of the adapter in training

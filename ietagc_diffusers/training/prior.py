@@ -14,7 +14,7 @@ from ..data.loaders import SeededLoader
 from ..data.rows import content_hash, load_prior_rows
 from ..data.samples import TrainingSamples
 from ..families import Family
-from .settings import TrainingSettings
+from .settings import RunSettings
 from .streams import RandomStreams
 
 ORDER, NOISE = 0x5052494F, 0x5052494E  # keep these draws apart from those of the shard's own samples
@@ -37,7 +37,7 @@ class PriorSet:
     name: str
 
     @classmethod
-    def load(cls, settings: TrainingSettings, family: Family, accelerator: Accelerator) -> "PriorSet | None":
+    def load(cls, settings: RunSettings, family: Family, accelerator: Accelerator) -> "PriorSet | None":
         """The set that the settings name, or None. Raises ``UsageError`` if it cannot be used."""
         if settings.prior_dir is None or settings.prior_loss_weight is None:
             return None

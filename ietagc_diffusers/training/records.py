@@ -17,7 +17,7 @@ from ..families import place_name
 from ..files import write_json, write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble
-from .settings import TrainingSettings
+from .settings import RunSettings
 
 # The settings that training_set.json holds, beside the resolution.
 PLACES = ("dataset_name", "train_data_dir")
@@ -27,7 +27,7 @@ VIEWS = ("center_crop", "random_flip", "image_interpolation_mode", "alpha")
 OF_ONE_START = ("local_rank", "resume_from_checkpoint")  # settings that a repeated run must not take over
 
 
-def write_config(settings: TrainingSettings, folder: RunFolder) -> None:
+def write_config(settings: RunSettings, folder: RunFolder) -> None:
     """config.yaml: every effective value, the method's first; itself a recipe that repeats the run."""
     values, method = settings.values(), settings.method.to_dict()
     ordered = [*method, *sorted(values.keys() - method.keys() - set(OF_ONE_START))]
@@ -37,7 +37,7 @@ def write_config(settings: TrainingSettings, folder: RunFolder) -> None:
 
 
 def write_training_set(
-    settings: TrainingSettings,
+    settings: RunSettings,
     rows: Dataset,
     columns: Sequence[str],
     folder: RunFolder,

@@ -19,9 +19,10 @@ from ..method.config import MitigationConfig
 from ..run_folder import RunFolder
 from ..settings import Resume, declared
 from .ensemble import IterativeEnsemble
+from .groups import LoraSettings
 from .prior import PriorSet
 from .proxy import Proxy
-from .settings import LoraSettings, TrainingSettings
+from .settings import RunSettings
 
 logger = get_logger(__name__)
 FIXED_MARKS = ("data", "num_samples", "sample_order", "prior_data")  # of the fingerprint, beside settings
@@ -30,7 +31,7 @@ EDGE = 1 << 16  # bytes at either end of a weight file that stand for its conten
 OF_OFFICIAL = ("optimizer.bin", "random_states_0.pkl")  # files of a checkpoint of Diffusers' own scripts
 
 
-def find_checkpoint(settings: TrainingSettings, folder: RunFolder, is_main: bool = True) -> Checkpoint | None:
+def find_checkpoint(settings: RunSettings, folder: RunFolder, is_main: bool = True) -> Checkpoint | None:
     """The checkpoint to resume from, or None for a new run. The main process looks, and all agree.
 
     Raises ``UsageError`` if the wanted one cannot be used, or only checkpoints of Diffusers' own script are there.
@@ -71,20 +72,20 @@ def _find(wanted, folder):
     return found
 
 
-def take_over(settings: TrainingSettings, found: Checkpoint | None) -> None:
+def take_over(settings: RunSettings, found: Checkpoint | None) -> None:
     """What the first run drew for itself belongs to its state: its seed, if none is given."""
     if found is not None and settings.seed is None:
         settings.seed = found.fingerprint["seed"]
 
 
-def extend(settings: TrainingSettings, found: Checkpoint | None) -> None:
+def extend(settings: RunSettings, found: Checkpoint | None) -> None:
     """Where a resumed run is given another length, the choices that the first length led to stay as they were."""
     if found is not None:
         settings.method = replace(settings.method, bank_buckets=found.fingerprint[RESOLVED]["bank_buckets"])
 
 
 def fingerprint(
-    settings: TrainingSettings,
+    settings: RunSettings,
     rows: Dataset,
     condition: Condition,
     run: IterativeEnsemble,
@@ -97,7 +98,7 @@ def fingerprint(
     """
     values = settings.values() | {"bank_buckets": buckets}
     shaping = settings.shaping(Resume.SAME) | settings.shaping(Resume.FIXED) | settings.shaping(Resume.BUDGET)
-    if settings.lora_rank is None:
+    if settings.adapters is None:
         shaping -= {entry.name for entry in declared(LoraSettings)}
     if settings.prior_dir is None:
         shaping -= {entry.name for entry in declared(PriorSettings)}
@@ -118,10 +119,12 @@ def fingerprint(
     return marks
 
 
-def base_mark(base: str) -> str:
+def base_mark(base: str | None) -> str | None:
     """What stands for a base model, so that it may be moved but not changed: a Hub id as it is; of a folder a hash of
-    the names, sizes and both ends of its parts' files.
+    the names, sizes and both ends of its parts' files. None where there is no base.
     """
+    if base is None:
+        return None
     folder = Path(base)
     if not folder.is_dir():
         return str(base)
@@ -138,7 +141,7 @@ def base_mark(base: str) -> str:
 
 
 def resume(
-    settings: TrainingSettings,
+    settings: RunSettings,
     run: IterativeEnsemble,
     found: Checkpoint | None,
     marks: dict[str, Any],
@@ -159,7 +162,7 @@ def resume(
         if name not in marks or name == RESOLVED:
             known = ", ".join(sorted(marks.keys() - fixed - {RESOLVED}))
             raise UsageError(f"`resume_allow` {name}: not among {known}")
-    saved = _with_newer_settings(found.fingerprint, marks)
+    saved = _with_newer_settings(found.fingerprint, marks, type(settings))
     check_fingerprint(saved, marks, {*settings.resume_allow, *budget, RESOLVED}, fixed)
     _continue_rounds(run, found)
     fresh = {shard: _hyperparameters(proxy) for shard, proxy in run.proxies.items()}
@@ -173,12 +176,12 @@ def resume(
     logger.info(f"Resuming from {found.folder} at step {run.global_step}")
 
 
-def _with_newer_settings(saved, marks):
+def _with_newer_settings(saved, marks, kind):
     """A fingerprint with the settings that were not there yet when it was written: the run had their defaults.
 
     Those of adapters are only in fingerprints of runs that train some.
     """
-    entries = [*declared(TrainingSettings), *declared(MitigationConfig)]
+    entries = [*declared(kind), *declared(MitigationConfig)]
     if saved.get("lora_rank") is None:
         entries = [entry for entry in entries if entry not in declared(LoraSettings)]
     return {entry.name: entry.default for entry in entries if entry.name in marks} | saved
@@ -220,8 +223,9 @@ def _apply(proxy, groups, base_rates):
 
 def _begin(run, marks, folder, base):
     """A new run in this folder."""
-    own, base = [path.resolve() for path in [folder.path, *folder.belongings()]], Path(base)
-    if base.is_dir() and (base.resolve() == own[0] or set(own[1:]) & {base.resolve(), *base.resolve().parents}):
+    own = [path.resolve() for path in [folder.path, *folder.belongings()]]
+    base = None if base is None else Path(base).resolve()
+    if base is not None and base.is_dir() and (base == own[0] or set(own[1:]) & {base, *base.parents}):
         raise UsageError(f"`output_dir` {folder.path}: holds the base model, which it would overwrite; give another")
     if run.layout.is_main:
         aside = begins(folder, marks)

@@ -22,6 +22,7 @@ from ..checkpoint import fingerprints
 from ..data.rows import file_names
 from ..data.sources import SAMPLE_ID
 from ..errors import UsageError
+from ..families.settings import BaseModelSettings
 from ..run_folder import RunFolder
 from ..single_file import folder_of
 from ..tensor_files import Disk
@@ -34,6 +35,7 @@ from .callbacks import (
     NonFinite,
     Progress,
     RoundRecords,
+    SavedEpochs,
     SavedRounds,
     Signals,
     StepLog,
@@ -44,12 +46,12 @@ from .ensemble import IterativeEnsemble
 from .lock import locked
 from .prior import PriorSet
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
-from .settings import TrainingSettings
+from .settings import RunSettings
 
 logger = get_logger(__name__, log_level="INFO")
 
 
-def set_up(settings: TrainingSettings) -> Accelerator:
+def set_up(settings: RunSettings) -> Accelerator:
     """The accelerator, with logging as the official script has it."""
     folder = RunFolder(settings.output_dir)
     _check_launch()
@@ -107,7 +109,7 @@ def _trackers(report_to):
     return report_to
 
 
-def agree_on_seed(settings: TrainingSettings) -> int:
+def agree_on_seed(settings: RunSettings) -> int:
     """Draw the seed if none was given, the same on all processes, and start all streams from it. Returns it."""
     if settings.seed is None:
         settings.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
@@ -121,7 +123,7 @@ def _many(number, thing):
 
 
 def _announce(
-    settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int, prior: PriorSet | None
+    settings: RunSettings, run: IterativeEnsemble, budget: Budget, num_rows: int, prior: PriorSet | None
 ) -> None:
     """What the official script says before the first step, and the method's part of it."""
     rounds, epochs = run.rounds, run.rounds.total_steps / budget.steps_per_epoch
@@ -144,7 +146,7 @@ def _announce(
         )
 
 
-def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> None:
+def train(settings: RunSettings, say: Callable[[str], None] = print) -> None:
     """Train, and write what a run leaves behind.
 
     Args:
@@ -176,13 +178,14 @@ def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
         yield
 
 
-def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
-    settings.pretrained_model_name_or_path = folder_of(
-        settings.pretrained_model_name_or_path,
-        settings.model_config,
-        settings.cache_dir,
-        setting="pretrained_model_name_or_path",
-    )
+def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
+    if isinstance(settings, BaseModelSettings):
+        settings.pretrained_model_name_or_path = folder_of(
+            settings.pretrained_model_name_or_path,
+            settings.model_config,
+            settings.cache_dir,
+            setting="pretrained_model_name_or_path",
+        )
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
     seed = agree_on_seed(settings)
@@ -211,16 +214,12 @@ def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFold
     _announce(settings, run, budget, len(rows), prior)
     cost = cost_of(settings, family, run.layout, isinstance(run.weights.place, Disk))
     logger.info(f"  {describe(cost, run.rounds, settings.checkpointing_steps, settings.checkpoints_total_limit)}")
-    validation = None
-    if settings.validation_prompts and settings.num_validation_images:
-        validation = Validation(
-            accelerator,
-            settings.validation_prompts,
-            settings.validation_epochs,
-            budget.steps_per_epoch,
-            seed,
-            settings.num_validation_images,
-        )
+    validation, (per_prompt, every) = None, settings.validation
+    if settings.drawn and per_prompt:
+        validation = Validation(accelerator, settings.drawn, every, budget.steps_per_epoch, seed, per_prompt)
+    saved = None
+    if settings.saved_every is not None:
+        saved = SavedEpochs(folder, settings.saved_every, budget.steps_per_epoch)
     sample_ids = rows[SAMPLE_ID]
     progress = Progress(accelerator.is_local_main_process)
     checkpoints = Checkpoints(folder, marks, settings.checkpointing_steps, settings.checkpoints_total_limit)
@@ -234,6 +233,7 @@ def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFold
         RoundRecords(folder),
         *([validation] if validation else []),
         *([SavedRounds(folder)] if settings.save_rounds else []),
+        *([saved] if saved else []),
         checkpoints,
         signals,
     ]
@@ -247,6 +247,8 @@ def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFold
             if settings.save_shards:
                 records.save_shards(run, rows, folder)
             checkpoints.save_pipeline(run)
+            if saved:
+                saved.clear()
             if validation:
                 validation.draw(run)
             if settings.push_to_hub:

@@ -1,6 +1,7 @@
 """What happens along a run, each in a small class: see ``training.ensemble.Callback``."""
 
 from .checkpoints import Checkpoints
+from .epochs import SavedEpochs
 from .faults import BadSamples, Diverged, Ended, NonFinite
 from .log import FileLosses, StepLog
 from .progress import Progress
@@ -17,6 +18,7 @@ __all__ = [
     "NonFinite",
     "Progress",
     "RoundRecords",
+    "SavedEpochs",
     "SavedRounds",
     "Signals",
     "StepLog",

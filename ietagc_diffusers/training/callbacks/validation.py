@@ -7,17 +7,16 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ..ensemble import Callback
+from .epochs import EveryEpochs
 
 logger = get_logger(__name__)
 
 
-class Validation(Callback):
-    """Images for each validation prompt, to the tracker: after epochs 1, 1 + X, 1 + 2X, ... as in the official
-    script; with several shards after the next round.
+class Validation(EveryEpochs):
+    """Images for each validation prompt, to the tracker.
 
     Args:
-        every: X, in epochs; steps_per_epoch: global steps in an epoch over the whole training set.
+        every, steps_per_epoch: see ``EveryEpochs``.
         per_prompt: how many images, one after another from the same random stream.
 
     ``images``: the last ones, for the model card.
@@ -32,22 +31,13 @@ class Validation(Callback):
         seed: int,
         per_prompt: int = 1,
     ):
-        self.accelerator, self.every, self.seed = accelerator, every, seed
+        super().__init__(every, steps_per_epoch)
+        self.accelerator, self.seed = accelerator, seed
         self.prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
-        self.steps_per_epoch = steps_per_epoch
         self.images: list[Any] = []
 
-    def on_step(self, run, proxy, before):
-        if run.single:
-            self._draw_if_due(run, before)
-
-    def on_round(self, run, row, before):
-        self._draw_if_due(run, before if run.single else run.rounds.steps_before(run.round - 1))
-
-    def _draw_if_due(self, run, before):
-        first, last = before // self.steps_per_epoch, run.global_step // self.steps_per_epoch
-        if any(epoch % self.every == 0 for epoch in range(first, last)):
-            self.draw(run)
+    def act(self, run):
+        self.draw(run)
 
     def draw(self, run) -> None:
         """Draw and send the images; only the main process does."""

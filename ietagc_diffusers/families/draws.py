@@ -1,0 +1,43 @@
+"""Random draws for a batch, and a batch with everything random drawn."""
+
+from dataclasses import fields
+from typing import Any, Self
+
+import torch
+
+
+class DrawnBatch:
+    """The base of dataclasses whose fields are tensors (B, ...), or dicts of such tensors: rows and devices of them."""
+
+    def __getitem__(self, rows: Any) -> Self:
+        return self._map(lambda tensor: tensor[rows])
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change):
+        def changed(value):
+            return {name: change(one) for name, one in value.items()} if isinstance(value, dict) else change(value)
+
+        return type(self)(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+
+
+class Draws:
+    """Standard normal draws for a batch of which this process has a share: of the whole batch, then its rows.
+
+    like (B, ...): this process's part of the batch; share: see ``Batch``.
+    """
+
+    def __init__(self, like: torch.Tensor, share: tuple[slice, int] | None):
+        self.device = like.device
+        self.rows, self.batch_rows = share or (slice(None), len(like))
+
+    def normal(
+        self, *shape: int, dtype: torch.dtype | None = None, layout: torch.memory_format = torch.contiguous_format
+    ) -> torch.Tensor:
+        """(rows, *shape)"""
+        drawn = torch.empty((self.batch_rows, *shape), device=self.device, dtype=dtype, memory_format=layout)
+        return drawn.normal_()[self.rows]

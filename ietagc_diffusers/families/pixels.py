@@ -1,0 +1,118 @@
+"""The objective of models of pixels that predict the noise or the image."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+
+from ..data import Batch
+from .base import Objective, Tensors
+from .draws import DrawnBatch, Draws
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is the same at each visit of a batch's images.
+
+    images (B, 3, H, W); condition: named tensors (B, ...); share: see ``Batch``.
+    """
+
+    images: torch.Tensor
+    condition: Tensors
+    share: tuple[slice, int] | None = None
+
+
+@dataclass(frozen=True)
+class DrawnImages(DrawnBatch):
+    """One batch with everything random drawn: images and noise (B, 3, H, W), timesteps (B,), condition: named tensors
+    (B, ...).
+    """
+
+    images: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    condition: Tensors
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """The noise levels, over which the memory bank has its entries: here the timesteps."""
+        return self.timesteps
+
+
+class PixelObjective(Objective):
+    """The objective of Diffusers' ``train_unconditional.py``: denoise images, perhaps told their class.
+
+    With prediction type ``sample`` the loss at a timestep is weighted by its ratio of signal to noise,
+    alpha_bar / (1 - alpha_bar), which depends on the timestep only.
+
+    Args:
+        scheduler: with prediction type ``epsilon`` or ``sample``.
+        dtype: of the denoiser's input.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler, dtype: torch.dtype = torch.float32):
+        self.scheduler, self.dtype = scheduler, dtype
+
+    @property
+    def num_levels(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def predicts_images(self) -> bool:
+        return self.scheduler.config.prediction_type == "sample"
+
+    def encode_images(self, images: torch.Tensor) -> Tensors:
+        return {"images": images.to(self.dtype)}
+
+    def encode_inputs(self, inputs: Tensors) -> Tensors:
+        return inputs
+
+    def encode(self, batch: Batch) -> Shown:
+        return Shown(batch.images.to(self.dtype), batch.inputs | batch.told, batch.share)
+
+    @torch.no_grad()
+    def draw(self, encoded: Shown) -> DrawnImages:
+        """Draw noise and timesteps, in the official script's order."""
+        draws = Draws(encoded.images, encoded.share)
+        noise = draws.normal(*encoded.images.shape[1:], dtype=encoded.images.dtype)
+        timesteps = torch.randint(0, self.num_levels, (draws.batch_rows,), device=draws.device)[draws.rows]
+        return DrawnImages(encoded.images, noise, timesteps, encoded.condition)
+
+    def at_levels(self, drawn: DrawnImages, levels: torch.Tensor) -> DrawnImages:
+        return replace(drawn, timesteps=levels.to(drawn.timesteps.device))
+
+    def with_images(self, drawn: DrawnImages, rows: Sequence[int], images: torch.Tensor) -> DrawnImages:
+        changed = drawn.images.clone()
+        changed[rows] = images.to(self.dtype)
+        return replace(drawn, images=changed)
+
+    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward of the model. Returns prediction and target, both (B, 3, H, W) float32."""
+        noisy = self.scheduler.add_noise(drawn.images, drawn.noise, drawn.timesteps)
+        prediction = model(noisy, drawn.timesteps, **drawn.condition, return_dict=False)[0]
+        target = drawn.images if self.predicts_images else drawn.noise
+        return prediction.float(), target.float()
+
+    def losses(self, model: Callable, drawn: DrawnImages) -> torch.Tensor:
+        """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
+        return F.mse_loss(*self.predict(model, drawn), reduction="none").flatten(1).mean(dim=1)
+
+    def plain_loss(self, model: Callable, drawn: DrawnImages) -> torch.Tensor:
+        """The official script's scalar loss, in its own order of operations: the same bits, hence not
+        ``losses().mean()``.
+        """
+        prediction, target = self.predict(model, drawn)
+        weights = self.weights(drawn)
+        if weights is None:
+            return F.mse_loss(prediction, target)
+        weights = weights[:, None, None, None].expand(len(drawn), 1, 1, 1)
+        return (weights * F.mse_loss(prediction, target, reduction="none")).mean()
+
+    def weights(self, drawn: Any) -> torch.Tensor | None:
+        if not self.predicts_images:
+            return None
+        alpha_bar = self.scheduler.alphas_cumprod.to(drawn.timesteps.device)[drawn.timesteps].float()
+        return alpha_bar / (1 - alpha_bar)

@@ -1,0 +1,237 @@
+"""Unconditional models: a UNet of pixels that is told nothing of an image, or only its class."""
+
+import copy
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..data import Batch, ClassLabels, Condition, View
+from ..errors import UsageError
+from .base import Family, Image
+from .parts import part_of
+from .pixels import PixelObjective
+from .settings import PipelineSettings, UnconditionalModelSettings
+from .views import Pixels, PrecisePixels
+
+# The official script's architecture.
+WIDTHS = (128, 128, 256, 256, 512, 512)
+DOWN_BLOCKS = ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4
+
+
+class Unconditional(Family):
+    """DDPM, trained from scratch or from a ``DDPMPipeline`` (or ``DDIMPipeline``); saved as a ``DDPMPipeline``.
+
+    Attributes:
+        scheduler: with the noise levels of the training.
+    """
+
+    name = "Unconditional"
+    pipelines = (DDPMPipeline, DDIMPipeline)
+    denoiser_name = "unet"
+    script = "train_unconditional_ietagc.py"
+    tags: ClassVar[tuple[str, ...]] = ("pytorch", "unconditional-image-generation", "diffusion-models-class")
+    objective: PixelObjective
+
+    def __init__(
+        self,
+        settings: PipelineSettings,
+        scheduler: DDPMScheduler,
+        denoiser: UNet2DModel | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.settings, self.scheduler, self.denoiser = settings, scheduler, denoiser
+        self.device, self.dtype = torch.device(device), dtype
+        self.text_encoders = {}
+        self.objective = PixelObjective(scheduler, dtype)
+
+    @property
+    def parts(self):
+        return [] if self.denoiser is None else [self.denoiser]
+
+    @classmethod
+    def load(cls, settings, device="cpu", dtype=torch.float32, config=None):
+        """Load a base, or make a model whose weights are drawn from torch's stream. ``settings``:
+        ``UnconditionalModelSettings`` and ``ImageSettings`` in one.
+        """
+        base = settings.pretrained_model_name_or_path
+        if not isinstance(settings, UnconditionalModelSettings):
+            raise UsageError(
+                f"`pretrained_model_name_or_path` {base}: is an unconditional model, which {cls.script} trains"
+            )
+        family = cls(settings, *(_fresh(settings) if base is None else _of_base(settings)), device, dtype)
+        family.denoiser.train()
+        _check(family.denoiser, settings)
+        return family
+
+    @classmethod
+    def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
+        scheduler = part_of(DDPMScheduler, str(base), "scheduler", setting=setting)
+        if prediction_type is not None:
+            scheduler.register_to_config(prediction_type=prediction_type)
+        return cls(PipelineSettings(pretrained_model_name_or_path=str(base)), scheduler, None, device)
+
+    @classmethod
+    def load_denoiser(cls, folder, subfolder=None, **options):
+        return UNet2DModel.from_pretrained(folder, **({} if subfolder is None else {"subfolder": subfolder}), **options)
+
+    @classmethod
+    def of_pipeline(cls, pipeline: Any, **objective: Any) -> Self:
+        """The family around a pipeline's parts, which it shares, in float32 on the CPU."""
+        return cls(PipelineSettings(), pipeline.scheduler, pipeline.unet)
+
+    def load_average(self):
+        """A copy: a model from scratch is nowhere else."""
+        return copy.deepcopy(self.denoiser).to("cpu")
+
+    def condition(self, settings: Any, config: Any) -> Condition:
+        if settings.class_labels == "none":
+            return Condition()
+        number = self.denoiser.config.num_class_embeds
+        return ClassLabels(settings.class_labels, number, settings.label_column, settings.seed)
+
+    def encoder_marks(self):
+        return {"images": {"precision": str(self.dtype)}, "inputs": {}}
+
+    def rest(self, images, inputs):
+        """There are no encoders."""
+
+    def view(self, settings: Any) -> View:
+        precise = getattr(settings, "preserve_input_precision", False)
+        return (PrecisePixels if precise else Pixels).of(settings)
+
+    def batch(self, images, texts):
+        if self.denoiser is not None and self.denoiser.config.num_class_embeds is not None:
+            raise UsageError("losses of a model of classes need the labels of the images, which are not known here")
+        return Batch(images)
+
+    def pipeline(self):
+        return DDPMPipeline(self.denoiser, DDPMScheduler.from_config(self.scheduler.config))
+
+    @torch.no_grad()
+    def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
+        """As many images as there are prompts, which say nothing."""
+        generator, number = torch.Generator(self.device).manual_seed(seed), len(prompts)
+        classes = self.denoiser.config.num_class_embeds
+        labels = None if classes is None else (torch.arange(number) % classes).tolist()
+        steps = getattr(self.settings, "ddpm_num_inference_steps", self.objective.num_levels)
+        was_training = self.denoiser.training
+        try:
+            return draw(self.pipeline(), generator, number, min(steps, self.objective.num_levels), labels)
+        finally:
+            self.denoiser.train(was_training)
+
+    def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
+        config = json.loads(self.denoiser.to_json_string())
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config | (more or {}), indent=2, sort_keys=True) + "\n")
+
+
+def _fresh(settings):
+    """(scheduler, UNet) with weights from torch's stream."""
+    scheduler = DDPMScheduler(
+        num_train_timesteps=settings.ddpm_num_steps,
+        beta_schedule=settings.ddpm_beta_schedule,
+        prediction_type=settings.prediction_type,
+    )
+    classes = {} if settings.class_labels == "none" else {"num_class_embeds": settings.num_classes}
+    place = settings.model_config_name_or_path
+    if place is not None:
+        try:
+            config = UNet2DModel.load_config(place, cache_dir=settings.cache_dir)
+            return scheduler, UNet2DModel.from_config(config, **classes)
+        except (OSError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"`model_config_name_or_path` {place}: no configuration of a UNet2DModel: {reason}"
+            ) from error
+    return scheduler, UNet2DModel(
+        sample_size=settings.resolution,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=WIDTHS,
+        down_block_types=DOWN_BLOCKS,
+        up_block_types=UP_BLOCKS,
+        **classes,
+    )
+
+
+def _of_base(settings):
+    """(scheduler, UNet) of a pipeline; what the settings say of the noise levels must be what it was trained with."""
+    base, files = settings.pretrained_model_name_or_path, {"cache_dir": settings.cache_dir}
+    scheduler = part_of(DDPMScheduler, base, "scheduler", revision=settings.revision, **files)
+    found = scheduler.config
+    if settings.prediction_type is not None:
+        scheduler.register_to_config(prediction_type=settings.prediction_type)
+    for name, of_base in (("ddpm_num_steps", found.num_train_timesteps), ("ddpm_beta_schedule", found.beta_schedule)):
+        given = getattr(settings, name)
+        if given not in (None, of_base):
+            raise UsageError(f"`{name}` {given}: the base {base} has {of_base}; leave it out")
+    if scheduler.config.prediction_type not in ("epsilon", "sample"):
+        raise UsageError(
+            f"`pretrained_model_name_or_path` {base}: predicts {scheduler.config.prediction_type}; epsilon and sample "
+            "can be trained"
+        )
+    files |= {"revision": settings.revision, "variant": settings.variant}
+    return scheduler, part_of(UNet2DModel, base, "unet", **files)
+
+
+def _check(unet, settings):
+    """Raise ``UsageError`` where model, images and labels do not fit one another."""
+    config, size = unet.config, settings.resolution
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise UsageError(
+            f"the UNet takes {config.in_channels} channels and predicts {config.out_channels}; images have 3, for both"
+        )
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if size % factor:
+        raise UsageError(f"`resolution` {size}: this UNet takes multiples of {factor}")
+    classes = config.num_class_embeds
+    if classes is None and settings.class_labels != "none":
+        raise UsageError(f"`class_labels` {settings.class_labels}: the base was trained without classes; leave it out")
+    if classes is not None and settings.class_labels == "none":
+        raise UsageError(f"`class_labels`: the model has {classes} classes; say where labels come from")
+    if settings.num_classes not in (None, classes):
+        raise UsageError(f"`num_classes` {settings.num_classes}: the base has {classes} classes; leave it out")
+    unet.register_to_config(sample_size=size)
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any,
+    generator: torch.Generator | list[torch.Generator],
+    number: int,
+    steps: int,
+    labels: Sequence[int] | None = None,
+) -> list[Image]:
+    """PIL images from noise: what a ``DDPMPipeline`` draws, also with other schedulers, and with class labels, which
+    it does not take.
+
+    Args:
+        generator: of all images, or one for each.
+        steps: of denoising.
+        labels: ``number`` classes; None for a model without.
+    """
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (number, unet.config.in_channels, height, width)
+    images = randn_tensor(shape, generator=generator, device=unet.device, dtype=unet.dtype)
+    scheduler.set_timesteps(steps)
+    images = images * scheduler.init_noise_sigma
+    told = {} if labels is None else {"class_labels": torch.tensor(labels, device=unet.device)}
+    random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    unet.eval()
+    for step in scheduler.timesteps:
+        predicted = unet(scheduler.scale_model_input(images, step), step, **told).sample
+        images = scheduler.step(predicted, step, images, **random).prev_sample
+    shown = (images / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
+    return pipeline.numpy_to_pil(shown)
