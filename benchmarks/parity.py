@@ -3,7 +3,7 @@
     python -m benchmarks.parity --official path/to/diffusers/examples/text_to_image/train_text_to_image.py
     python -m benchmarks.parity --official_lora path/to/diffusers/examples/text_to_image/train_text_to_image_lora.py
 
-and likewise ``--official_sdxl`` and ``--official_lora_sdxl``.
+and likewise ``--official_sdxl``, ``--official_lora_sdxl`` and ``--official_unconditional``.
 
 Runs Diffusers' own script and ours on the demo's pictures, under the same flags, and compares the UNet files byte by
 byte; of adapters, whose files have other headers, the tensors. On CPU, on two bases: the demo's (for Stable Diffusion
@@ -14,6 +14,9 @@ The official script of Stable Diffusion XL draws the latents, flips and captions
 and then crop corners at each visit that are not those of its latents. Ours draws all of it at each visit. So both run
 here with nothing left to draw: latents are the mean of the VAE's posterior (``benchmarks/posterior_mean.py``), crops
 are at the centre, nothing is flipped, and an epoch ends with a whole batch.
+
+The official unconditional script has no flag for a seed: ``benchmarks/seeded.py`` seeds it. Both draw the weights that
+they start from.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from ietagc_diffusers import testing
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ROOT / "train_text_to_image_ietagc.py"
+OURS, OURS_UNCONDITIONAL = ROOT / "train_text_to_image_ietagc.py", ROOT / "train_unconditional_ietagc.py"
 DEMO, REAL = "demo's base", "VAE of the real shape"
 
 # Base, name, flags. On each base every combination must give other weights than all others, or it could not fail.
@@ -107,10 +110,25 @@ LORA_SDXL = [
     # the other factor here and not there.
     (XL, "LoRA on the text encoders too", ["--rank=4", "--train_text_encoder", "--adam_weight_decay=0"]),
 ]  # fmt: skip
+TINY, OFFICIAL_UNET = "tiny UNet, from scratch", "the official UNet, from scratch"
+UNCONDITIONAL = [
+    (TINY, "plain, cosine schedule", []),
+    (TINY, "EMA", ["--use_ema", "--ema_power=0.6", "--ema_inv_gamma=0.5", "--ema_max_decay=0.9"]),
+    (TINY, "flip, centre crop", ["--random_flip", "--center_crop"]),
+    (TINY, "image prediction, flip, EMA", ["--prediction_type=sample", "--random_flip", "--use_ema"]),
+    (TINY, "accumulation, linear schedule, warm-up", ["--gradient_accumulation_steps=3", "--lr_scheduler=linear",
+                                                      "--lr_warmup_steps=2"]),
+    (TINY, "500 noise levels, squared cosine, two workers", [
+        "--ddpm_num_steps=500", "--ddpm_beta_schedule=squaredcos_cap_v2", "--dataloader_num_workers=2"]),
+    (TINY, "precise input", ["--preserve_input_precision", "--random_flip"]),
+    (OFFICIAL_UNET, "plain", ["--num_epochs=1", "--train_batch_size=20", "--resolution=32"]),
+]  # fmt: skip
 # The official LoRA script has used up the iterator of its parameters before it clips their gradients, so that its
 # max_grad_norm does nothing. Ours does what it says, and is off here.
 UNCLIPPED = ["--max_grad_norm=0"]
 BATCH = 5
+SEED = 11
+SEEDED = (str(ROOT / "benchmarks" / "seeded.py"), str(SEED))
 POSTERIOR_MEAN = (str(ROOT / "benchmarks" / "posterior_mean.py"), str(BATCH))
 
 
@@ -136,6 +154,29 @@ def write_xl(folder, real):
         pipeline.register_modules(vae=testing.build_vae((128, 256, 512, 512), sample_size=64, attention=True))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def write_unconditional(folder):
+    """The configuration of a tiny UNet of pixels, and pictures that are wider than high, so that crops are drawn."""
+    testing.random_unconditional_pipeline().unet.save_config(folder / "unet")
+    captions, pictures = make_set(38, "mosaic", [7])
+    write_image_folder(folder / "pictures", captions, pictures[:, 4:-4])
+    return folder
+
+
+def unconditional_flags(folder, base):
+    model = [f"--model_config_name_or_path={folder / 'unet'}"] if base == TINY else []
+    return [
+        *model,
+        f"--train_data_dir={folder / 'pictures'}",
+        "--resolution=16",
+        f"--train_batch_size={BATCH}",
+        "--learning_rate=1e-3",
+        "--num_epochs=2",
+        "--lr_warmup_steps=3",
+        "--eval_batch_size=1",
+        "--ddpm_num_inference_steps=2",
+    ]
 
 
 def run(script, flags, output_dir, before=()):
@@ -164,6 +205,7 @@ def main():
         "official_lora": ("train_text_to_image_lora.py", LORA, UNCLIPPED, ()),
         "official_sdxl": ("train_text_to_image_sdxl.py", SDXL, [], POSTERIOR_MEAN),
         "official_lora_sdxl": ("train_text_to_image_lora_sdxl.py", LORA_SDXL, [], ()),
+        "official_unconditional": ("train_unconditional.py", UNCONDITIONAL, [f"--seed={SEED}"], SEEDED),
     }
     for flag, (script, *_) in kinds.items():
         parser.add_argument(f"--{flag}", help=f"Diffusers' {script}")
@@ -187,21 +229,25 @@ def main():
             XL: write_xl(scratch / "xl", real=False),
             XL_REAL: write_xl(scratch / "xl-real", real=True),
         }
+        from_scratch = write_unconditional(scratch / "unconditional")
         for number, (script, ours_only, before, base, name, flags) in enumerate(combinations):
-            small = base in (DEMO, XL)
+            unconditional, small = base in (TINY, OFFICIAL_UNET), base in (DEMO, XL)
             common = [
-                f"--pretrained_model_name_or_path={bases[base]}",
+                f"--pretrained_model_name_or_path={bases.get(base)}",
                 f"--train_data_dir={scratch / ('pictures-40' if before else 'pictures-38')}",
                 f"--resolution={32 if small else 64}",
                 f"--train_batch_size={BATCH}",
                 "--learning_rate=1e-3",
-                "--seed=11",
+                f"--seed={SEED}",
             ]
             if not any(flag.startswith("--num_train_epochs") for flag in flags):
                 common.append(f"--max_train_steps={12 if small else 6}")
+            if unconditional:
+                common = unconditional_flags(from_scratch, base)
             official = run(script, common + flags, scratch / f"official-{number}", before)
             flags = ["--mitigation=none", *common, *flags, *ours_only]
-            ours = run(OURS, flags, scratch / f"ours-{number}", before)
+            ours = OURS_UNCONDITIONAL if unconditional else OURS
+            ours = run(ours, flags, scratch / f"ours-{number}", () if unconditional else before)
             verdict = "identical" if official == ours else "DIFFERENT"
             if official in seen:
                 verdict = "CANNOT FAIL: equals another combination"

@@ -15,6 +15,7 @@ RECORDED = (
     "model", "lora", "num_inference_steps", "guidance_scale", "mitigation", "negative_prompt", "dtype", "num_images",
 )  # fmt: skip
 CAPTIONS = "captions of training images"
+NO_PROMPTS = "none"
 
 
 def drawing_of(
@@ -41,11 +42,17 @@ def drawing_of(
             "scheduler": _scheduler(settings.get("scheduler"), model or settings.get("model")),
             "resolution": size,
             "seeds": [rows[0]["seed"], rows[-1]["seed"]],
-            "prompts": prompts or (CAPTIONS if all(row.get("source") for row in rows) else "prompts of one's own"),
+            "prompts": prompts or _prompts(rows),
             "num_prompts": len({row["text"] for row in rows}),
         }
     except (OSError, UsageError, ValueError, LookupError, TypeError, AttributeError):
         return None  # another tool's file, or one that is damaged: nothing is known
+
+
+def _prompts(rows):
+    if not any(row["text"] for row in rows):
+        return NO_PROMPTS
+    return CAPTIONS if all(row.get("source") for row in rows) else "prompts of one's own"
 
 
 def _scheduler(given: str | None, model: str | Path | None) -> str | None:
@@ -67,6 +74,11 @@ def sentence_of(drawing: dict[str, Any]) -> str:
     scheduler = f" of {drawing['scheduler']}" if drawing["scheduler"] else ""
     seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
     steps = f"{drawing['num_inference_steps']} steps{scheduler}"
+    if drawing["prompts"] == NO_PROMPTS:
+        return (
+            f"Drawn without prompts: {drawing['num_images']} images, {steps}, {width} x {height} pixels, "
+            f"{drawing['dtype']}, {seeds}."
+        )
     return (
         f"Drawn{lora} {mitigation}{negative}: {drawing['num_images']} images, {steps}, "
         f"guidance {drawing['guidance_scale']:g}, {width} x {height} pixels, {drawing['dtype']}, {seeds}; "

@@ -1,4 +1,4 @@
-"""Draw an image for each prompt, each from its own seed, into a folder that ``datasets`` loads."""
+"""Draw an image for each prompt, or without prompts, each from its own seed, into a folder that ``datasets`` loads."""
 
 import hashlib
 import inspect
@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.families import drawn_edge, family_of
+from ietagc_diffusers.families import Unconditional, drawn_edge, family_of
+from ietagc_diffusers.families.unconditional import draw as draw_unprompted
 from ietagc_diffusers.files import read_json, write_json, write_text
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 
 from .adapters import Adapter, base_of_run, find_adapter, put_on
-from .pipelines import check_pipeline, one_line, pipeline_folder
+from .pipelines import check_pipeline, is_unprompted, one_line, pipeline_folder
 from .prompts import Prompt
 from .record import recorded_training
 
@@ -37,6 +38,7 @@ HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
 # Keys of configurations that say where a model was saved and by which version, not what it is.
 NOT_HASHED = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
 SETTINGS_FILE = ".generate.json"  # hidden, so that it is neither an image nor a row for `datasets`
+UNPROMPTED = Unconditional.pipelines
 NOT_COMPARED = ("model", "lora", "batch_size", "version")  # in that file: they do not change what is drawn
 
 
@@ -85,13 +87,13 @@ class Settings:
 def load_pipeline(
     model: str | Path, settings: Settings, device: str = "cpu", denoiser: str | Path | None = None
 ) -> DiffusionPipeline:
-    """The text-to-image pipeline of a folder or a Hub id, without its safety checker, which would black out copies.
+    """The pipeline of a folder or a Hub id, without its safety checker, which would black out copies.
 
     Args:
         denoiser: folder of a trained module that takes the place of the pipeline's own, or of an adapter for it.
 
     Raises:
-        UsageError: it does not load or takes no prompt.
+        UsageError: it does not load, or takes no prompt and is not unconditional either.
     """
     check_pipeline(model)
     dtype = getattr(torch, settings.dtype)
@@ -107,8 +109,11 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **replaced)
     except Exception as error:
         raise UsageError(f"`model` {model}: does not load as a pipeline: {one_line(error)}") from error
-    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+    unprompted = is_unprompted(folder)
+    if not unprompted and "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
+    if unprompted:
+        _check_unprompted(pipeline, settings)
     put_on(pipeline, adapters)
     _check_fit(pipeline, settings)
     if settings.scheduler is not None:
@@ -134,6 +139,16 @@ def _check_fit(pipeline: Any, settings: Settings) -> None:
     multiple = getattr(pipeline, "vae_scale_factor", 1) * getattr(pipeline, "patch_size", 1)
     if settings.resolution is not None and settings.resolution % multiple:
         raise UsageError(f"`resolution` {settings.resolution}: must be a multiple of {multiple} for a {kind}")
+
+
+def _check_unprompted(pipeline: Any, settings: Settings) -> None:
+    """Raise ``UsageError`` for what an unconditional pipeline cannot do; it draws at its own size."""
+    kind, size = type(pipeline).__name__, getattr(pipeline, Unconditional.denoiser_name).config.sample_size
+    for name in ("mitigation", "negative_prompt", "lora"):
+        if value := getattr(settings, name):
+            raise UsageError(f"`{name}` {value}: a {kind} takes no prompt, and this acts on prompts; leave it out")
+    if settings.resolution not in (None, size):
+        raise UsageError(f"`resolution` {settings.resolution}: a {kind} draws at its own, {size}; leave it out")
 
 
 def _is_adapter(folder):
@@ -190,15 +205,27 @@ def _content_hash(path: Path) -> bytes:
 
 
 @torch.no_grad()
-def draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], settings: Settings) -> list[Image.Image]:
-    """PIL images for prompts, each with noise from its own seed only."""
+def draw(
+    pipeline: Any,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    labels: Sequence[int | None] = (),
+) -> list[Image.Image]:
+    """PIL images for prompts, each with noise from its own seed only. ``labels``: of a model of classes, which takes no
+    prompts.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if isinstance(pipeline, UNPROMPTED):
+        told = [label for label in labels if label is not None] or None
+        return draw_unprompted(pipeline, generators, len(seeds), settings.num_inference_steps, told)
     size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
     negative = {} if settings.negative_prompt is None else {"negative_prompt": [settings.negative_prompt] * len(texts)}
     return pipeline(
         list(texts),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        generator=generators,
         **size,
         **negative,
     ).images
@@ -230,7 +257,8 @@ def generate(
     output = Path(output)
     places = [model, *(find_adapter(given).file.parent for given in settings.lora)]
     trained = [resolution for place in places if (resolution := trained_resolution(place))]
-    settings = replace(settings, resolution=settings.resolution or (trained[-1] if trained else None))
+    if not is_unprompted(model):
+        settings = replace(settings, resolution=settings.resolution or (trained[-1] if trained else None))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
         _check_settings(output, model, denoiser, prompts, settings)
@@ -244,7 +272,8 @@ def generate(
         with tqdm(total=sum(map(len, mine)), desc=desc, disable=rank > 0) as bar:
             for batch in mine:
                 texts, seeds = [prompts[i].text for i in batch], [settings.seed + i for i in batch]
-                for index, image in zip(batch, draw(pipeline, texts, seeds, settings), strict=True):
+                labels = [prompts[i].label for i in batch]
+                for index, image in zip(batch, draw(pipeline, texts, seeds, settings, labels), strict=True):
                     _save(image, _image_path(output, index))
                 bar.update(len(batch))
     _wait(state)
@@ -266,6 +295,7 @@ def _write_metadata(prompts: Sequence[Prompt], output: Path, settings: Settings)
             "mitigation": settings.mitigation,
             "sample_id": prompt.sample_id,
             "source": prompt.source,
+            **({} if prompt.label is None else {"label": prompt.label}),
         }
         for index, prompt in enumerate(prompts)
     ]
@@ -287,7 +317,7 @@ def _check_settings(
 ) -> None:
     """Record in an empty folder ``output`` how its images are drawn; compare with the record if it holds images."""
     output.mkdir(parents=True, exist_ok=True)
-    texts = json.dumps([asdict(prompt) for prompt in prompts])
+    texts = json.dumps([prompt.record() for prompt in prompts])
     wanted = asdict(settings) | {
         "model": str(model),
         "model_hash": model_hash(model, denoiser, settings.lora),

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.files import read_json
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 from ietagc_diffusers.single_file import IS_PICKLE, PICKLES, folder_of, is_checkpoint
@@ -71,6 +72,19 @@ def check_pipeline(model: str | Path) -> None:
         raise UsageError(f"`model` {model}: {_of_file(path)}")
     if path.is_dir() and not (path / INDEX).is_file() and base_of_run(path) is None:
         raise UsageError(f"`model` {model}: {_of_folder(path)}")
+
+
+def is_unprompted(model: str | Path) -> bool:
+    """Whether a pipeline draws without prompts."""
+    index = pipeline_folder(model) / INDEX
+    kind = read_json(index).get("_class_name") if index.is_file() else None
+    return kind in {pipeline.__name__ for pipeline in Unconditional.pipelines}
+
+
+def num_classes(model: str | Path) -> int | None:
+    """How many classes the UNet of an unconditional pipeline is told of; None if of none."""
+    config = pipeline_folder(model) / Unconditional.denoiser_name / "config.json"
+    return read_json(config).get("num_class_embeds") if config.is_file() else None
 
 
 def one_line(error: Exception) -> str:

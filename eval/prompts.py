@@ -3,7 +3,7 @@
 import csv
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,11 +20,20 @@ LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. If it is the caption of a training image, ``sample_id`` and ``source`` say of which."""
+    """A prompt. If it is the caption of a training image, ``sample_id`` and ``source`` say of which.
+
+    For a model without prompts ``text`` is empty, and ``label`` the class, if it has classes.
+    """
 
     text: str
     sample_id: int | None = None
     source: str | None = None
+    label: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """JSON values."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if key != "label" or value is not None}
 
 
 def read_prompts(path: str | Path, setting: str = "prompts") -> list[Prompt]:
@@ -131,6 +140,15 @@ def caption_prompts(images: "ImageSet", setting: str) -> list[Prompt]:
             f"`{setting}` {images.source}: its images have no captions (a metadata.jsonl with text); give `prompts`"
         )
     return [Prompt(text, images.rows[index].get("sample_id"), images.names[index]) for index, text in captions]
+
+
+def without_prompts(num_images: int, classes: int | None, seed: int) -> list[Prompt]:
+    """What a model without prompts is asked for: nothing, or the classes 0 to ``classes`` - 1, each as often as they
+    fit and a seeded draw of the rest.
+    """
+    if classes is None:
+        return [Prompt("")] * num_images
+    return choose([Prompt("", label=label) for label in range(classes)], num_images, seed)
 
 
 def choose(prompts: list[T], num_images: int, seed: int) -> list[T]:

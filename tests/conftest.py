@@ -18,6 +18,7 @@ from ietagc_diffusers import testing
 from ietagc_diffusers.arguments import parse_args
 from ietagc_diffusers.training.callbacks import Signals
 from ietagc_diffusers.training.run import train
+from ietagc_diffusers.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_text_to_image_ietagc.py"
@@ -85,7 +86,7 @@ def train_flags(base, pictures, *more):
     ]
 
 
-def train_here(flags, output_dir, stop_at=None):
+def train_here(flags, output_dir, stop_at=None, kind=TrainingSettings):
     """Run the training script in this process, optionally stopped as by a signal once ``stop_at`` steps are done.
 
     Returns the output folder.
@@ -96,7 +97,7 @@ def train_here(flags, output_dir, stop_at=None):
         Signals.should_stop = lambda self, run: run.global_step >= stop_at
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        train(parse_args([*map(str, flags), f"--output_dir={output_dir}"]))
+        train(parse_args([*map(str, flags), f"--output_dir={output_dir}"], kind))
     finally:
         Signals.should_stop = should_stop
         for number, handler in handlers.items():

@@ -87,7 +87,9 @@ def add_generation(parser: ArgumentParser) -> None:
     add_model(group)
     add_lora(group)
     group.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; default: the captions of --train")
-    group.add_argument("--num_images", type=int, help="default: one for each prompt")
+    group.add_argument(
+        "--num_images", type=int, help="default: one for each prompt; needed for a model without prompts"
+    )
     group.add_argument("--seed", type=int, default=0, help="of the first image; the next image has the next seed")
     group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
     group.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
@@ -343,9 +345,18 @@ def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) 
 
 
 def prompts_of(args: Namespace, training: "ImageSet | None") -> "list[Prompt]":
-    """``num_images`` prompts: those of a file, or the captions of the training images."""
-    from ietagc_diffusers.eval.prompts import caption_prompts, choose, read_prompts
+    """``num_images`` prompts: those of a file, or the captions of the training images; empty ones for a model without
+    prompts.
+    """
+    from ietagc_diffusers.eval.pipelines import is_unprompted, num_classes
+    from ietagc_diffusers.eval.prompts import caption_prompts, choose, read_prompts, without_prompts
 
+    if is_unprompted(args.model):
+        if args.prompts:
+            raise UsageError(f"`prompts` {args.prompts}: {args.model} draws without prompts; leave it out")
+        if not args.num_images:
+            raise UsageError(f"`num_images`: {args.model} draws without prompts; say how many images")
+        return without_prompts(args.num_images, num_classes(args.model), args.seed)
     if args.prompts:
         prompts = read_prompts(args.prompts)
     elif training is not None:

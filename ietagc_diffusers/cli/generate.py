@@ -23,8 +23,10 @@ def run(args: Namespace) -> None:
     from ietagc_diffusers.eval.generate import generate
 
     state, device = common.processes(common.device_of(args))
+    from ietagc_diffusers.eval.pipelines import is_unprompted
+
     training = None
-    if not args.prompts:
+    if not args.prompts and not is_unprompted(args.model):
         training = _training_images(args, state.is_main_process)
     prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
     generate(args.model, prompts, args.output, settings, device, state)

@@ -13,16 +13,20 @@ class DrawnBatch:
         return self._map(lambda tensor: tensor[rows])
 
     def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
+        return len(getattr(self, self._names()[0]))
 
     def to(self, device: torch.device | str) -> Self:
         return self._map(lambda tensor: tensor.to(device))
+
+    def _names(self):
+        of_dataclass: Any = self
+        return [field.name for field in fields(of_dataclass)]
 
     def _map(self, change):
         def changed(value):
             return {name: change(one) for name, one in value.items()} if isinstance(value, dict) else change(value)
 
-        return type(self)(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+        return type(self)(**{name: changed(getattr(self, name)) for name in self._names()})
 
 
 class Draws:

@@ -66,7 +66,8 @@ class Unconditional(Family):
             raise UsageError(
                 f"`pretrained_model_name_or_path` {base}: is an unconditional model, which {cls.script} trains"
             )
-        family = cls(settings, *(_fresh(settings) if base is None else _of_base(settings)), device, dtype)
+        make: Any = cls
+        family = make(settings, *(_fresh(settings) if base is None else _of_base(settings)), device, dtype)
         family.denoiser.train()
         _check(family.denoiser, settings)
         return family

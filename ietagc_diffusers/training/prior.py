@@ -43,7 +43,7 @@ class PriorSet:
             return None
         # Mitigations are for the user's own pictures: what is said of these stays as it is.
         untouched = replace(settings.method, caption_mitigation=None, caption_mitigation_probability=None)
-        kept = copy(settings)
+        kept: Any = copy(settings)
         kept.caption_dropout = 0.0
         condition = family.condition(kept, untouched)
         with accelerator.main_process_first():
