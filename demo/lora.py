@@ -31,7 +31,6 @@ from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Tools
 
 RUNS = ROOT / "configs" / "demo_lora_runs.yaml"
-TABLES = ("runs", "controls")  # by default
 NUM_IMAGES, NUM_DUPLICATED = 90, 10  # people train LoRAs on few images
 SAMPLED_POINTS = 5  # models of each run that draw a picture for each caption
 
@@ -102,7 +101,7 @@ nearer to fresh pictures.</figcaption></figure>
 def main() -> None:
     known = list(yaml.safe_load(RUNS.read_text())["tables"])
     parser = argparse.ArgumentParser(description="Train adapters with and without the method, and measure them.")
-    parser.add_argument("--tables", nargs="+", choices=known, default=TABLES, help="default: %(default)s")
+    parser.add_argument("--tables", nargs="+", choices=known, default=known, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo-lora"), help="default: %(default)s")
     args = parser.parse_args()
