@@ -5,6 +5,7 @@ Everything is written to runs/demo-lora. Finished parts are kept: the same comma
 
 import argparse
 import html
+import itertools
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from ietagc_diffusers.eval.curves import FrontPoint, table
 from ietagc_diffusers.eval.front import TITLES, Front, Sampling
 from ietagc_diffusers.eval.generate import Settings
 from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.eval.plots import inline_svg, plot_front, plot_sampled, png
+from ietagc_diffusers.eval.plots import COLOURS, inline_svg, plot_front, plot_sampled, png
 from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Tools
@@ -63,13 +64,18 @@ def reading(runs: Benchmark, losses: list[FrontPoint], sampled: list[FrontPoint]
     return "\n".join(parts)
 
 
+def _colours(runs: Benchmark) -> dict[str, str]:
+    """A colour for each run, the same in all plots."""
+    return dict(zip(runs.training, itertools.cycle(COLOURS), strict=False))
+
+
 def _picture(runs: Benchmark, losses: list[FrontPoint], sampled: list[FrontPoint]) -> plt.Figure:
     """Both fronts of the first table's runs."""
-    shown, control = main_runs(runs), plain_runs(runs)[0]
+    shown, colours = main_runs(runs), _colours(runs)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6))
-    plot_front(left, [point for point in losses if point.run in shown], control)
+    plot_front(left, [point for point in losses if point.run in shown], colours=colours)
     left.legend(fontsize=8)
-    plot_sampled(right, [p for p in sampled if p.run in shown], "copy_rate", TITLES["copy_rate"], control)
+    plot_sampled(right, [p for p in sampled if p.run in shown], "copy_rate", TITLES["copy_rate"], colours=colours)
     figure.tight_layout()
     return figure
 
@@ -78,11 +84,13 @@ def write_page(
     folder: Path, runs: Benchmark, losses: list[FrontPoint], sampled: list[FrontPoint], scored: list[Scored]
 ) -> Path:
     """Write index.html and figure.png into ``folder``; returns the page's path."""
-    control = plain_runs(runs)[0]
+    colours = _colours(runs)
     png(_picture(runs, losses, sampled), folder / "figure.png")
     figures = [
-        inline_svg(lambda axes: plot_front(axes, losses, control), (8, 4.6)),
-        inline_svg(lambda axes: plot_sampled(axes, sampled, "copy_rate", TITLES["copy_rate"], control), (8, 4.6)),
+        inline_svg(lambda axes: plot_front(axes, losses, colours=colours), (8, 4.6)),
+        inline_svg(
+            lambda axes: plot_sampled(axes, sampled, "copy_rate", TITLES["copy_rate"], colours=colours), (8, 4.6)
+        ),
     ]
     intro = f"""
 <p>Adapters were trained on {NUM_IMAGES} small pictures, {NUM_DUPLICATED} of which have four rows, with
