@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from ietagc_diffusers.training.cost import PROCESS, Adapters, Cost
 from ietagc_diffusers.training.ensemble import Rounds
@@ -72,6 +72,22 @@ MODELS = {
             "projection_class_embeddings_input_dim": 2816,
         },
         83_653_863 + 123_060_480 + 694_659_840,
+    ),
+    "SD 3 medium": (
+        SD3Transformer2DModel,
+        {
+            "sample_size": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
+        83_819_683 + 123_650_304 + 694_659_840 + 4_762_310_656,  # with T5
     ),
 }
 
@@ -180,7 +196,7 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     count = sum(p.numel() for p in pipeline.unet.parameters())
     frozen = testing.family_of_pipeline(pipeline).nbytes - count * costs.FLOAT32
     del pipeline
-    flags = [flag for flag in flags if flag != "--use_ema"] + ["--use_ema"] * ema
+    flags += ["--use_ema"] * ema
     more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
     more += ["--checkpointing_steps=3", "--checkpoints_total_limit=1", f"--proxy_state={place}", "--train_batch_size=1"]
     train(parse_args([*flags, *more, "--augment_range=1", f"--output_dir={scratch / 'out'}"]))

@@ -1,10 +1,11 @@
 """Kill training runs with SIGKILL and see that they end with the same weights all the same.
 
-    python -m benchmarks.faults [--kills 40] [--seed 0]
+    python -m benchmarks.faults [--kills 48] [--seed 0] [--lora]
 
 Each run of a tiny model is killed once, at a random moment or at a chosen stage, resumed with
-``--resume_from_checkpoint latest`` and compared byte for byte with the run that was not killed: UNet file, rounds
-(but their seconds) and skip counts. Every other run has two processes; about half keep waiting proxies on the disk.
+``--resume_from_checkpoint latest`` and compared byte for byte with the run that was not killed: the trained files,
+rounds (but their seconds) and skip counts. Every other run has two processes; about half keep waiting proxies on the
+disk. With ``--lora`` the runs train adapters on the UNet and the text encoder, folded into the base after each round.
 """
 
 import argparse
@@ -25,9 +26,15 @@ from PIL import Image
 STAGES = ("any time", "step", "averaging", "half a file", "before rename", "after rename", "cleanup", "final save")
 METHOD = [
     "--num_shards=2", "--steps_per_round=4", "--max_train_steps=32", "--skip_threshold=0.9", "--augment_range=1.3",
-    "--bank_buckets=2", "--use_ema", "--checkpointing_steps=3", "--checkpoints_total_limit=2", "--resolution=16",
+    "--bank_buckets=2", "--checkpointing_steps=3", "--checkpoints_total_limit=2", "--resolution=16",
     "--train_batch_size=4", "--learning_rate=1e-3", "--lr_warmup_steps=0", "--seed=5", "--random_flip",
 ]  # fmt: skip
+
+FULL = ["--use_ema"]
+LORA = ["--lora_rank=2", "--lora_average=fold", "--lora_dropout=0.1", "--train_text_encoder", "--save_merged"]
+# The latest occurrence of a stage at which a run is killed.
+LATEST = {"averaging": 6, "half a file": 90}
+LATEST_LORA = {"averaging": 3, "half a file": 50}
 
 
 def die():
@@ -172,11 +179,12 @@ def run(flags, log, world, stage=None, count=0, victim=0, kill_after=None):
 
 
 def outcome(folder):
-    """What must be equal: bytes of the UNet and the skip counts, and the rounds but their seconds."""
+    """What must be equal: bytes of what was trained and the skip counts, and the rounds but their seconds."""
     rows = [json.loads(line) for line in (folder / "ietagc" / "rounds.jsonl").read_text().splitlines()]
     figures = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-    files = ("unet/diffusion_pytorch_model.safetensors", "ietagc/skip_counts.parquet")
-    return [(folder / name).read_bytes() for name in files], figures
+    trained = ("*.safetensors", "unet/*.safetensors", "text_encoder/*.safetensors")
+    files = [path for pattern in trained for path in sorted(folder.glob(pattern))]
+    return [path.read_bytes() for path in [*files, folder / "ietagc" / "skip_counts.parquet"]], figures
 
 
 def make_inputs(scratch):
@@ -194,7 +202,7 @@ def make_inputs(scratch):
     return [f"--pretrained_model_name_or_path={scratch / 'base'}", f"--train_data_dir={scratch / 'pictures'}", *METHOD]
 
 
-def campaign(kills, seed, report=print):
+def campaign(kills, seed, report=print, lora=False):
     """Returns rows (number, processes, stage, killed, resumed from, identical)."""
     import torch
 
@@ -202,7 +210,7 @@ def campaign(kills, seed, report=print):
     rng, table = random.Random(seed), []
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        flags = make_inputs(scratch)
+        flags = [*make_inputs(scratch), *(LORA if lora else FULL)]
         whole = scratch / "whole"
         if not run([*flags, f"--output_dir={whole}"], scratch / "whole.log", 1):
             sys.exit((scratch / "whole.log").read_text()[-3000:])
@@ -219,7 +227,7 @@ def campaign(kills, seed, report=print):
             count = (
                 1
                 if stage == "final save"
-                else rng.randint(1, {"step": 30 // world, "averaging": 6, "half a file": 90}.get(stage, 9))
+                else rng.randint(1, {"step": 30 // world, **(LATEST_LORA if lora else LATEST)}.get(stage, 9))
             )
             timed = {"kill_after": rng.uniform(0.5, 4.0)} if stage == "any time" else {"stage": stage, "count": count}
             # Files are renamed, removed and saved by the first process alone.
@@ -241,8 +249,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lora", action="store_true", help="kill runs that train adapters")
     args = parser.parse_args()
-    table = campaign(args.kills, args.seed)
+    table = campaign(args.kills, args.seed, lora=args.lora)
     killed = [row for row in table if row[3]]
     print(f"{sum(row[5] for row in table)} of {len(table)} identical, {len(killed)} of them were killed")
     for stage in STAGES:

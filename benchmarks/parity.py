@@ -3,10 +3,17 @@
     python -m benchmarks.parity --official path/to/diffusers/examples/text_to_image/train_text_to_image.py
     python -m benchmarks.parity --official_lora path/to/diffusers/examples/text_to_image/train_text_to_image_lora.py
 
+and likewise ``--official_sdxl`` and ``--official_lora_sdxl``.
+
 Runs Diffusers' own script and ours on the demo's pictures, under the same flags, and compares the UNet files byte by
-byte; of adapters, whose files have other headers, the tensors. On CPU, on two bases: the demo's, and one of random
-weights whose VAE has the real shape (widths 128, 256, 512, 512, with attention) and which predicts noise. The memory
-layout of latents is another for such a VAE, and with it the order in which noise is drawn.
+byte; of adapters, whose files have other headers, the tensors. On CPU, on two bases: the demo's (for Stable Diffusion
+XL a tiny one of random weights), and one of random weights whose VAE has the real shape (widths 128, 256, 512, 512,
+with attention). The memory layout of latents is another for such a VAE, and with it the order in which noise is drawn.
+
+The official script of Stable Diffusion XL draws the latents, flips and captions of the whole set once, before training,
+and then crop corners at each visit that are not those of its latents. Ours draws all of it at each visit. So both run
+here with nothing left to draw: latents are the mean of the VAE's posterior (``benchmarks/posterior_mean.py``), crops
+are at the centre, nothing is flipped, and an epoch ends with a whole batch.
 """
 
 import argparse
@@ -74,9 +81,37 @@ LORA = [
                                                          "--lr_scheduler=cosine", "--lr_warmup_steps=3"]),
     (REAL, "LoRA, noise offset", ["--rank=4", "--noise_offset=0.05"]),
 ]  # fmt: skip
+XL, XL_REAL = "tiny XL", "XL, VAE of the real shape"
+CENTRED = ["--center_crop"]
+SDXL = [
+    (XL, "plain", CENTRED),
+    (XL, "EMA, min-SNR", [*CENTRED, "--use_ema", "--snr_gamma=5"]),
+    (XL, "noise offset, cosine schedule", [*CENTRED, "--noise_offset=0.1", "--lr_scheduler=cosine",
+                                           "--lr_warmup_steps=3"]),
+    (XL, "v-prediction, later timesteps", [*CENTRED, "--prediction_type=v_prediction",
+                                           "--timestep_bias_strategy=later", "--timestep_bias_multiplier=3"]),
+    (XL, "image prediction, a range of timesteps, accumulation", [
+        *CENTRED, "--prediction_type=sample", "--timestep_bias_strategy=range", "--timestep_bias_begin=100",
+        "--timestep_bias_end=700", "--timestep_bias_multiplier=2", "--gradient_accumulation_steps=2",
+        "--lr_scheduler=constant"]),
+    (XL_REAL, "plain", CENTRED),
+]  # fmt: skip
+LORA_SDXL = [
+    (XL, "LoRA", ["--rank=4"]),
+    (XL, "LoRA, flip, random crop", ["--rank=2", "--random_flip", "--resolution=24"]),
+    (XL, "LoRA, min-SNR, accumulation, two workers", [
+        "--rank=8", "--snr_gamma=5", "--gradient_accumulation_steps=2", "--lr_scheduler=constant",
+        "--dataloader_num_workers=2"]),
+    (XL_REAL, "LoRA, noise offset", ["--rank=4", "--noise_offset=0.05", "--random_flip"]),
+    # The last layer of the first encoder has no part in the loss. Its update is zero either way; weight decay shrinks
+    # the other factor here and not there.
+    (XL, "LoRA on the text encoders too", ["--rank=4", "--train_text_encoder", "--adam_weight_decay=0"]),
+]  # fmt: skip
 # The official LoRA script has used up the iterator of its parameters before it clips their gradients, so that its
 # max_grad_norm does nothing. Ours does what it says, and is off here.
 UNCLIPPED = ["--max_grad_norm=0"]
+BATCH = 5
+POSTERIOR_MEAN = (str(ROOT / "benchmarks" / "posterior_mean.py"), str(BATCH))
 
 
 def write_real_base(folder):
@@ -93,12 +128,23 @@ def write_real_base(folder):
     return folder
 
 
-def run(script, flags, output_dir):
-    """SHA-256 of the UNet file that a script trains, or of the tensors of its adapter."""
+def write_xl(folder, real):
+    """A tiny Stable Diffusion XL of random weights; ``real``: with a VAE of the real shape."""
+    torch.manual_seed(0)
+    pipeline = testing.random_xl_pipeline(make_set(38, "mosaic", [7])[0])
+    if real:
+        pipeline.register_modules(vae=testing.build_vae((128, 256, 512, 512), sample_size=64, attention=True))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def run(script, flags, output_dir, before=()):
+    """SHA-256 of the UNet file that a script trains, or of the tensors of its adapter. ``before``: of the command."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, script, *flags, f"--output_dir={output_dir}"], env=environment, capture_output=True, text=True
-    )
+        [sys.executable, *before, script, *flags, f"--output_dir={output_dir}"],
+        env=environment, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr[-2000:]}")
     adapter = Path(output_dir) / ADAPTER_FILE
@@ -113,35 +159,55 @@ def run(script, flags, output_dir):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--official", help="Diffusers' train_text_to_image.py")
-    parser.add_argument("--official_lora", help="Diffusers' train_text_to_image_lora.py")
-    args = parser.parse_args()
-    combinations = [(args.official, [], *one) for one in COMBINATIONS if args.official]
-    combinations += [(args.official_lora, UNCLIPPED, *one) for one in LORA if args.official_lora]
+    kinds = {
+        "official": ("train_text_to_image.py", COMBINATIONS, [], ()),
+        "official_lora": ("train_text_to_image_lora.py", LORA, UNCLIPPED, ()),
+        "official_sdxl": ("train_text_to_image_sdxl.py", SDXL, [], POSTERIOR_MEAN),
+        "official_lora_sdxl": ("train_text_to_image_lora_sdxl.py", LORA_SDXL, [], ()),
+    }
+    for flag, (script, *_) in kinds.items():
+        parser.add_argument(f"--{flag}", help=f"Diffusers' {script}")
+    args = vars(parser.parse_args())
+    combinations = [
+        (args[flag], ours_only, before, *one)
+        for flag, (_, some, ours_only, before) in kinds.items()
+        for one in some
+        if args[flag]
+    ]
     if not combinations:
-        parser.error("give --official or --official_lora")
+        parser.error(f"give one or more of {', '.join('--' + flag for flag in kinds)}")
     equal, seen = 0, set()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        captions, pictures = make_set(38, "mosaic", [7])
-        write_image_folder(scratch / "pictures", captions, pictures)
-        bases = {DEMO: ROOT / "demo" / "tiny-sd", REAL: write_real_base(scratch / "base")}
-        for number, (script, ours_only, base, name, flags) in enumerate(combinations):
+        for number in (38, 40):  # an epoch ends with a batch of 3, or with a whole one
+            write_image_folder(scratch / f"pictures-{number}", *make_set(number, "mosaic", [7]))
+        bases = {
+            DEMO: ROOT / "demo" / "tiny-sd",
+            REAL: write_real_base(scratch / "base"),
+            XL: write_xl(scratch / "xl", real=False),
+            XL_REAL: write_xl(scratch / "xl-real", real=True),
+        }
+        for number, (script, ours_only, before, base, name, flags) in enumerate(combinations):
+            small = base in (DEMO, XL)
             common = [
-                f"--pretrained_model_name_or_path={bases[base]}", f"--train_data_dir={scratch / 'pictures'}",
-                f"--resolution={32 if base == DEMO else 64}", "--train_batch_size=5", "--learning_rate=1e-3",
+                f"--pretrained_model_name_or_path={bases[base]}",
+                f"--train_data_dir={scratch / ('pictures-40' if before else 'pictures-38')}",
+                f"--resolution={32 if small else 64}",
+                f"--train_batch_size={BATCH}",
+                "--learning_rate=1e-3",
                 "--seed=11",
-            ]  # fmt: skip
+            ]
             if not any(flag.startswith("--num_train_epochs") for flag in flags):
-                common.append(f"--max_train_steps={12 if base == DEMO else 6}")
-            official = run(script, common + flags, scratch / f"official-{number}")
-            ours = run(OURS, ["--mitigation=none", *common, *flags, *ours_only], scratch / f"ours-{number}")
+                common.append(f"--max_train_steps={12 if small else 6}")
+            official = run(script, common + flags, scratch / f"official-{number}", before)
+            flags = ["--mitigation=none", *common, *flags, *ours_only]
+            ours = run(OURS, flags, scratch / f"ours-{number}", before)
             verdict = "identical" if official == ours else "DIFFERENT"
             if official in seen:
                 verdict = "CANNOT FAIL: equals another combination"
             seen.add(official)
             equal += verdict == "identical"
-            print(f"{verdict:10} {base:22} {name:47} {official[:12]} {ours[:12]}", flush=True)
+            print(f"{verdict:10} {base:25} {name:52} {official[:12]} {ours[:12]}", flush=True)
     print(f"{equal} of {len(combinations)} identical")
     sys.exit(equal < len(combinations))
 

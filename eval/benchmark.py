@@ -241,7 +241,10 @@ def _content(path: str | None) -> str | None:
     """A hash of a pipeline folder or a file; a Hub id, or None, unchanged."""
     if path is None or not Path(path).exists():
         return path
-    return model_hash(path) if Path(path).is_dir() else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    if Path(path).is_dir():
+        return model_hash(path)
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _slug(name: str) -> str:

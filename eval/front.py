@@ -17,6 +17,7 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families import family_of
 from ietagc_diffusers.files import read_json, write_text
 from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.single_file import folder_of
 
 from .curves import FrontPoint, table
 from .generate import Settings, generate, model_hash, trained_resolution
@@ -118,7 +119,7 @@ def front(
         raise UsageError(f"`control` {control}: is none of the runs {', '.join(runs)}")
     first = next(iter(runs.values()))[0]
     config = RunFolder(first).config()
-    base = base or config["pretrained_model_name_or_path"]
+    base = folder_of(base or config["pretrained_model_name_or_path"], setting="base")
     edge = resolution or config.get("resolution", 512)
     output.mkdir(parents=True, exist_ok=True)
     models = saved_models(runs, family_of(base, setting="base").denoiser_name, points)

@@ -110,6 +110,7 @@ def load_pipeline(
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
     put_on(pipeline, adapters)
+    _check_fit(pipeline, settings)
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -120,6 +121,19 @@ def load_pipeline(
 
         pipeline = apply_mitigations(pipeline, settings.mitigation)
     return pipeline
+
+
+def _check_fit(pipeline: Any, settings: Settings) -> None:
+    """Raise ``UsageError`` for a scheduler or a size that this kind of pipeline cannot draw with."""
+    kind = type(pipeline).__name__
+    if settings.scheduler is not None and "FlowMatch" in type(pipeline.scheduler).__name__:
+        raise UsageError(
+            f"`scheduler` {settings.scheduler}: a {kind} works by flow matching, and only its own scheduler draws "
+            "with it; leave this out"
+        )
+    multiple = getattr(pipeline, "vae_scale_factor", 1) * getattr(pipeline, "patch_size", 1)
+    if settings.resolution is not None and settings.resolution % multiple:
+        raise UsageError(f"`resolution` {settings.resolution}: must be a multiple of {multiple} for a {kind}")
 
 
 def _is_adapter(folder):

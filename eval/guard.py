@@ -27,8 +27,8 @@ from .views import ALL_VIEWS, Views, best_of
 
 FORMAT = 2  # of a saved index
 PER_PROMPT = {
-    "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
-    "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3",
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
 }  # fmt: skip
 OF_A_BATCH = ("ip_adapter_image", "ip_adapter_image_embeds")  # with these a part of a batch cannot be drawn again
 

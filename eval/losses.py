@@ -108,7 +108,8 @@ class Losses:
         self.base, self.memory = base, memory
         self.family = family_of(base, setting="base").load_frozen(str(base), prediction_type, device, setting="base")
         sets = (training, heldout)
-        self.sets = [FixedLosses(self.family, *images, draws, seed, batch_size) for images in sets]
+        self.fix = lambda: [FixedLosses(self.family, *images, draws, seed, batch_size) for images in sets]
+        self.sets = self.fix()
         origin = model_hash(base) if Path(base).is_dir() else str(base)
         digest = hashlib.blake2b(json.dumps([origin, prediction_type, device, draws, seed]).encode())
         for images, texts in sets:
@@ -130,15 +131,22 @@ class Losses:
         key = self.conditions + weights_hash(Path(folder) / (subfolder or "."))
         if key not in self.known:
             if subfolder is None and (Path(folder) / ADAPTER_FILE).is_file():
-                denoiser = self.family.load_adapted(self.base, folder)
+                self.known[key] = self._of_adapter(folder)
             else:
-                denoiser = self.family.load_denoiser(folder, subfolder)
-            denoiser = denoiser.to(self.family.device).eval()
-            self.known[key] = tuple(losses(denoiser).mean().item() for losses in self.sets)
+                self.known[key] = self._of(self.family.load_denoiser(folder, subfolder), self.sets)
             if self.memory is not None:
                 with Path(self.memory).open("a") as file:
                     file.write(json.dumps([key, *self.known[key]]) + "\n")
         return self.known[key]
+
+    def _of_adapter(self, folder):
+        denoiser = self.family.load_adapted(self.base, folder)
+        with self.family.text_adapted(folder) as changed:
+            return self._of(denoiser, self.fix() if changed else self.sets)
+
+    def _of(self, denoiser, sets):
+        denoiser = denoiser.to(self.family.device).eval()
+        return tuple(losses(denoiser).mean().item() for losses in sets)
 
 
 def weights_hash(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The paper's Figs. 3, 6, 7, 8 and 9, from scored models and a training run."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
         images, texts = captioned(training.select(rows), resolution, size)
-        losses = FixedLosses(family, images, texts, draws=LEVELS, sweep=True)
+        with family.text_adapted(run) if base else nullcontext():
+            losses = FixedLosses(family, images, texts, draws=LEVELS, sweep=True)
         values = losses.by_draw(denoiser).numpy()
         mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
         levels = losses.levels[:, 0]

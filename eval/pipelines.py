@@ -1,4 +1,6 @@
-"""Where a pipeline is: a folder, or a Hub id with the records of its training; and what else people give for one."""
+"""Where a pipeline is: a folder, a checkpoint in a single file, or a Hub id with the records of its training; and what
+else people give for one.
+"""
 
 import functools
 import logging
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
+from ietagc_diffusers.single_file import IS_PICKLE, PICKLES, folder_of, is_checkpoint
 
 from .adapters import base_of_run
 
@@ -22,11 +25,12 @@ ADVICE = "set `model` to its base model, and `lora` to this"
 
 
 def pipeline_folder(model: str | Path) -> Path:
-    """The folder of a pipeline: the given one, the base's if a run left only an adapter, or the one that a Hub id was
-    downloaded to, with what the repository records of the training.
+    """The folder of a pipeline: the given one, the base's if a run left only an adapter, the one that a checkpoint in a
+    single file is converted into, or the one that a Hub id was downloaded to, with what the repository records of the
+    training.
 
     Raises:
-        UsageError: a file, or neither a folder nor a Hub id.
+        UsageError: a file that is no checkpoint, or neither a folder nor a Hub id.
     """
     path, base = Path(model), base_of_run(model)
     if base is not None:
@@ -40,7 +44,8 @@ def pipeline_folder(model: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise UsageError(f"`model` {model}: {_of_file(path)}")
+        check_pipeline(path)
+        return Path(folder_of(path))
     try:
         folder = Path(DiffusionPipeline.download(str(model)))
     except Exception as error:
@@ -49,10 +54,20 @@ def pipeline_folder(model: str | Path) -> Path:
     return folder
 
 
+def converted(model: str | Path, config: str) -> str:
+    """The folder that a checkpoint in a single file is converted into, with the configuration of ``config``, a folder
+    or a Hub id of a pipeline of the same kind. Raises ``UsageError``.
+    """
+    path = Path(model)
+    if path.is_file() and (path.name in ADAPTERS or _has_adapters(path)):
+        raise UsageError(f"`model` {model}: {_of_file(path)}")
+    return folder_of(path, config)
+
+
 def check_pipeline(model: str | Path) -> None:
     """Raise ``UsageError``, saying what is there and what would do, for a folder or file that is not a pipeline."""
     path = Path(model)
-    if path.is_file():
+    if path.is_file() and not is_checkpoint(path):
         raise UsageError(f"`model` {model}: {_of_file(path)}")
     if path.is_dir() and not (path / INDEX).is_file() and base_of_run(path) is None:
         raise UsageError(f"`model` {model}: {_of_folder(path)}")
@@ -93,10 +108,11 @@ def _of_file(path: Path) -> str:
         return f"is a LoRA, not a pipeline; {ADVICE}"
     if path.name == INDEX:
         return f"is a file of a pipeline; give its folder, {path.parent}"
+    if path.suffix in PICKLES:
+        return IS_PICKLE
     return (
-        "is a file; a pipeline is a folder. A checkpoint in a single file becomes one by "
-        "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`; a file with only a UNet's weights "
-        "goes into the unet folder of a copy of the base model"
+        "is a file, but no whole checkpoint of a kind that Diffusers knows; give such a .safetensors file, or a "
+        "pipeline's folder. A file with only a UNet's weights goes into the unet folder of a copy of the base model"
     )
 
 
@@ -130,5 +146,7 @@ def _of_folder(path: Path) -> str:
         return f"has no {INDEX}{advice if run.checkpoints() else ''}"
     files = sorted(path.glob("*.safetensors"))
     if files:
+        if is_checkpoint(files[0]):
+            return f"has no {INDEX}, but a checkpoint in a single file; give that file, {files[0]}"
         return f"has no {INDEX}, only files such as {files[0].name}: the first {_of_file(files[0])}"
     return f"has no {INDEX}: not the folder of a pipeline"

@@ -21,16 +21,22 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def _get_option_tuples(self, option_string: str) -> list:
+        """What an abbreviation may stand for: two names of one flag are one answer."""
+        found = super()._get_option_tuples(option_string)
+        return found[:1] if len({id(action) for action, *_ in found}) == 1 else found
+
 
 def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
     parser = FlagParser(
         prog=program(),
-        description="Fine-tune Stable Diffusion without memorizing the training set (IET-AGC+).",
+        description="Fine-tune a diffusion model without memorizing the training set (IET-AGC+).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help=CONFIG_HELP)
     seen = set()
+    defaults = {entry.name: entry.default for entry in declared(kind)}
     for title, group in {"mitigation": MitigationConfig, **kind.GROUPS}.items():
         flags = parser.add_argument_group(title)
         for entry in declared(group):
@@ -38,7 +44,7 @@ def build_parser(kind: type[TrainingSettings] = TrainingSettings) -> FlagParser:
                 seen.add(entry.name)
                 # For the method None means: what the preset says.
                 of_preset = group is MitigationConfig and entry.name != "mitigation"
-                _add_flag(flags, entry, None if of_preset else entry.default)
+                _add_flag(flags, entry, None if of_preset else defaults.get(entry.name, entry.default))
     return parser
 
 
@@ -50,6 +56,8 @@ def _add_flag(group, entry, default):
     else:
         options = {"type": about["type"], "choices": about["choices"], **({"nargs": "+"} if about["several"] else {})}
     text = about["help"].replace("%", "%%")
+    if default not in (None, entry.default):  # a script with a default of its own
+        text = text.split(" Default: ")[0]
     if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
         text += f" Default: {default}."
     names = [f"--{name}" for name in (entry.name, *about["aliases"])]
@@ -57,8 +65,9 @@ def _add_flag(group, entry, default):
 
 
 def flag_names(kind: type[TrainingSettings] = TrainingSettings) -> list[str]:
-    """The names of all flags but ``config``: what a recipe may have as keys."""
-    return [entry.name for entry in [*declared(MitigationConfig), *declared(kind)]]
+    """The names of all flags but ``config``, aliases among them: what a recipe may have as keys."""
+    entries = [*declared(MitigationConfig), *declared(kind)]
+    return [name for entry in entries for name in (entry.name, *entry.metadata["aliases"])]
 
 
 def known_names(kind: type[TrainingSettings] = TrainingSettings) -> set[str]:

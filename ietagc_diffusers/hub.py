@@ -45,7 +45,8 @@ def write_card(
     folder, base = RunFolder(settings.output_dir), place_name(settings.pretrained_model_name_or_path)
     gallery = ""
     if images:
-        make_image_grid(list(images), 1, len(images)).save(folder.card_grid_file)
+        columns = settings.num_validation_images if settings.num_validation_images > 1 else len(images)
+        make_image_grid(list(images), len(images) // columns, columns).save(folder.card_grid_file)
         prompts = ", ".join(f"“{prompt}”" for prompt in settings.validation_prompts or [])
         gallery = f"![Validation images](./{folder.card_grid_file.name})\n\nPrompts: {prompts}\n"
     method = "\n".join(
@@ -62,6 +63,7 @@ def write_card(
     if lora:
         load += f'\npipeline.load_lora_weights("{repo_id}")'
     adapter = f"| LoRA rank, alpha | {settings.lora_rank}, {settings.lora_alpha} |\n" if lora else ""
+    prior = f"| prior preservation, weight | {settings.prior_loss_weight} |\n" if settings.prior_dir else ""
     source = settings.dataset_name or "an image folder"
     description = f"""# {repo_id}
 
@@ -90,7 +92,7 @@ image = pipeline({prompt!r}).images[0]
 
 | | |
 |---|---|
-{adapter}| learning rate | {settings.learning_rate} |
+{adapter}{prior}| learning rate | {settings.learning_rate} |
 | batch size | {settings.train_batch_size} |
 | gradient accumulation | {settings.gradient_accumulation_steps} |
 | resolution | {settings.resolution} |

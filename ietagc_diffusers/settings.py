@@ -27,7 +27,7 @@ def setting(
     *,
     resume: Resume,
     type: Callable[[str], Any] = str,
-    choices: Iterable[str] | None = None,
+    choices: Iterable[Any] | None = None,
     several: bool = False,
     aliases: Iterable[str] = (),
     secret: bool = False,

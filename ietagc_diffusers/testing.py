@@ -1,8 +1,9 @@
-"""A tiny Stable Diffusion, made on the spot: the same classes and the same folder layout as the real one, a thousandth
-of its size.
+"""Tiny pipelines of each kind of Stable Diffusion, made on the spot: the same classes and the same folder layout as the
+real ones, a thousandth of their size.
 """
 
 import json
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,18 +11,29 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-from .families import StableDiffusion
-from .families.settings import BaseModelSettings
+from .families import FAMILIES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+WORD_START = "\u2581"  # of T5
 MAX_TOKENS = 77
 
 
@@ -48,11 +60,12 @@ def build_tokenizer(captions: Sequence[str], num_merges: int = 256) -> CLIPToken
 
 
 def build_vae(
-    channels: tuple[int, ...] = (16, 32, 64), sample_size: int = 32, attention: bool = False
+    channels: tuple[int, ...] = (16, 32, 64), sample_size: int = 32, attention: bool = False, **more: Any
 ) -> AutoencoderKL:
     """An ``AutoencoderKL`` with 4 latent channels; each width after the first halves the resolution.
 
     With ``attention``, which every VAE of the real size has, latents lie in memory with their channels last.
+    ``more``: of its config.
     """
     groups = min(8, channels[0])
     return AutoencoderKL(
@@ -62,6 +75,7 @@ def build_vae(
         norm_num_groups=groups,
         sample_size=sample_size,
         mid_block_add_attention=attention,
+        **more,
     )
 
 
@@ -80,6 +94,31 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 64, layers: int = 
         pad_token_id=tokenizer.pad_token_id,
     )
     return kind(config)
+
+
+def build_t5_tokenizer(captions: Sequence[str]) -> T5Tokenizer:
+    """A T5 tokenizer that knows the words of ``captions``; any other text falls back on characters."""
+    words = sorted({word for caption in captions for word in caption.split()})
+    characters = [WORD_START, *(string.digits + string.ascii_letters + string.punctuation)]
+    pieces = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    pieces += [(WORD_START + word, -1.0) for word in words] + [(character, -10.0) for character in characters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // 2,
+        d_ff=2 * width,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5EncoderModel(config).eval()  # as it is loaded: without dropout
 
 
 def build_unet(
@@ -172,16 +211,51 @@ def random_xl_pipeline(
         )
 
 
-def family_of_pipeline(pipeline: StableDiffusionPipeline, **objective: Any) -> StableDiffusion:
-    """The family around a pipeline's parts, which it shares. ``objective``: options of ``TextToImageObjective``."""
-    return StableDiffusion(
-        BaseModelSettings(),
-        pipeline.scheduler,
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        pipeline.vae,
-        pipeline.unet,
-        "cpu",
-        torch.float32,
-        **objective,
-    )
+def random_sd3_pipeline(captions: Sequence[str], seed: int = 0) -> StableDiffusion3Pipeline:
+    """The smallest Stable Diffusion 3: a transformer with joint attention, flow matching, two CLIP encoders and T5.
+
+    As in the real one, the two CLIP encoders together are narrower than T5, and the pipeline fills up with zeros.
+    """
+    clip_widths, width, latent_channels, sample_size = (16, 8), 32, 16, 8
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer, t5_tokenizer = build_tokenizer(captions, num_merges=32), build_t5_tokenizer(captions)
+        clip, clip_2 = (build_text_encoder(tokenizer, w, kind=CLIPTextModelWithProjection) for w in clip_widths)
+        vae = build_vae(
+            (8, 8),
+            sample_size=16,
+            latent_channels=latent_channels,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        )
+        transformer = SD3Transformer2DModel(
+            sample_size=sample_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=width,
+            caption_projection_dim=16,
+            pooled_projection_dim=sum(clip_widths),
+            pos_embed_max_size=2 * sample_size,
+        )
+        return StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=clip,
+            tokenizer=tokenizer,
+            text_encoder_2=clip_2,
+            tokenizer_2=tokenizer,
+            text_encoder_3=build_t5_encoder(t5_tokenizer, width),
+            tokenizer_3=t5_tokenizer,
+        )
+
+
+def family_of_pipeline(pipeline: Any, **objective: Any) -> Any:
+    """The family around a pipeline's parts, which it shares. ``objective``: options of its objective."""
+    kind: Any = next(family for family in FAMILIES if type(pipeline) in family.pipelines)
+    return kind.of_pipeline(pipeline, **objective)

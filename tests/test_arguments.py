@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ietagc_diffusers.arguments import parse_args
+from ietagc_diffusers.arguments import flag_names, parse_args
+from ietagc_diffusers.method.config import MitigationConfig
+from ietagc_diffusers.settings import declared
+from ietagc_diffusers.training.settings import TrainingSettings
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -59,6 +62,38 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     assert (args.method.skip_threshold, args.use_ema) == (0.6, False)
 
 
+ALIASES = {"rank": ("lora_rank", 8), "validation_prompt": ("validation_prompts", ["a red cat"])}
+ALIASES |= {"proportion_empty_prompts": ("caption_dropout", 0.25)}
+
+
+def test_other_names_of_a_flag_are_understood_on_the_command_line_and_in_recipes(tmp_path):
+    """The flags of Diffusers' LoRA and SDXL scripts that have another name here."""
+    entries = [*declared(MitigationConfig), *declared(TrainingSettings)]
+    assert {alias: entry.name for entry in entries for alias in entry.metadata["aliases"]} == {
+        alias: name for alias, (name, _) in ALIASES.items()
+    }
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rank: 8\nvalidation_prompt: a red cat\nproportion_empty_prompts: 0.25\n")
+    argv = [*NEEDED, "--rank=8", "--validation_prompt", "a red cat", "--proportion_empty_prompts=0.25"]
+    for args in (parse_args(argv), parse_args([*NEEDED, f"--config={recipe}"])):
+        assert {name: getattr(args, name) for name, _ in ALIASES.values()} == dict(ALIASES.values())
+    args = parse_args([*NEEDED, f"--config={recipe}", "--lora_rank=2", "--validation_prompts", "b", "c"])
+    assert (args.lora_rank, args.validation_prompts) == (2, ["b", "c"])
+    recipe.write_text("validation_prompts: [a, b]\n")
+    assert parse_args([*NEEDED, f"--config={recipe}", "--validation_prompt=c"]).validation_prompts == ["c"]
+    assert set(ALIASES) < set(flag_names())
+
+
+def test_abbreviated_flags_are_accepted_as_argparse_accepts_them(capsys):
+    args = parse_args(
+        [*NEEDED, "--max_train_st=7", "--cent", "--validation_p", "a cat", "--num_val=4", "--lora_r", "2"]
+    )
+    assert (args.max_train_steps, args.center_crop, args.lora_rank) == (7, True, 2)
+    assert (args.validation_prompts, args.num_validation_images) == (["a cat"], 4)
+    message = refused(capsys, [*NEEDED, "--validation=2"])
+    assert "ambiguous option: --validation=2 could match" in message and "--validation_epochs" in message
+
+
 def test_recipe_values_are_checked_like_flags(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("num_shards: many\n")
@@ -98,6 +133,9 @@ def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
         ([*NEEDED, "--seed=-1"], "--seed -1: must be in 0 to 2^32 - 1"),
         ([*NEEDED, "--adam_beta1=2"], "--adam_beta1 2.0: must be in [0, 1)"),
         ([*NEEDED, "--adam_weight_decay=-1"], "--adam_weight_decay -1.0: must be 0 or more"),
+        ([*NEEDED, "--num_validation_images=-1"], "--num_validation_images -1: must be 0 or more"),
+        ([*NEEDED, "--prior_loss_weight=-1"], "--prior_loss_weight -1.0: must be 0 or more"),
+        ([*NEEDED, "--prior_loss_weight=2"], "--prior_loss_weight 2.0: weighs the pictures of --prior_dir"),
         ([*NEEDED, "--no_such_flag"], "unrecognized arguments"),
     ],
 )

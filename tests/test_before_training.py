@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import launch, train_flags, train_here, write_folder
+from conftest import launch, train_flags, train_here, unet_bytes, write_folder
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -142,6 +142,40 @@ def scalars(folder):
         for tag in events.Tags()["scalars"]:
             tags.setdefault(tag, []).extend(event.step for event in events.Scalars(tag))
     return tags
+
+
+def validation_pixels(folder):
+    """How many pixels of validation images the tracker has, which puts those of a step into one picture."""
+    found = 0
+    for path in folder.rglob("events*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        found += sum(event.width * event.height for tag in events.Tags()["images"] for event in events.Images(tag))
+    return found
+
+
+def test_as_many_validation_images_as_asked_for_are_drawn(base, pictures, tmp_path):
+    flags = train_flags(base, pictures, *PLAIN, "--validation_prompts", "a cat", "a dog")
+    out = train_here([*flags, "--num_validation_images=3"], tmp_path / "some")
+    assert validation_pixels(out) == 2 * 3 * 16 * 16
+    none = train_here([*flags, "--num_validation_images=0"], tmp_path / "none")
+    assert validation_pixels(none) == 0 and unet_bytes(none) == unet_bytes(out)
+
+
+@pytest.mark.parametrize("flags", [PLAIN, ["--num_shards=2", "--steps_per_round=1", "--max_train_steps=4"]])
+def test_the_loss_of_each_batch_is_logged_under_the_files_of_its_images(base, pictures, tmp_path, flags):
+    out = train_here(train_flags(base, pictures, *flags, "--debug_loss"), tmp_path)
+    logged = scalars(out / "logs")
+    files = {tag.removeprefix("loss_for_"): steps for tag, steps in logged.items() if tag.startswith("loss_for_")}
+    assert set(files) < {path.name for path in pictures.glob("*.png")}
+    assert sorted(step for steps in files.values() for step in steps) == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+
+
+def test_attention_for_npus_is_refused_without_one(base, pictures, tmp_path):
+    with pytest.raises(
+        UsageError, match="`enable_npu_flash_attention`: needs an Ascend NPU with the package torch_npu"
+    ):
+        train_here(train_flags(base, pictures, *PLAIN, "--enable_npu_flash_attention"), tmp_path)
 
 
 def test_a_run_without_a_tracker_runs(base, pictures, tmp_path):

@@ -25,7 +25,8 @@ from ietagc_diffusers.data import (
 from ietagc_diffusers.data.hashes import pixel_hashes
 from ietagc_diffusers.data.rows import deduplicate
 from ietagc_diffusers.data.sources import SAMPLE_ID, stored_column
-from ietagc_diffusers.families.stable_diffusion import Pixels, Tokenize
+from ietagc_diffusers.families.parts import Tokenize
+from ietagc_diffusers.families.views import Pixels
 from ietagc_diffusers.training.streams import RandomStreams
 
 
@@ -40,7 +41,8 @@ def load(folder, caption_column="text", **changes):
 
 def read_as(rows, tokenizer, transform=None, column="text"):
     transform = transform or image_transform(16, True, False, "bilinear")
-    return TrainingSamples(rows, "image", Pixels(transform), Captions(column, Tokenize(tokenizer), tokenizer))
+    tokenize = Tokenize({"input_ids": (tokenizer, tokenizer.model_max_length)})
+    return TrainingSamples(rows, "image", Pixels(transform), Captions(column, tokenize, tokenizer))
 
 
 @pytest.fixture(scope="module")

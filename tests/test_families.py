@@ -8,20 +8,27 @@ from conftest import train_flags, train_here
 
 from ietagc_diffusers import StableDiffusion, UsageError, family_of, testing
 from ietagc_diffusers.data import Batch
+from ietagc_diffusers.families import StableDiffusionXL
+
+
+def write_index(folder, kind):
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind, "_diffusers_version": "0.30.0"}))
+    return folder
 
 
 def test_a_base_is_known_by_its_index(base, tmp_path):
     assert family_of(base) is StableDiffusion
-    xl = tmp_path / "xl"
-    testing.random_xl_pipeline(["a red picture"]).save_pretrained(xl)
-    with pytest.raises(UsageError, match=r"`base` .*xl: is a StableDiffusionXLPipeline; .* Stable Diffusion \("):
-        family_of(xl, setting="base")
+    assert family_of(write_index(tmp_path / "xl", "StableDiffusionXLPipeline")) is StableDiffusionXL
+    flux = write_index(tmp_path / "flux", "FluxPipeline")
+    with pytest.raises(UsageError, match=r"`base` .*flux: is a FluxPipeline; .* Stable Diffusion \(.* Diffusion XL \("):
+        family_of(flux, setting="base")
 
 
 def test_a_base_of_another_family_is_refused_before_training(pictures, tmp_path):
-    testing.random_xl_pipeline(["a red picture"]).save_pretrained(tmp_path / "xl")
-    with pytest.raises(UsageError, match=r"`pretrained_model_name_or_path` .*StableDiffusionXLPipeline"):
-        train_here(train_flags(tmp_path / "xl", pictures, "--max_train_steps=1"), tmp_path / "out")
+    flux = write_index(tmp_path / "flux", "FluxPipeline")
+    with pytest.raises(UsageError, match=r"`pretrained_model_name_or_path` .*FluxPipeline"):
+        train_here(train_flags(flux, pictures, "--max_train_steps=1"), tmp_path / "out")
 
 
 def test_encoding_is_deterministic_and_drawing_is_all_that_is_random():

@@ -294,8 +294,7 @@ def test_encoders_rest_on_the_host_but_while_images_are_drawn(real_base, bench, 
     bench.make()
     family = bench.family
     moves = []
-    for name in ("vae", "text_encoder"):
-        part = getattr(family, name)
+    for name, part in {"vae": family.vae, **family.text_encoders}.items():
         monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
     family.rest(images=True, inputs=True)
     assert moves == [("vae", "cpu"), ("text_encoder", "cpu")]

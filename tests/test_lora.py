@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ietagc_diffusers import RunFolder, UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
-from ietagc_diffusers.method.factors import Factors, total, truncate
+from ietagc_diffusers.method.factors import Factors, shrinking, total, truncate
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 from ietagc_diffusers.tensor_files import TensorFile
 from ietagc_diffusers.training.cost import checkpoint_steps, cost_of
@@ -62,6 +62,20 @@ def test_an_update_of_low_rank_stays_as_it_is():
     assert truncate(factors, RANK).factors is factors
 
 
+@pytest.mark.parametrize("limit", [0.1, 3.0, 100.0])
+def test_shrunk_factors_have_a_product_within_the_limit_in_the_same_direction(limit):
+    factors = some_factors(0)
+    dense = factors.product()
+    scale = shrinking(factors, limit)
+    shrunk = Factors(factors.up * scale, factors.down * scale).product()
+    torch.testing.assert_close(shrunk, dense * min(1.0, limit / dense.norm().item()), rtol=1e-6, atol=1e-6)
+    assert (scale == 1) == (dense.norm() <= limit)
+
+
+def test_an_update_of_zero_is_not_shrunk():
+    assert shrinking(Factors(torch.zeros(7, 2), torch.randn(2, 5)), 1.0) == 1
+
+
 # The weights
 
 
@@ -70,10 +84,12 @@ def settings(*more, base="m"):
     return parse_flags(flags)
 
 
-def weights(average="svd", num_shards=SHARDS, targets=CONVOLUTIONS, seed=0):
+def weights(average="svd", num_shards=SHARDS, targets=CONVOLUTIONS, seed=0, *more):
     torch.manual_seed(0)
     family = testing.family_of_pipeline(testing.random_pipeline(["a red picture"]))
-    about = settings(f"--lora_average={average}", f"--lora_alpha={ALPHA}", "--lora_target_modules", *targets.split())
+    about = settings(
+        f"--lora_average={average}", f"--lora_alpha={ALPHA}", "--lora_target_modules", *targets.split(), *more
+    )
     add_adapter(family, about)
     return LoraWeights(family, num_shards, about, seed)
 
@@ -154,6 +170,22 @@ def test_folded_rounds_add_up_exactly():
         close(weight - before[layer], update)
         assert not updates_on_device(run, layer).any()  # a fresh adapter changes nothing
         assert run._factors(run.deployable()["lora"], layer).rank <= min(weight.shape)
+
+
+def test_after_a_step_no_update_is_over_the_limit_and_those_under_it_keep_their_bits():
+    updates = randomise(weights(), 0)
+    limit = sorted(update.norm().item() for update in updates.values())[len(updates) // 2] + 1e-3
+    run = weights("svd", SHARDS, CONVOLUTIONS, 0, f"--scale_weight_norms={limit}")
+    updates = randomise(run, 0)
+    run.after_step()
+    short = [layer for layer, update in updates.items() if update.norm() <= limit]
+    assert 0 < len(short) < len(updates)
+    for layer, update in updates.items():
+        after = updates_on_device(run, layer)
+        if layer in short:
+            assert torch.equal(after, update)
+        else:
+            torch.testing.assert_close(after, update * (limit / update.norm()), rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_adapters_are_drawn_by_round_and_seed():
@@ -277,6 +309,24 @@ def test_one_shard_goes_on_after_a_kill_and_caches_latents(base, pictures, tmp_p
     assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
+@pytest.mark.parametrize("average", ["svd", "concatenate"])
+def test_a_limit_of_norms_holds_for_the_saved_adapter_over_interruptions(flags, runs, tmp_path, average):
+    def norms(folder):
+        tensors = load_file(folder / ADAPTER_FILE)
+        ups = [name for name in tensors if ".up." in name]
+        return torch.stack([(tensors[up] @ tensors[up.replace(".up.", ".down.")]).norm() for up in ups])
+
+    free = norms(runs[average])
+    limit = free.median().item() / 2
+    limited = [*flags, f"--lora_average={average}", f"--scale_weight_norms={limit}"]
+    whole = train_here(limited, tmp_path / "whole")
+    found = norms(whole)
+    assert (found <= limit * (1 + 1e-5)).all() and (free > limit).any() and found.max() > limit / 2
+    train_here(limited, tmp_path / "cut", stop_at=3)
+    train_here([*limited, "--resume_from_checkpoint=latest"], tmp_path / "cut")
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(whole)
+
+
 def test_what_a_run_leaves(runs, flags, tmp_path):
     folder = train_here([*flags, "--save_rounds"], tmp_path)
     run = RunFolder(folder)
@@ -336,6 +386,13 @@ def test_half_precision_is_for_what_is_frozen(base):
         (["--lora_alpha=4"], "`lora_alpha`: is of adapters; give `lora_rank` too"),
         (["--lora_target_modules", "to_q"], "`lora_target_modules`: is of adapters"),
         (["--save_merged"], "`save_merged`: is of adapters"),
+        (["--scale_weight_norms=1"], "`scale_weight_norms`: is of adapters"),
+        (["--lora_rank=4", "--scale_weight_norms=0"], "`scale_weight_norms` 0.0: must be over 0"),
+        (
+            ["--lora_rank=4", "--scale_weight_norms=1", "--lora_average=fold"],
+            "`scale_weight_norms`: with `lora_average`",
+        ),
+        (["--rank=4", "--scale_weight_norms=1", "--use_dora", "--num_shards=1"], "`scale_weight_norms`: DoRA's update"),
     ],
 )
 def test_flags_that_do_not_go_together(more, message):

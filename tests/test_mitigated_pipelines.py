@@ -14,6 +14,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -24,15 +25,19 @@ from mitigated import (
     CHAIN,
     KINDS,
     PROMPTS,
+    denoiser,
+    denoiser_inputs,
+    encode,
     generate,
     generators,
     is_clean,
+    is_sd3,
     make,
     models,
     rewritten,
     same,
     sibling,
-    unet_inputs,
+    suited,
 )
 
 from ietagc_diffusers import UsageError
@@ -62,23 +67,25 @@ def sd():
 
 
 @pytest.mark.parametrize("text", AT_ZERO)
-@pytest.mark.parametrize("case", ["guided", "unguided", "negative", "images", "embeds", "one", "global"])
+@pytest.mark.parametrize("case", ["guided", "unguided", "negative", "layers", "images", "embeds", "one", "global"])
 def test_at_strength_zero_the_images_are_the_same_bits(pipeline, text, case):
     options = {"num_inference_steps": 2}
     if case == "unguided":
         options |= {"guidance_scale": 1.0}
     if case == "negative":
-        options |= {"negative_prompt": ["a blue picture", ""], "guidance_rescale": 0.5}
+        options |= {
+            "negative_prompt": ["a blue picture", ""],
+            **({} if is_sd3(pipeline) else {"guidance_rescale": 0.5}),
+        }
+    if case == "layers" and is_sd3(pipeline):
+        options |= {"num_inference_steps": 4, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.8}
     if case == "images":
         options |= {"num_images_per_prompt": 3, "seeds": range(6)}
     if case == "embeds":
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        encoded = pipeline.encode_prompt(
-            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-        options |= {"prompts": None, **dict(zip(names, encoded, strict=False))}
+        options |= {"prompts": None, **dict(zip(names, encode(pipeline, PROMPTS), strict=False))}
     results = []
-    for each in (pipeline, apply_mitigations(pipeline, text)):
+    for each in (pipeline, apply_mitigations(pipeline, suited(pipeline, text))):
         torch.manual_seed(3)
         if case == "one":
             options |= {"prompts": PROMPTS[0], "generator": torch.Generator().manual_seed(3)}
@@ -93,7 +100,7 @@ def test_at_strength_zero_the_images_are_the_same_bits(pipeline, text, case):
 @pytest.mark.parametrize("text", [*ACTING, CHAIN])
 def test_each_acts_and_leaves_the_original_as_it_was(pipeline, text):
     before, attributes = generate(pipeline), dict(pipeline.__dict__)
-    mitigated = apply_mitigations(pipeline, text)
+    mitigated = apply_mitigations(pipeline, suited(pipeline, text))
     changed = generate(mitigated)
     assert not torch.equal(changed, before) and changed.isfinite().all()
     assert torch.equal(generate(mitigated), changed)
@@ -101,12 +108,12 @@ def test_each_acts_and_leaves_the_original_as_it_was(pipeline, text):
     assert is_clean(pipeline) and mitigated.current_call is None
     assert all(value is attributes[key] for key, value in pipeline.components.items())
     assert all(value is pipeline.components[key] for key, value in mitigated.components.items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in pipeline.unet.parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in denoiser(pipeline).parameters())
     assert not hasattr(pipeline, "mitigations")
 
 
 def test_a_mitigated_pipeline_is_one_of_its_class_and_saved_as_such(pipeline, tmp_path):
-    mitigated = apply_mitigations(pipeline, CHAIN)
+    mitigated = apply_mitigations(pipeline, suited(pipeline, CHAIN))
     assert isinstance(mitigated, type(pipeline)) and type(mitigated) is type(mitigate(pipeline, "gni"))
     assert inspect.signature(mitigated.__call__) == inspect.signature(pipeline.__call__)
     for name, each in (("plain", pipeline), ("mitigated", mitigated)):
@@ -188,7 +195,7 @@ def test_callbacks_see_and_steer_the_call(sd):
     assert images.isfinite().all()
     assert [scale for _, scale, _ in seen[:3]] == [0.0 if early else 5.0 for early, _, _ in seen[:3]]
     assert {early for early, _, _ in seen} == {True, False}
-    plain = unet_inputs(sd)[0]["encoder_hidden_states"]
+    plain = denoiser_inputs(sd)[0]["encoder_hidden_states"]
     assert torch.equal(seen[0][2][:2], plain[:2]) and not torch.equal(seen[0][2][2:], plain[2:])
 
 
@@ -209,10 +216,20 @@ SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
-def test_any_scheduler(pipeline, kind):
+@pytest.mark.parametrize("name", ["sd", "xl"])
+def test_any_scheduler(name, kind):
+    pipeline = make(name)
     for text in (CHAIN, "cfg:transition=dynamic"):
         mitigated = apply_mitigations(pipeline, text)
         mitigated.scheduler = kind.from_config(pipeline.scheduler.config)
+        assert generate(mitigated).isfinite().all()
+
+
+def test_a_scheduler_of_flow_matching():
+    pipeline = make("sd3")
+    for text in ("cwr+wen:target_loss=0,steps=2+gni+cfg", "cfg:transition=dynamic"):
+        mitigated = apply_mitigations(pipeline, text)
+        mitigated.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
         assert generate(mitigated).isfinite().all()
 
 
@@ -224,7 +241,7 @@ def test_half_precision_and_inference_mode(pipeline, dtype):
     assert (after < 0.9 * before).all()
     with torch.inference_mode():
         for text in (CHAIN, "wen:target_loss=0+cfg:transition=dynamic"):
-            assert generate(apply_mitigations(half, text)).isfinite().all()
+            assert generate(apply_mitigations(half, suited(half, text))).isfinite().all()
 
 
 def test_model_offloading(sd):
@@ -239,8 +256,14 @@ def test_model_offloading(sd):
 
 def test_other_pipelines_are_refused(sd):
     other = StableDiffusionImg2ImgPipeline.from_pipe(sd)
-    with pytest.raises(UsageError, match="StableDiffusionImg2ImgPipeline cannot be mitigated"):
+    with pytest.raises(UsageError, match=r"StableDiffusionImg2ImgPipeline cannot be mitigated: give a .* or "):
         mitigate(other, "rt")
+
+
+@pytest.mark.parametrize("text", ["memattn", "memattn:scale=1,mask=false", "rt+memattn"])
+def test_rescaling_of_attention_is_refused_where_there_is_no_cross_attention(text):
+    with pytest.raises(UsageError, match="memattn: acts on cross-attention, but in a StableDiffusion3Pipeline"):
+        apply_mitigations(make("sd3"), text)
 
 
 # Randomness
@@ -248,7 +271,7 @@ def test_other_pipelines_are_refused(sd):
 
 @pytest.mark.parametrize("text", [*ACTING, CHAIN])
 def test_an_image_depends_on_its_own_generator_alone(pipeline, text):
-    mitigated = apply_mitigations(pipeline, text)
+    mitigated = apply_mitigations(pipeline, suited(pipeline, text))
     prompts, seeds = [*PROMPTS, "a red red picture"], (5, 6, 7)
     together = generate(mitigated, prompts, seeds)
     assert same(generate(mitigated, prompts[2:], seeds[2:])[0], together[2])
@@ -258,7 +281,7 @@ def test_an_image_depends_on_its_own_generator_alone(pipeline, text):
 
 @pytest.mark.parametrize("text", ["rt", "gni", CHAIN])
 def test_several_images_a_prompt_are_several_prompts(pipeline, text):
-    mitigated = apply_mitigations(pipeline, text)
+    mitigated = apply_mitigations(pipeline, suited(pipeline, text))
     repeated = [prompt for prompt in PROMPTS for _ in range(2)]
     assert same(generate(mitigated, seeds=range(4), num_images_per_prompt=2), generate(mitigated, repeated, range(4)))
     assert len(set(rewritten(pipeline, "rt", seeds=range(4), num_images_per_prompt=2))) == 4
@@ -313,23 +336,23 @@ def test_embedding_mitigations_act_in_their_order(sd):
     class Add(Mitigation):
         name = "add"
 
-        def before_unet(self, step):
+        def before_step(self, step):
             if step.index == 0:
                 step.embeddings.add_(1)
 
     class Double(Mitigation):
         name = "double"
 
-        def before_unet(self, step):
+        def before_step(self, step):
             if step.index == 0:
                 step.embeddings.mul_(2)
 
-    plain = unet_inputs(sd)[-1]["encoder_hidden_states"]
+    plain = denoiser_inputs(sd)[-1]["encoder_hidden_states"]
     for order in ((Add(), Double()), (Double(), Add())):
         chained = with_mitigation(with_mitigation(sd, order[0]), order[1])
         assert [mitigation.name for mitigation in chained.mitigations] == [each.name for each in order]
         wanted = (plain[2:] + 1) * 2 if isinstance(order[0], Add) else plain[2:] * 2 + 1
-        changed = unet_inputs(chained)[-1]["encoder_hidden_states"]
+        changed = denoiser_inputs(chained)[-1]["encoder_hidden_states"]
         assert torch.equal(changed[:2], plain[:2]) and torch.equal(changed[2:], wanted)
     names = [mitigation.name for mitigation in apply_mitigations(sd, CHAIN).mitigations]
     assert names == ["cwr", "wen", "rt", "gni", "cfg", "memattn"]

@@ -7,7 +7,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
-from mitigated import KINDS, PROMPTS, generate, is_clean, make, rewritten, sibling, unet_inputs
+from mitigated import (
+    KINDS,
+    PROMPTS,
+    denoiser_inputs,
+    generate,
+    is_clean,
+    is_sd3,
+    make,
+    rewritten,
+    sibling,
+)
 
 from ietagc_diffusers import UsageError
 from ietagc_diffusers.mitigations import apply_mitigations, mitigate, text_conditional_noise
@@ -34,22 +44,22 @@ def test_prompts_are_rewritten_and_negative_ones_are_not(pipeline, name, prompt)
     (changed,) = rewritten(pipeline, f"{name}:num_words=3", **options)
     added = 0 if name == "cwr" and not prompt else 3
     assert len(changed.split()) == len(prompt.split()) + added
-    inputs = unet_inputs(mitigate(pipeline, name, num_words=3), **options)[0]
-    wanted = unet_inputs(pipeline, **{**options, "prompts": [changed]})[0]
+    inputs = denoiser_inputs(mitigate(pipeline, name, num_words=3), **options)[0]
+    wanted = denoiser_inputs(pipeline, **{**options, "prompts": [changed]})[0]
     assert torch.equal(inputs["encoder_hidden_states"], wanted["encoder_hidden_states"])
-    if inputs["added_cond_kwargs"]:
-        assert torch.equal(*(each["added_cond_kwargs"]["text_embeds"] for each in (inputs, wanted)))
+    if inputs["pooled"] is not None:
+        assert torch.equal(inputs["pooled"], wanted["pooled"])
 
 
 def test_the_second_prompt_of_sdxl_is_rewritten_too():
     xl = make("xl")
     first, second = rewritten(xl, "rt:num_words=2", ["a"], (1,), prompt_2=["b"])
     assert len(first.split()) == len(second.split()) == 3 and "a" in first.split() and "b" in second.split()
-    inputs = unet_inputs(mitigate(xl, "rt", num_words=2), ["a"], (1,), prompt_2=["b"])[0]
-    wanted = unet_inputs(xl, [first], (1,), prompt_2=[second])[0]
+    inputs = denoiser_inputs(mitigate(xl, "rt", num_words=2), ["a"], (1,), prompt_2=["b"])[0]
+    wanted = denoiser_inputs(xl, [first], (1,), prompt_2=[second])[0]
     assert torch.equal(inputs["encoder_hidden_states"], wanted["encoder_hidden_states"])
-    none = unet_inputs(mitigate(xl, "rt", num_words=2), "a", (1,), prompt_2="")[0]
-    wanted = unet_inputs(xl, first, (1,))[0]
+    none = denoiser_inputs(mitigate(xl, "rt", num_words=2), "a", (1,), prompt_2="")[0]
+    wanted = denoiser_inputs(xl, first, (1,))[0]
     assert torch.equal(none["encoder_hidden_states"], wanted["encoder_hidden_states"])
 
 
@@ -70,17 +80,20 @@ def test_prompt_embeds_cannot_be_rewritten_but_everything_else_acts(sd):
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_gni_adds_noise_of_its_scale_to_the_conditional_branch(pipeline, guidance_scale):
     options = {"prompts": ["a red picture"] * 40, "seeds": range(40), "guidance_scale": guidance_scale}
-    mitigated = unet_inputs(mitigate(pipeline, "gni", scale=0.3), **options)
-    plain = unet_inputs(pipeline, **options)
+    mitigated = denoiser_inputs(mitigate(pipeline, "gni", scale=0.3), **options)
+    plain = denoiser_inputs(pipeline, **options)
     assert torch.equal(mitigated[0]["encoder_hidden_states"], mitigated[-1]["encoder_hidden_states"])
     tensors = [(mitigated[0]["encoder_hidden_states"], plain[0]["encoder_hidden_states"])]
-    if plain[0]["added_cond_kwargs"]:
-        tensors.append([each[0]["added_cond_kwargs"]["text_embeds"] for each in (mitigated, plain)])
+    if plain[0]["pooled"] is not None:
+        tensors.append((mitigated[0]["pooled"], plain[0]["pooled"]))
     for changed, original in tensors:
         noise = changed - original
         if guidance_scale > 1:
             assert torch.equal(changed[:40], original[:40])
             noise = noise[40:]
+        if is_sd3(pipeline) and noise.ndim == 3:  # 24 columns of CLIP, 8 of zeros; then T5's tokens
+            assert not changed[:, :77, 24:].any()
+            noise = torch.cat([noise[:, :77, :24].flatten(1), noise[:, 77:].flatten(1)], dim=1)
         tolerance = 5 * 0.3 / math.sqrt(noise.numel())
         assert noise.mean().abs() < tolerance and abs(noise.std() - 0.3) < tolerance
         assert (noise.std(dim=0) - 0.3).abs().mean() < 0.05, "every image must have noise of its own"
@@ -134,14 +147,14 @@ def test_wen_equals_adamw_on_one_image_at_a_time():
 def test_wen_lowers_the_magnitude_and_leaves_token_0(pipeline, guidance_scale):
     options = {"target_loss": 0, "lr": 0.01, "steps": 6}
     mitigated = mitigate(pipeline, "wen", **options)
-    inputs = [unet_inputs(each, guidance_scale=guidance_scale) for each in (pipeline, mitigated)]
+    inputs = [denoiser_inputs(each, guidance_scale=guidance_scale) for each in (pipeline, mitigated)]
     plain, changed = (each[0]["encoder_hidden_states"][-2:] for each in inputs)
     assert torch.equal(changed, inputs[1][-1]["encoder_hidden_states"][-2:]), "it must hold for all steps"
     assert torch.equal(plain[:, 0], changed[:, 0]) and not torch.equal(plain[:, 1:], changed[:, 1:])
     if guidance_scale > 1:
         assert torch.equal(inputs[0][0]["encoder_hidden_states"][:2], inputs[1][0]["encoder_hidden_states"][:2])
     # Unguided, the same optimisation against the empty prompt: the embedding does not depend on the guidance scale.
-    guided = unet_inputs(mitigated)[0]["encoder_hidden_states"][2:]
+    guided = denoiser_inputs(mitigated)[0]["encoder_hidden_states"][2:]
     torch.testing.assert_close(changed, guided, rtol=1e-3, atol=1e-4)
     before, after = (text_conditional_noise(each, PROMPTS, [1, 2], 4).magnitude for each in (pipeline, mitigated))
     assert (after < 0.95 * before).all()
@@ -160,12 +173,20 @@ def test_wen_stops_at_the_target(sd):
 
 def test_wen_can_wait_for_a_later_step(sd):
     mitigated = mitigate(sd, "wen", target_loss=0, target_step=2)
-    plain, changed = unet_inputs(sd), unet_inputs(mitigated)
+    plain, changed = denoiser_inputs(sd), denoiser_inputs(mitigated)
     pairs = [[inputs["encoder_hidden_states"] for inputs in pair] for pair in zip(plain, changed, strict=True)]
     assert [torch.equal(*pair) for pair in pairs] == [True, True, False, False]
 
 
 # The detector
+
+
+def predict(pipeline, inputs, timestep):
+    """The denoiser called by hand."""
+    sample, embeddings = inputs["sample"], inputs["encoder_hidden_states"]
+    if is_sd3(pipeline):
+        return pipeline.transformer(sample, embeddings, inputs["pooled"], timestep.expand(len(sample))).sample
+    return pipeline.unet(sample, timestep, embeddings, added_cond_kwargs=inputs["added_cond_kwargs"]).sample
 
 
 def test_the_detector_measures_the_first_steps_of_generation(pipeline):
@@ -177,16 +198,13 @@ def test_the_detector_measures_the_first_steps_of_generation(pipeline):
     torch.testing.assert_close(result.magnitude, result.per_step.mean(dim=1))
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         for index, inputs in enumerate(
-            unet_inputs(pipeline, prompt, (seed,), guidance_scale=4.0, num_inference_steps=5)
+            denoiser_inputs(pipeline, prompt, (seed,), guidance_scale=4.0, num_inference_steps=5)
         ):
             if index == 3:
                 break
             timestep = pipeline.scheduler.timesteps[index]
             with torch.no_grad():
-                unconditional, conditional = pipeline.unet(
-                    inputs["sample"], timestep, inputs["encoder_hidden_states"],
-                    added_cond_kwargs=inputs["added_cond_kwargs"],
-                ).sample  # fmt: skip
+                unconditional, conditional = predict(pipeline, inputs, timestep)
             wanted = (conditional - unconditional).pow(2).sum().sqrt()
             assert result.per_step[row, index].item() == pytest.approx(wanted.item(), rel=1e-3)
     assert pipeline.scheduler.timesteps.numel() == 5 and is_clean(pipeline)
@@ -280,7 +298,9 @@ class Written:
 
 
 @pytest.mark.parametrize(("scale", "mask"), [(1.25, True), (6.0, False), (6.0, True), (-3.0, True)])
-def test_attention_is_rescaled_as_written_out(pipeline, scale, mask):
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_attention_is_rescaled_as_written_out(kind, scale, mask):
+    pipeline = make(kind)
     mitigated = mitigate(pipeline, "memattn", scale=scale, mask=mask)
     images = generate(mitigated, guidance_scale=20.0)
     reference = sibling(pipeline, unet=copy.deepcopy(pipeline.unet))
@@ -309,7 +329,7 @@ def test_wen_optimises_against_rescaled_attention(sd):
     prompt, length = PROMPTS[0], len(sd.tokenizer(PROMPTS[0]).input_ids)
     reference.unet.set_attn_processor(Written(6.0, length))
     embeds, negative = (each.detach() for each in sd.encode_prompt([prompt], "cpu", 1, True))
-    first = unet_inputs(sd, prompt, (1,))[0]["sample"]
+    first = denoiser_inputs(sd, prompt, (1,))[0]["sample"]
     timestep = sd.scheduler.timesteps[0]
 
     def predict(candidate):
@@ -319,7 +339,7 @@ def test_wen_optimises_against_rescaled_attention(sd):
         unconditional = reference.unet(first, timestep, torch.cat([negative, embeds])).sample[:1]
     wanted = optimise_embeddings(predict, embeds, unconditional, 4, 0.01, 0.0)
     mitigated = apply_mitigations(sd, "memattn:scale=6+wen:target_loss=0,steps=4,lr=0.01")
-    optimised = unet_inputs(mitigated, prompt, (1,))[0]["encoder_hidden_states"][1:]
+    optimised = denoiser_inputs(mitigated, prompt, (1,))[0]["encoder_hidden_states"][1:]
     torch.testing.assert_close(optimised, wanted, rtol=1e-3, atol=1e-4)
     image = generate(reference, None, (1,), prompt_embeds=wanted, negative_prompt_embeds=negative, guidance_scale=20.0)
     torch.testing.assert_close(generate(mitigated, prompt, (1,), guidance_scale=20.0), image, rtol=0, atol=2e-3)

@@ -236,7 +236,7 @@ def adapter(folder):
         ),
         (lambda w, run: adapter(w / "lora") / "pytorch_lora_weights.safetensors", "is a LoRA, not a pipeline"),
         (lambda w, run: (adapter(w / "l") / "pytorch_lora_weights.safetensors").rename(w / "x.safetensors"), "a LoRA"),
-        (lambda w, run: run / "unet" / "diffusion_pytorch_model.safetensors", "is a file; a pipeline is a folder"),
+        (lambda w, run: run / "unet" / "diffusion_pytorch_model.safetensors", "is a file, but no whole checkpoint"),
         (lambda w, run: run / "model_index.json", "is a file of a pipeline; give its folder"),
         (lambda w, run: run / "unet", "holds only a UNet2DConditionModel"),
         (lambda w, run: RunFolder(run).checkpoint(4), "is a checkpoint of a training, not a pipeline"),

@@ -34,7 +34,11 @@ OTHER = {
     "input_perturbation": 0.1, "dream_training": True, "dream_detail_preservation": 0.5, "learning_rate": 7e-4,
     "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.9,
     "adam_weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "mixed_precision": "bf16",
-    "alpha": "official",
+    "alpha": "official", "prior_loss_weight": 2.0, "caption_dropout": 0.5,
+    "timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0, "timestep_bias_begin": 100,
+    "timestep_bias_end": 800, "timestep_bias_portion": 0.5, "pretrained_vae_model_name_or_path": None,
+    "max_sequence_length": 99, "weighting_scheme": "mode", "logit_mean": 0.5, "logit_std": 2.0, "mode_scale": 0.7,
+    "precondition_outputs": 0,
 }  # fmt: skip
 # Needs other settings beside it.
 WITH = {
@@ -45,12 +49,19 @@ WITH = {
     "random_augment_strength": {"skip_threshold": 0.0, "augment_range": 1.0, "random_augment_rate": 0.1},
     "lr_warmup_steps": {"lr_scheduler": "constant_with_warmup"},
     "dream_training": {"prediction_type": "epsilon"},
+    "timestep_bias_strategy": {"timestep_bias_multiplier": 2.0},
+    "timestep_bias_multiplier": {"timestep_bias_strategy": "earlier"},
+    "timestep_bias_begin": {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2.0},
+    "timestep_bias_end": {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2.0},
+    "timestep_bias_portion": {"timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 2.0},
     "dream_detail_preservation": {"prediction_type": "epsilon", "dream_training": True},
 }
-# What they mean is seen elsewhere: a label, a Hub revision, where things lie, or the whole precision of a run.
+# What they mean is seen elsewhere: a label, a Hub revision, where things lie, the whole precision of a run, a set of
+# prior pictures (test_prior.py), or what only Stable Diffusion 3 has (test_sd3.py).
 ELSEWHERE = {
     "mitigation", "variant", "revision", "non_ema_revision", "pretrained_model_name_or_path", "image_column",
-    "caption_column", "mixed_precision",
+    "caption_column", "mixed_precision", "prior_loss_weight", "pretrained_vae_model_name_or_path",
+    "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs",
 }  # fmt: skip
 
 
@@ -111,6 +122,7 @@ def what_shapes(run):
         "bank": None if bank is None else {k: v for k, v in attributes(bank).items() if k != "num_buckets"},
         "augment": None if control.augment is None else repr(control.augment.by_magnitude[-1]),
         "objective": attributes(objective) | {"prediction": objective.scheduler.config.prediction_type},
+        "timesteps": None if objective.timestep_weights is None else objective.timestep_weights.tolist(),
         "unconditional": None if objective.unconditional is None else sorted(objective.unconditional),
         "transform": [repr(samples.transform), samples.alpha],
         "condition": attributes(samples.condition),

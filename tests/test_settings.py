@@ -28,7 +28,8 @@ def test_a_field_that_is_not_classified_is_a_type_error():
 def test_every_flag_is_in_a_group_and_every_group_in_the_parser():
     of_groups = [entry.name for group in TrainingSettings.GROUPS.values() for entry in declared(group)]
     assert set(of_groups) == {entry.name for entry in declared(TrainingSettings)}
-    options = {action.dest for action in build_parser()._actions} - {"help"}
+    options = {name.removeprefix("--") for action in build_parser()._actions for name in action.option_strings}
+    options -= {"-h", "help"} | {f"no-{name}" for name in flag_names()}
     assert options == {*flag_names(), "config"}
 
 
@@ -39,16 +40,18 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "num_shards", "epochs_per_round", "steps_per_round", "bank_buckets", "train_batch_size", "use_ema",
         "gradient_accumulation_steps", "use_8bit_adam", "max_train_samples", "deduplicate", "group_duplicates",
         "label_column", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "lora_average",
+            "train_text_encoder", "scale_weight_norms",
     }  # fmt: skip
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {
-        "cache_dir", "cache_latents", "channels_last", "compile", "fused_adam",
+        "cache_dir", "cache_latents", "channels_last", "compile", "fused_adam", "model_config",
         "dataset_name", "dataset_config_name", "dataset_split", "caption_lines", "train_data_dir",
         "dataloader_num_workers",
         "gradient_checkpointing", "offload_ema", "foreach_ema", "allow_tf32", "max_nonfinite", "local_rank",
         "enable_xformers_memory_efficient_attention", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
         "resume_from_checkpoint", "resume_allow", "logging_dir", "report_to", "tracker_project_name",
-        "validation_prompts", "validation_epochs", "on_bad_sample", "log_every", "save_shards", "save_rounds",
+        "validation_prompts", "num_validation_images", "validation_epochs", "debug_loss", "enable_npu_flash_attention",
+        "prior_dir", "on_bad_sample", "log_every", "save_shards", "save_rounds",
         "push_to_hub", "hub_model_id", "hub_token", "proxy_state", "save_merged",
     }  # fmt: skip
     for name in ("alpha", "image_column", "pretrained_model_name_or_path", "revision", "variant", "seed"):

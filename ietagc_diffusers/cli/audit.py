@@ -57,6 +57,7 @@ def run(args: Namespace) -> int:
     _check_limits(args)
     check_output(args.output, "output")
     common.check_descriptor_named(args)
+    common.place_model(args)
     common.check_apart(args, "train", "heldout", "reference", "prompts")
     from ietagc_diffusers.eval.audit import audit, card_path, check_plain
     from ietagc_diffusers.eval.score import Tools

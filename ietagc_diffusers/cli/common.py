@@ -49,6 +49,29 @@ def add_columns(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset_split", help="split of a dataset; default: train")
 
 
+def add_model(group: ArgumentParser | _ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|FILE|ID",
+        help="pipeline: a folder, a whole checkpoint in a .safetensors file, or a Hub id",
+    )
+    group.add_argument(
+        "--model_config",
+        metavar="DIR|ID",
+        help="for a checkpoint in a file: a pipeline of the same kind, for its configuration and the parts that the "
+        "file lacks; default: the one on the Hub that Diffusers has for the kind",
+    )
+
+
+def place_model(args: Namespace) -> None:
+    """Convert a checkpoint in a single file with ``model_config``, and go on with the pipeline's folder."""
+    if args.model_config is not None:
+        from ietagc_diffusers.eval.pipelines import converted
+
+        args.model = converted(args.model, args.model_config)
+
+
 def add_lora(group: ArgumentParser | _ArgumentGroup) -> None:
     group.add_argument(
         "--lora",
@@ -61,7 +84,7 @@ def add_lora(group: ArgumentParser | _ArgumentGroup) -> None:
 
 def add_generation(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("drawing images")
-    group.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
+    add_model(group)
     add_lora(group)
     group.add_argument("--prompts", metavar="FILE", help=".txt, .csv or .jsonl; default: the captions of --train")
     group.add_argument("--num_images", type=int, help="default: one for each prompt")

@@ -8,7 +8,7 @@ from . import common
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR|ID", help="pipeline folder or Hub id")
+    common.add_model(parser)
     common.add_lora(parser)
     parser.add_argument(
         "--prompts", metavar="FILE", help=".txt, .csv or .jsonl; a column `memorized` holds true labels, if known"
@@ -30,6 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    common.place_model(args)
     common.check_positive(args, "steps", "generations", "num_inference_steps", "batch_size", "resolution")
     common.check_apart(args, "prompts", "memorized", "others")
     prompts, labels = _prompts(args)

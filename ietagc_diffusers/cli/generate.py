@@ -18,6 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    common.place_model(args)
     common.check_apart(args, "train", "prompts")
     from ietagc_diffusers.eval.generate import generate
 

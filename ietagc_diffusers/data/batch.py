@@ -23,6 +23,7 @@ class Batch:
             from a cache. With the first, ``images`` are decoded when they are asked for.
         share: where several processes share a batch, this process's slice of it and the length of the whole; noise is
             drawn for the whole, so that the draws do not depend on the sharing.
+        told: what the model is told of the views that ``images`` are, such as their sizes: named tensors (B, ...).
     """
 
     images: Any  # a tensor, or what gives one when it is indexed by rows
@@ -33,6 +34,7 @@ class Batch:
     share: tuple[slice, int] | None = None
     encoded_images: Tensors | None = None
     encoded_inputs: Tensors | None = None
+    told: Tensors = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples if self.images is None else self.images)
@@ -43,5 +45,5 @@ class Batch:
                 return {name: move(tensor) for name, tensor in value.items()}
             return None if value is None else value.to(device, non_blocking=True)
 
-        moved = ("images", "inputs", "samples", "encoded_images", "encoded_inputs")
+        moved = ("images", "inputs", "told", "samples", "encoded_images", "encoded_inputs")
         return replace(self, **{name: move(getattr(self, name)) for name in moved})

@@ -1,5 +1,6 @@
 """What a model is told of an image: nothing, or its caption."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -57,6 +58,7 @@ class Captions(Condition):
         mitigation: ``rc``, ``rt`` or ``cwr`` of Somepalli et al. (2023) act on a share ``probability`` of the visits: 4
             random words instead of the caption, 2 random words added, or 2 of its own repeated. ``mc`` is what a list
             of captions does by itself, and needs several somewhere.
+        dropout: share of the visits at which the caption is left empty.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Captions(Condition):
         tokenizer: Any,
         mitigation: str | None = None,
         probability: float | None = None,
+        dropout: float = 0.0,
     ):
+        self.dropout = dropout
         self.column, self.columns = column, (column,)
         self.tokenize, self.tokenizer = tokenize, tokenizer
         self.mitigation, self.probability = mitigation, probability
@@ -115,6 +119,8 @@ class Captions(Condition):
         return caption
 
     def draw(self, value: str | list[str], rng: Any = random) -> str:
+        if self.dropout and rng.random() < self.dropout:
+            return ""
         caption = choose_caption(value, rng)
         if self.mitigation in (None, "mc") or rng.random() >= self.probability:
             return caption
@@ -126,7 +132,8 @@ class Captions(Condition):
 
     def values(self, rows: Dataset) -> Iterator[str] | None:
         if self.mitigation in (None, "mc"):
-            return (text for value in self._stored(rows) if _is_caption(value) for text in _texts(value))
+            stored = (text for value in self._stored(rows) if _is_caption(value) for text in _texts(value))
+            return itertools.chain([""], stored) if self.dropout else stored
         return None
 
     def tensors(self, drawn: list[str]) -> dict[str, torch.Tensor]:

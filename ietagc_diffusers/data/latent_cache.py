@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 FILE_ITEMS = 512  # of a file: what an interruption loses at most, for each process
 ABANDONED = 3600  # seconds after which a file that nobody finished is removed
 FORMAT = 1  # of the files; a change makes older caches stale
+TOLD = "told."  # begins the names of what the model is told of a view, beside the encodings of its image
 
 
 class Processes:
@@ -249,8 +250,8 @@ class CachedSamples(TrainingSamples):
         super()._image(row)  # says what is wrong with it
         raise UsageError(f"row {row}: its image changed after the cache was made; start again")
 
-    def _show(self, image: Any) -> Any:
-        return image, self.transform.draw()
+    def _show(self, image: Any, rng: Any) -> Any:
+        return image, self.transform.draw(rng)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         if self.batch_size not in (None, len(keys)):
@@ -259,7 +260,9 @@ class CachedSamples(TrainingSamples):
 
     def _images(self, shown: Any, drawn: list[Any]) -> dict[str, Any]:
         rows, views = map(list, zip(*shown, strict=True))
-        encoded = {"encoded_images": self.latents.get([self.keys[row] for row in rows], views)}
+        stored = self.latents.get([self.keys[row] for row in rows], views)
+        told = {name.removeprefix(TOLD): stored.pop(name) for name in list(stored) if name.startswith(TOLD)}
+        encoded = {"encoded_images": stored, "told": told}
         if self.texts is not None:
             encoded["encoded_inputs"] = self.texts.get([text_key(value) for value in drawn])
         return {"images": None, "inputs": self.condition.tensors(drawn), **encoded}
@@ -296,7 +299,7 @@ def cache_samples(
         keys: of the images' contents (N), see ``hashes.stored_hashes``.
         rows: the samples' rows, of which every text is read.
         encoder: ``families.Objective``, for ``encode_images`` and ``encode_inputs``.
-        marks: what stands for the encoders, by "images" and "inputs".
+        marks: what stands for the encoders, by "images" and "inputs"; without the latter only images are cached.
         allow_bad: leave out an image that does not decode; else ``UsageError`` names it.
         processes: those that share the work (``training.layout.Layout``).
     """
@@ -307,22 +310,23 @@ def cache_samples(
     of_pixels = {"views": [repr(view) for view in views]} | decoder_mark(samples.alpha)
     latents = Store(folder, "latents", here | marks["images"] | of_pixels, processes)
 
-    def view_all(row: int) -> torch.Tensor | None:
+    def view_all(row: int) -> list[tuple[torch.Tensor, Tensors]] | None:
         try:
             image = decode(samples.images, samples.image_column, row, samples.alpha)
         except UsageError:
             if not allow_bad:
                 raise
             return None
-        return torch.stack([view(image) for view in views])
+        return [view(image) for view in views]
 
     def encode_images(some: list[int]) -> Iterator[Tensors | None]:
         for shown in batched(in_threads(view_all, some), batch_size):
             good = [image for image in shown if image is not None]
             encoded = []
             for view in range(len(views)) if good else ():
-                images = torch.stack([image[view] for image in good]).float()
-                encoded.append(_encode(encoder.encode_images, images.to(device), batch_size))
+                images, told = zip(*(image[view] for image in good), strict=True)
+                encodings = _encode(encoder.encode_images, torch.stack(images).float().to(device), batch_size)
+                encoded.append(encodings | {TOLD + name: torch.stack([of[name] for of in told]) for name in told[0]})
             yield from _by_row(encoded, [image is not None for image in shown])
 
     def encode_texts(some: list[Any]) -> Iterator[Tensors | None]:
@@ -333,8 +337,10 @@ def cache_samples(
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     latents.fill(dict(sorted(first.items(), key=lambda pair: pair[1])), encode_images, "Encoding images")
     texts = None
-    values = samples.condition.values(rows)
-    if values is None:
+    values = samples.condition.values(rows) if "inputs" in marks else None
+    if "inputs" not in marks:
+        logger.info("What encodes the captions is trained: they are encoded at each visit, only images are cached")
+    elif values is None:
         logger.info("Captions are rewritten at each visit: they are encoded at each visit too, only images are cached")
     else:
         texts = Store(folder, "texts", here | marks["inputs"], processes)

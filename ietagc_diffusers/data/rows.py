@@ -3,8 +3,13 @@
 import hashlib
 import json
 import os
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -18,6 +23,7 @@ from .work import batched, in_threads
 
 IMAGES_AT_ONCE = 256  # a selection of rows is copied into one Arrow buffer, which holds 2 GB at most
 HASHED_WHOLE = 2000  # images whose bytes `content_hash` reads; of all others it reads the sizes
+TEXT = "text"  # the column of captions that come from files beside the images
 LOOKED_AT = 200_000  # images whose ends are looked at before training; of more, that many evenly spread
 
 
@@ -28,13 +34,64 @@ def load_training_rows(settings: DataSettings, condition: Condition | None = Non
     source, whatever is selected later. Raises ``UsageError`` naming the setting or the row.
     """
     columns = () if condition is None else condition.columns
-    source = read_source(settings, columns)
+    return _checked(read_source(settings, columns), settings, condition)
+
+
+def load_prior_rows(settings: Any, condition: Condition) -> Dataset:
+    """Load ``prior_dir``: all of it, read as ``train_data_dir`` is. Captions may also be in the column ``text``.
+
+    Args:
+        settings: ``DataSettings`` and ``PriorSettings`` in one.
+
+    Raises:
+        UsageError: naming ``prior_dir``, and the row if one is bad; also where it and the training set lie in one
+            another, so that one would be read as part of the other.
+    """
+    name = f"`prior_dir` {settings.prior_dir}"
+    of_prior = copy(settings)
+    of_prior.dataset_name, of_prior.train_data_dir = None, settings.prior_dir
+    of_prior.dataset_split, of_prior.max_train_samples = "train", None
+    try:
+        source = read_source(of_prior, {*condition.columns, TEXT}, setting="prior_dir")
+        _check_apart(settings, name)
+        missing = set(condition.columns) - set(source.rows.column_names)
+        if len(missing) == 1 and TEXT in source.rows.column_names:
+            source = replace(source, rows=source.rows.rename_column(TEXT, missing.pop()))
+        return _checked(source, of_prior, condition)
+    except UsageError as error:
+        if str(error).startswith(("`prior_dir`", "`output_dir`")):
+            raise
+        raise UsageError(f"{name}: {error}") from error
+
+
+def _check_apart(settings, name):
+    """Raise ``UsageError`` if one of training set and prior set lies in the other."""
+    inside = settings.train_data_dir or ""
+    own = Path(inside if settings.dataset_name is None else Path(settings.dataset_name) / inside)
+    if not own.is_dir():
+        return
+    prior, own = Path(settings.prior_dir).resolve(), own.resolve()
+    if prior == own or own in prior.parents or prior in own.parents:
+        raise UsageError(
+            f"{name}: this folder and that of the training set, {own}, must not lie in one another, because "
+            "sub-folders are read too: move one of them"
+        )
+
+
+def _checked(source, settings, condition):
+    """The rows of a source that are trained on, all of which can be used as far as their ends show."""
     if condition is not None:
         condition.check(source.rows, settings.replaces_bad_samples, source)
     rows = selected(source.rows, settings)
     if not settings.replaces_bad_samples:
         _check_images(rows, settings.image_column)
     return rows
+
+
+def file_names(rows: Dataset, image_column: str) -> list[str | None]:
+    """Of each row the name of its image's file, without its folder; None where none is known."""
+    paths = pc.struct_field(stored_column(rows, image_column), "path").to_pylist()
+    return [os.path.basename(path) or None if path else None for path in paths]
 
 
 def _check_images(rows, column):

@@ -45,16 +45,17 @@ def fixed_transforms(resolution: int, random_flip: bool, interpolation: str) -> 
 class View(Protocol):
     """What a visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view.
 
-    ``fixed``: all that a visit may show, as functions without chance; () where that is no small number. ``draw`` says
-    which of them a visit shows, by the draws that a call makes.
+    Draws are from torch's stream and from ``rng``: ``random.Random``, or the module itself. ``fixed``: all that a visit
+    may show, as functions of the image without chance; () where that is no small number. ``draw`` says which of them a
+    visit shows, by the draws that a call makes.
     """
 
     @property
-    def fixed(self) -> tuple[Callable[[Any], torch.Tensor], ...]: ...
+    def fixed(self) -> tuple[Callable[[Any], tuple[torch.Tensor, Tensors]], ...]: ...
 
-    def draw(self) -> int: ...
+    def draw(self, rng: Any) -> int: ...
 
-    def __call__(self, image: Any) -> tuple[torch.Tensor, Tensors]: ...
+    def __call__(self, image: Any, rng: Any) -> tuple[torch.Tensor, Tensors]: ...
 
 
 class TrainingSamples(torch.utils.data.Dataset):
@@ -122,23 +123,30 @@ class TrainingSamples(torch.utils.data.Dataset):
                 bad.append([candidate, str(error)])
         raise UsageError(f"row {row}: bad, and so were {REPLACEMENTS:,} others drawn in its place: {bad[0][1]}")
 
-    def _visit(self, image, value, seed):
-        """One visit of a sample: its view and condition, from ``seed`` or, if that is None, from the streams."""
-        if seed is None:
-            return self._show(image), self.condition.draw(value, random)
-        torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
-        return self._show(image), self.condition.draw(value, random.Random(seed))
+    def _visits(self, images, values, seeds):
+        """What visits show of images and say of them: lists of views and of conditions. Each visit draws from its own
+        seed; where there are none, all draw from the streams, in the official scripts' order: first the images.
+        """
+        if seeds is None:
+            return [self._show(image, random) for image in images], [self.condition.draw(v, random) for v in values]
+        shown, drawn = [], []
+        for image, value, seed in zip(images, values, seeds, strict=True):
+            torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
+            rng = random.Random(seed)
+            shown.append(self._show(image, rng))
+            drawn.append(self.condition.draw(value, rng))
+        return shown, drawn
 
-    def _show(self, image):
-        """What one visit shows of an image, from the streams."""
-        return self.transform(image)
+    def _show(self, image, rng):
+        """What one visit shows of an image."""
+        return self.transform(image, rng)
 
     def _images(self, shown, drawn):
         """The batch's fields that have to do with images and condition."""
         views, told = zip(*shown, strict=True)
-        inputs = {name: torch.stack([of_view[name] for of_view in told]) for name in told[0]}
         images = torch.stack(views).to(memory_format=torch.contiguous_format).float()
-        return {"images": images, "inputs": inputs | self.condition.tensors(drawn)}
+        of_views = {name: torch.stack([of_view[name] for of_view in told]) for name in told[0]}
+        return {"images": images, "inputs": self.condition.tensors(drawn), "told": of_views}
 
     def images_of(self, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The images of visits (row, seed), without their condition: float32 (N, 3, H, W)."""
@@ -146,7 +154,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             for row, seed in keys:
                 torch.default_generator.manual_seed(seed)
-                shown.append(self.transform(self._image(row))[0])
+                shown.append(self.transform(self._image(row), random.Random(seed))[0])
         return torch.stack(shown).to(memory_format=torch.contiguous_format).float()
 
     def received(self, batch: Batch) -> Batch:
@@ -157,13 +165,12 @@ class TrainingSamples(torch.utils.data.Dataset):
         seeded = isinstance(keys[0], tuple)
         pairs: list[tuple[int, int]] = [key if isinstance(key, tuple) else (key, key) for key in keys]
         images, values, rows, bad = zip(*(self._read_or_replace(row, seed) for row, seed in pairs), strict=True)
-        seeds = [seed if seeded else None for _, seed in pairs]
+        seeds = [seed for _, seed in pairs] if seeded else None
         with torch.random.fork_rng(devices=[], enabled=seeded):
-            visits = [self._visit(*visit) for visit in zip(images, values, seeds, strict=True)]
-        shown, drawn = zip(*visits, strict=True)
+            shown, drawn = self._visits(images, values, seeds)
         return Batch(
-            **self._images(shown, list(drawn)),
+            **self._images(shown, drawn),
             samples=torch.tensor(rows),
-            seeds=[seed for _, seed in pairs] if seeded else None,
+            seeds=seeds,
             bad=[entry for entries in bad for entry in entries],
         )

@@ -1,5 +1,6 @@
 """Settings of the training set."""
 
+import math
 from dataclasses import dataclass
 
 from torchvision.transforms import InterpolationMode
@@ -113,3 +114,23 @@ class DataSettings(CacheSettings):
     @property
     def replaces_bad_samples(self) -> bool:
         return self.on_bad_sample == "skip"
+
+
+@dataclass(kw_only=True)
+class PriorSettings:
+    """Prior preservation: pictures of the same class that are not the user's, trained on beside those that are."""
+
+    prior_dir: str | None = setting(
+        None,
+        "Prior preservation (DreamBooth): a folder of other pictures of the class, captioned like --train_data_dir. "
+        "Each step also trains on as many of them as it has training pictures, which about doubles its time.",
+        resume=Resume.FREE,  # the content of the pictures must agree, wherever they lie
+    )
+    prior_loss_weight: float | None = setting(
+        None,
+        "Weight of the mean loss of the --prior_dir pictures, added to the loss. Default: 1.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda weight: 0 <= weight < math.inf,
+        wanted="0 or more, and finite",
+    )

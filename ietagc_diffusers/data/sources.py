@@ -86,7 +86,7 @@ def read_source(settings: DataSettings, texts: Iterable[str] = (), setting: str 
         folder, local = Path(str(settings.train_data_dir)), True
         if not folder.is_dir():
             raise UsageError(f"{name}: no such folder")
-        _check_output_outside(folder, settings)
+        _check_output_outside(folder, settings, name)
     source = _of_folder(folder, settings, name) if local else Source(_of_datasets(settings, name), name)
     rows = _numbered(_with_images(source, settings.image_column, str(folder.resolve()) if local else None))
     for column in texts:
@@ -307,11 +307,11 @@ def _numbered(rows):
     return rows.add_column(SAMPLE_ID, np.arange(len(rows)))
 
 
-def _check_output_outside(folder, settings):
+def _check_output_outside(folder, settings, name):
     """What a run writes must not become training data of the next."""
     output = getattr(settings, "output_dir", None)
     if output is not None and folder.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
         raise UsageError(
-            f"`output_dir` {output}: lies in `train_data_dir` {folder}, so that the pictures that the run writes would "
+            f"`output_dir` {output}: lies in {name}, so that the pictures that the run writes would "
             "be trained on by the next run; give another folder"
         )

@@ -1,13 +1,16 @@
 """A family: everything that is particular to one kind of model."""
 
+import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
 from ..data import Batch, Condition, DataSettings, View
 from ..method.config import MitigationConfig
@@ -15,6 +18,7 @@ from ..run_folder import ADAPTER_FILE
 from .settings import BaseModelSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
+TOKEN_IDS = "input_ids"  # begins the names of texts among a batch's inputs
 Image = Any  # PIL's
 Tensors = dict[str, torch.Tensor]
 
@@ -25,7 +29,12 @@ class Objective(ABC):
     ``encode`` and ``draw`` return values of the family's own types. What ``draw`` returns has a length, can be indexed
     by rows, and has ``levels``: int64 (B,), the noise level of each sample in [0, ``num_levels``), drawn uniformly; the
     memory bank has its entries over them.
+
+    With ``trains_text`` the text encoders are trained too: ``encode_inputs`` leaves the inputs as they are, and the
+    ``losses`` encode them, with gradient.
     """
+
+    trains_text: bool = False
 
     @property
     @abstractmethod
@@ -49,6 +58,10 @@ class Objective(ABC):
         """Noise, levels and all else that is random."""
 
     @abstractmethod
+    def at_levels(self, drawn: Any, levels: torch.Tensor) -> Any:
+        """``drawn`` with other noise levels (B,) and nothing else changed."""
+
+    @abstractmethod
     def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:
         """``drawn`` with the samples ``rows`` showing ``images`` (N, 3, H, W): same noise, level and conditioning."""
 
@@ -70,7 +83,9 @@ class Family(ABC):
 
     Attributes:
         denoiser: the trained module.
+        text_encoders: by their name in a pipeline; {} for a family without.
         objective: ``Objective``.
+        settings: what the base was loaded by.
         device: of all parts; dtype: of the frozen parts and of the images.
     """
 
@@ -78,16 +93,30 @@ class Family(ABC):
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # those that are of this family
     denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
     tags: ClassVar[tuple[str, ...]]  # of the model card
+    # The layers of the text encoders that get adapters: the official scripts', those of attention.
+    text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
+    text_encoders: dict[str, Any]
     denoiser: Any  # a diffusers model: a torch.nn.Module with a configuration
     objective: Objective
+    settings: BaseModelSettings
     device: torch.device
     dtype: torch.dtype
 
     @property
+    @abstractmethod
     def parts(self) -> list[torch.nn.Module]:
         """All modules, the denoiser among them."""
-        return [part for part in vars(self).values() if isinstance(part, torch.nn.Module)]
+
+    @property
+    def adaptable_texts(self) -> dict[str, Any]:
+        """The text encoders that adapters can be trained on, by name."""
+        return {}
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The trained modules by their name in a pipeline, the denoiser first."""
+        return {self.denoiser_name: self.denoiser} | (self.adaptable_texts if self.objective.trains_text else {})
 
     @property
     def nbytes(self) -> int:
@@ -132,11 +161,65 @@ class Family(ABC):
         denoiser.load_lora_adapter(Path(adapter), weight_name=ADAPTER_FILE, prefix=cls.denoiser_name)
         return denoiser
 
-    def merge_adapter(self, adapter: str | Path) -> None:
-        """Add the adapter of a folder to the denoiser's own weights."""
-        self.denoiser.load_lora_adapter(Path(adapter), weight_name=ADAPTER_FILE, prefix=self.denoiser_name)
-        self.denoiser.fuse_lora()
-        self.denoiser.unload_lora()
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations of the trained modules in the backward pass."""
+        self.denoiser.enable_gradient_checkpointing()
+        for encoder in self.adaptable_texts.values() if self.objective.trains_text else ():
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})  # as diffusers does it for the denoiser
+
+    @contextmanager
+    def text_adapted(self, adapter: str | Path) -> Iterator[bool]:
+        """Within it the text encoders have what the adapter of a folder has for them. Gives whether it has anything."""
+        with safe_open(Path(adapter) / ADAPTER_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
+        told = {name.partition(".")[0] for name in tensors}
+        own = {name: encoder for name, encoder in self.adaptable_texts.items() if name in told}
+        loader: Any = self.pipelines[0]
+        try:
+            for name, encoder in own.items():
+                adapted = copy.deepcopy(encoder)
+                loader.load_lora_into_text_encoder(tensors, None, adapted, prefix=name, metadata=about)
+                self._put({name: adapted})
+            yield bool(own)
+        finally:
+            self._put(own)
+
+    @contextmanager
+    def merged(self, adapter: str | Path) -> Iterator[None]:
+        """Within it the trained modules are those of the base, with the adapter of a folder added to their weights."""
+        own = self.trained
+        try:
+            self._put({name: self.load_again(name) for name in own})
+            pipeline: Any = self.pipeline()
+            pipeline.load_lora_weights(Path(adapter), weight_name=ADAPTER_FILE)
+            pipeline.fuse_lora(components=list(own))
+            pipeline.unload_lora_weights()
+            yield
+        finally:
+            self._put(own)
+
+    def _put(self, modules):
+        """Modules, by their name in a pipeline, in the place of those that the family has."""
+        for name, module in modules.items():
+            if name == self.denoiser_name:
+                self.denoiser = module
+            else:
+                self.text_encoders[name] = module
+
+    def load_again(self, name: str) -> torch.nn.Module:
+        """A second copy of a trained module, by its name in a pipeline, as the base has it; float32, on the host."""
+        if name == self.denoiser_name:
+            return self.load_average()
+        s, kind = self.settings, type(self.text_encoders[name])
+        return kind.from_pretrained(
+            s.pretrained_model_name_or_path,
+            subfolder=name,
+            dtype=torch.float32,
+            variant=s.variant,
+            revision=s.revision,
+            cache_dir=s.cache_dir,
+        )
 
     @abstractmethod
     def load_average(self) -> torch.nn.Module:

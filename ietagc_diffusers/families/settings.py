@@ -1,15 +1,24 @@
 """Settings of the base model, of captions and of the objective."""
 
+import math
 from dataclasses import dataclass
 
-from ..settings import CacheSettings, Resume, not_negative, setting
+from ..settings import CacheSettings, Resume, at_least, not_negative, setting
 
 
 @dataclass(kw_only=True)
 class BaseModelSettings(CacheSettings):
     """The model that training starts from."""
 
-    pretrained_model_name_or_path: str = setting(None, "Base model: a folder or a Hub id.", resume=Resume.SAME)
+    pretrained_model_name_or_path: str = setting(
+        None, "Base model: a folder, a Hub id, or a whole checkpoint in a .safetensors file.", resume=Resume.SAME
+    )
+    model_config: str | None = setting(
+        None,
+        "For a base in a single file: folder or Hub id of a pipeline of the same kind, for its configuration and the "
+        "parts that the file lacks. Default: the one that Diffusers has for the kind.",
+        resume=Resume.FREE,
+    )
     revision: str | None = setting(None, "Hub revision of the base model.", resume=Resume.SAME)
     non_ema_revision: str | None = setting(
         None,
@@ -17,6 +26,15 @@ class BaseModelSettings(CacheSettings):
         resume=Resume.SAME,
     )
     variant: str | None = setting(None, "Variant of the weight files, such as fp16.", resume=Resume.SAME)
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None,
+        "Another VAE than the base model's: a folder or a Hub id. For Stable Diffusion XL in half precision, one that "
+        "does not overflow; without it the VAE works in float32.",
+        resume=Resume.SAME,
+    )
+    max_sequence_length: int = setting(
+        77, "Tokens that T5 reads of a caption (Stable Diffusion 3).", resume=Resume.SAME, type=int, **at_least(1)
+    )
 
 
 @dataclass(kw_only=True)
@@ -28,6 +46,15 @@ class CaptionSettings:
         "Column that holds the caption, or a list of captions (one is drawn at each visit).",
         resume=Resume.SAME,
     )
+    caption_dropout: float = setting(
+        0.0,
+        "Share of the visits at which the caption is left empty.",
+        resume=Resume.SAME,
+        type=float,
+        aliases=["proportion_empty_prompts"],
+        check=lambda share: 0 <= share <= 1,
+        wanted="in [0, 1]",
+    )
 
 
 @dataclass(kw_only=True)
@@ -36,9 +63,9 @@ class ObjectiveSettings:
 
     prediction_type: str | None = setting(
         None,
-        "epsilon or v_prediction. Default: the base model's.",
+        "epsilon, v_prediction, or with Stable Diffusion XL sample. Default: the base model's.",
         resume=Resume.SAME,
-        choices=["epsilon", "v_prediction"],
+        choices=["epsilon", "v_prediction", "sample"],
     )
     snr_gamma: float | None = setting(None, "min-SNR loss weighting; 5.0 is usual.", resume=Resume.SAME, type=float)
     noise_offset: float = setting(0.0, "Scale of the noise offset.", resume=Resume.SAME, type=float, **not_negative())
@@ -50,4 +77,64 @@ class ObjectiveSettings:
     )
     dream_detail_preservation: float = setting(
         1.0, "DREAM's p, over 0.", resume=Resume.SAME, type=float, check=lambda p: p > 0, wanted="over 0"
+    )
+    timestep_bias_strategy: str = setting(
+        "none",
+        "Draw the first (earlier) or last (later) --timestep_bias_portion of the timesteps, or those from "
+        "--timestep_bias_begin to --timestep_bias_end (range), --timestep_bias_multiplier times as often.",
+        resume=Resume.SAME,
+        choices=["earlier", "later", "range", "none"],
+    )
+    timestep_bias_multiplier: float = setting(
+        1.0,
+        "How many times as often.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda times: times > 0,
+        wanted="over 0",
+    )
+    timestep_bias_begin: int = setting(
+        0, "First timestep of the range.", resume=Resume.SAME, type=int, **not_negative()
+    )
+    timestep_bias_end: int = setting(
+        1000, "End of the range: the timestep after its last.", resume=Resume.SAME, type=int, **at_least(1)
+    )
+    timestep_bias_portion: float = setting(
+        0.25,
+        "Share of the timesteps.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda share: 0 <= share <= 1,
+        wanted="in [0, 1]",
+    )
+    weighting_scheme: str = setting(
+        "logit_normal",
+        "Stable Diffusion 3: how noise levels are drawn (logit_normal, mode; otherwise uniformly) and losses weighted "
+        "(sigma_sqrt, cosmap).",
+        resume=Resume.SAME,
+        choices=["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"],
+    )
+    logit_mean: float = setting(0.0, "Mean of logit_normal.", resume=Resume.SAME, type=float)
+    logit_std: float = setting(
+        1.0,
+        "Standard deviation of logit_normal.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda deviation: deviation > 0,
+        wanted="over 0",
+    )
+    mode_scale: float = setting(
+        1.29,
+        "Scale of the scheme mode.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda scale: -1 <= scale <= 2 / (math.pi - 2),
+        wanted="in [-1, 1.75], where the scheme is defined",
+    )
+    precondition_outputs: int = setting(
+        1,
+        "Stable Diffusion 3: 1 weighs losses by the squared noise level, 0 does not.",
+        resume=Resume.SAME,
+        type=int,
+        choices=[0, 1],
     )

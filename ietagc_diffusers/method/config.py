@@ -164,7 +164,7 @@ class MitigationConfig:
         choices=["skips", "random"],
     )
     redistribute_counts: str = setting(
-        "round",
+        "decayed",
         "Skip counts by which samples are redistributed: of this 'round' (eq. 10), of all rounds with earlier ones "
         "'decayed', or the 'total'.",
         resume=Resume.SAME,

@@ -22,6 +22,17 @@ class Factors(NamedTuple):
         return self.up.double() @ self.down.double()
 
 
+def shrinking(factors: Factors, limit: float) -> torch.Tensor:
+    """What both factors are multiplied by so that the Frobenius norm of their product is at most ``limit``, without
+    forming the matrix: () in the factors' precision, exactly 1 where the norm is within the limit.
+
+    The rule of kohya's ``scale_weight_norms``. The norm's square is the trace of (up^T up)(down down^T).
+    """
+    up, down = factors.up.double(), factors.down.double()
+    norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+    return (limit / norm).clamp(max=1).sqrt().to(factors.up.dtype)
+
+
 class Truncated(NamedTuple):
     """``factors`` of a lower rank, and the energy (the sum of squares) of the whole update and of what was left out."""
 

@@ -27,6 +27,7 @@ class RescaledAttention(Mitigation):
     """
 
     name: ClassVar[str] = "memattn"
+    rescales: ClassVar[bool] = True
     scale: float = option(1.25, "Factor of the beginning token's logit (the authors' c1).", real)
     mask: bool = option(True, "Whether padding is masked.", switch)
 
@@ -34,13 +35,13 @@ class RescaledAttention(Mitigation):
     def acts(self) -> bool:
         return self.mask or self.scale != 1
 
-    def attach(self, unet: torch.nn.Module) -> list[Any]:
-        if any(getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod") for part in unet.modules()):
+    def attach(self, denoiser: torch.nn.Module) -> list[Any]:
+        if any(getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod") for part in denoiser.modules()):
             raise UsageError(
                 "mitigation memattn: acts inside the UNet, but a compiled graph would ignore it; give the pipeline a "
                 "UNet that is not compiled"
             )
-        attentions = [part for part in unet.modules() if isinstance(part, Attention) and part.is_cross_attention]
+        attentions = [part for part in denoiser.modules() if isinstance(part, Attention) and part.is_cross_attention]
         if any(attention.fused_projections for attention in attentions):
             raise UsageError("mitigation memattn: the UNet's projections are fused; call unfuse_qkv_projections()")
         handles = []

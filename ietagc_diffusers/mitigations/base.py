@@ -61,6 +61,7 @@ class Mitigation:
 
     name: ClassVar[str]
     compares: ClassVar[bool] = False  # whether it needs an unconditional branch even where guidance is off
+    rescales: ClassVar[bool] = False  # whether it acts on cross-attention, which not every denoiser has
     call: ClassVar["Call"]
     salt: ClassVar[str] = ""  # makes the mitigation's random draws differ from those of others in the chain
 
@@ -77,15 +78,15 @@ class Mitigation:
         """False if the options leave every image as it is; the mitigation is then not called."""
         return True
 
-    def attach(self, unet: torch.nn.Module) -> Iterable[Any]:
-        """Put hooks on parts of the UNet for the duration of a call. Returns their handles."""
+    def attach(self, denoiser: torch.nn.Module) -> Iterable[Any]:
+        """Put hooks on parts of the denoiser for the duration of a call. Returns their handles."""
         return ()
 
-    def before_unet(self, step: "Step") -> None:
+    def before_step(self, step: "Step") -> None:
         """Called before ``step`` is computed; may change its embeddings in place."""
 
-    def after_unet(self, step: "Step", prediction: torch.Tensor) -> None:
-        """Called with the UNet's output: 2B rows under guidance (the unconditional B first), otherwise B rows."""
+    def after_step(self, step: "Step", prediction: torch.Tensor) -> None:
+        """Called with the denoiser's output: 2B rows under guidance (the unconditional B first), otherwise B rows."""
 
     def guidance_scale(self, scale: Any) -> Any:
         """The guidance scale of the current step: a float, or a tensor (B, 1, 1, 1)."""

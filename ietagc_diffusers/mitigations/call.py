@@ -13,24 +13,31 @@ from typing import Any
 import torch
 
 from .base import PromptMitigation
+from .denoisers import denoiser_of
 
 
 class Step:
-    """One call of the UNet by the pipeline.
+    """One call of the denoiser by the pipeline.
 
     Attributes:
         index: of the call, from 0.
-        sample: the UNet's input (2B or B, C, h, w).
-        timestep: likewise.
-        inputs: the UNet's other arguments.
+        sample: the denoiser's input (2B or B, C, h, w).
+        timestep: likewise: (), or of each row.
+        inputs: the denoiser's other arguments.
         guided: whether there are 2B rows, the unconditional B first.
         conditional: the rows (slice) of the conditional branch.
     """
 
-    def __init__(self, call: "Call", index: int, sample: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, Any]):
-        self.call, self.index, self.sample, self.timestep, self.inputs = call, index, sample, timestep, inputs
+    def __init__(self, call: "Call", index: int, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.call, self.index, self.kind = call, index, call.kind
+        self.sample, self.timestep, self.inputs = self.kind.arguments(args, kwargs)
         self.guided = call.pipeline.do_classifier_free_guidance
-        self.conditional = slice(len(sample) // 2 if self.guided else 0, len(sample))
+        self.conditional = slice(len(self.sample) // 2 if self.guided else 0, len(self.sample))
+
+    @property
+    def time(self) -> float:
+        """The timestep, which is that of all rows."""
+        return float(self.timestep.flatten()[0])
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -41,28 +48,40 @@ class Step:
 
     @property
     def pooled(self) -> torch.Tensor | None:
-        """SDXL's pooled conditional prompt embeddings (B, D), also a view; None in other models."""
-        added = self.inputs.get("added_cond_kwargs") or {}
-        return added["text_embeds"][self.conditional] if "text_embeds" in added else None
+        """The pooled conditional prompt embeddings (B, D), also a view; None in models that have none."""
+        pooled = self.kind.pooled_of(self.inputs)
+        return None if pooled is None else pooled[self.conditional]
+
+    def unpadded(self, values: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """``values`` where encoders computed ``embeddings`` of the same shape; 0 where the pipeline filled them up
+        with zeros, which it does where encoders differ in width.
+        """
+        return values * (embeddings != 0) if self.kind.padded else values
 
     def predict_conditional(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The UNet's output (B, C, h, w) with ``embeddings`` (B, L, D) in place of the prompt's."""
-        return self._predict(self.conditional, slice(None), {"encoder_hidden_states": embeddings})
+        """The denoiser's output (B, C, h, w) with ``embeddings`` (B, L, D) in place of the prompt's."""
+        return self._predict(self.conditional, slice(None), embeddings, None)
 
     def predict_unconditional(self) -> torch.Tensor:
-        """The UNet's output (B, C, h, w) for the negative prompt, or for the empty prompt where guidance is off."""
+        """The denoiser's output (B, C, h, w) for the negative prompt, or for the empty prompt where guidance is off."""
         if self.guided:
-            return self._predict(slice(0, self.conditional.start), slice(0), {})
+            rows = slice(0, self.conditional.start)
+            return self._predict(rows, slice(0), self.inputs["encoder_hidden_states"][rows], None)
         embeddings, *pooled = self.call.unconditional
-        replaced: dict[str, Any] = {"encoder_hidden_states": embeddings}
-        if pooled:
-            replaced["added_cond_kwargs"] = {**self.inputs["added_cond_kwargs"], "text_embeds": pooled[0]}
-        return self._predict(slice(None), slice(0), replaced)
+        return self._predict(slice(None), slice(0), embeddings, pooled[0] if pooled else None)
 
-    def _predict(self, rows: slice, conditional: slice, replaced: dict[str, Any]) -> torch.Tensor:
-        inputs = {**_take(self.inputs, rows, len(self.sample)), **replaced, "return_dict": False}
+    def _predict(
+        self, rows: slice, conditional: slice, embeddings: torch.Tensor, pooled: torch.Tensor | None
+    ) -> torch.Tensor:
+        given = {**self.inputs, self.kind.sample: self.sample, "timestep": self.timestep}
+        inputs = self.kind.with_prompt(_take(given, rows, len(self.sample)), embeddings, pooled)
         with self.call.apart(conditional):
-            return self.call.pipeline.unet(self.sample[rows], self.timestep, **inputs)[0]
+            return self.call.denoiser(**{**inputs, "return_dict": False})[0]
+
+
+def _repeats(kwargs: dict[str, Any]) -> bool:
+    """Whether the denoiser is called a second time in a step: Stable Diffusion 3's skip-layer guidance."""
+    return kwargs.get("skip_layers") is not None
 
 
 def _take(value: Any, rows: slice, total: int) -> Any:
@@ -90,6 +109,7 @@ class Call:
 
     def __init__(self, pipeline: Any, generator: Any):
         self.pipeline = pipeline
+        self.kind = denoiser_of(pipeline)
         self.generators = generator if isinstance(generator, list) else [generator] if generator else []
         self.mitigations = [copy(mitigation) for mitigation in pipeline.mitigations]
         for position, mitigation in enumerate(self.mitigations):
@@ -97,7 +117,7 @@ class Call:
         self.mitigations = [mitigation for mitigation in self.mitigations if mitigation.acts]
         self.states = [hashlib.sha256(g.get_state().numpy().tobytes()).digest() for g in self.generators]
         self.num_images = 0
-        self.prompts: dict[str, list[str]] = {}  # of each image, by argument: prompt, and SDXL's prompt_2
+        self.prompts: dict[str, list[str]] = {}  # of each image, by argument: prompt, prompt_2, prompt_3
         self.unconditional: Sequence[torch.Tensor] = ()
         self.conditional = slice(None)
         self.is_apart = False
@@ -108,12 +128,12 @@ class Call:
     def __enter__(self) -> "Call":
         self.previous, self.pipeline.current_call = self.pipeline.current_call, self
         if self.mitigations:
-            unet = self.pipeline.unet
+            denoiser = self.denoiser
             try:
                 for mitigation in self.mitigations:
-                    self.handles += mitigation.attach(unet)
-                self.handles.append(unet.register_forward_pre_hook(self._before_unet, with_kwargs=True))
-                self.handles.append(unet.register_forward_hook(self._after_unet))
+                    self.handles += mitigation.attach(denoiser)
+                self.handles.append(denoiser.register_forward_pre_hook(self._before_step, with_kwargs=True))
+                self.handles.append(denoiser.register_forward_hook(self._after_step, with_kwargs=True))
             except BaseException:
                 self.__exit__()
                 raise
@@ -123,6 +143,11 @@ class Call:
         for handle in self.handles:
             handle.remove()
         self.pipeline.current_call = self.previous
+
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's denoiser, as the pipeline calls it."""
+        return getattr(self.pipeline, self.kind.component)
 
     @cached_property
     def _drawn_state(self) -> bytes:
@@ -143,9 +168,10 @@ class Call:
 
     def encode(self, encode_prompt: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
         """The result of ``encode_prompt(**arguments)``, with the conditional embeddings of the rewritten prompts."""
-        encoded = list(encode_prompt(**arguments))  # conditional and unconditional in turn, then SDXL's pooled ones
+        encoded = list(encode_prompt(**arguments))  # conditional and unconditional in turn, then the pooled ones
         self.num_images = len(encoded[0])
-        given = {"prompt": arguments.get("prompt"), "prompt_2": arguments.get("prompt_2") or None}
+        others = {key: arguments.get(key) or None for key in ("prompt_2", "prompt_3")}
+        given = {"prompt": arguments.get("prompt"), **others}
         self.prompts = {key: self._for_images(value) for key, value in given.items() if value is not None}
         if self._rewrite():
             again = {**arguments, **self.prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
@@ -176,7 +202,7 @@ class Call:
 
     @contextmanager
     def apart(self, conditional: slice) -> Iterator[None]:
-        """Inside, the UNet runs without the mitigations' hooks. conditional: rows of its input of that branch."""
+        """Inside, the denoiser runs without the mitigations' hooks. conditional: rows of its input of that branch."""
         before = self.is_apart, self.conditional
         self.is_apart, self.conditional = True, conditional
         try:
@@ -184,20 +210,22 @@ class Call:
         finally:
             self.is_apart, self.conditional = before
 
-    def _before_unet(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_apart:
-            return
-        sample, timestep = args
-        self.step = Step(self, self.steps, sample, timestep, kwargs)
+            return None
+        if _repeats(kwargs) and self.step is not None:  # with the same prompt, of which the pipeline kept a copy
+            return args, self.kind.with_prompt(kwargs, self.step.embeddings, self.step.pooled)
+        self.step = Step(self, self.steps, args, kwargs)
         self.conditional = self.step.conditional
         self.steps += 1
         for mitigation in self.mitigations:
-            mitigation.before_unet(self.step)
+            mitigation.before_step(self.step)
+        return None
 
-    def _after_unet(self, unet: Any, args: tuple[Any, ...], output: Any) -> None:
-        if not self.is_apart:
+    def _after_step(self, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.is_apart and not _repeats(kwargs):
             for mitigation in self.mitigations:
-                mitigation.after_unet(self.step, output[0])
+                mitigation.after_step(self.step, output[0])
 
     def guidance_scale(self, scale: Any) -> Any:
         """The guidance scale of the current step, by all mitigations of the chain."""

@@ -32,11 +32,11 @@ class DelayedGuidance(Mitigation):
     """CFG basin: guidance from the transition point on, none (or its opposite) before it.
 
     Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", 2025. A fixed
-    transition is a timestep: guidance acts where t <= transition. A dynamic one is found for each image: the first
-    local minimum of ||eps_c - eps_u|| over the UNet's calls; guidance acts from the call that shows it, the third at
-    the earliest. A negative initial scale is opposite guidance (the authors take -2, with transition 650). Steps stay
-    as the caller spaced them; the authors' script changes to finer steps at the transition. Without guidance
-    (guidance_scale <= 1) there is nothing to delay.
+    transition is a timestep: guidance acts where t <= transition (in Stable Diffusion 3, t is 1000 times the noise
+    level sigma). A dynamic one is found for each image: the first local minimum of ||eps_c - eps_u|| over the
+    denoiser's calls; guidance acts from the call that shows it, the third at the earliest. A negative initial scale is
+    opposite guidance (the authors take -2, with transition 650). Steps stay as the caller spaced them; the authors'
+    script changes to finer steps at the transition. Without guidance (guidance_scale <= 1) there is nothing to delay.
     """
 
     name: ClassVar[str] = "cfg"
@@ -53,12 +53,12 @@ class DelayedGuidance(Mitigation):
         if self.initial_scale is None:
             self.initial_scale = 1.0 if self.transition == DYNAMIC else 0.0
 
-    def before_unet(self, step: Step) -> None:
+    def before_step(self, step: Step) -> None:
         self.guided = step.guided
         if self.transition != DYNAMIC:
-            self.begun: Any = float(step.timestep) <= float(self.transition)  # of all images; a tensor of each below
+            self.begun: Any = step.time <= float(self.transition)  # of all images; a tensor of each below
 
-    def after_unet(self, step: Step, prediction: torch.Tensor) -> None:
+    def after_step(self, step: Step, prediction: torch.Tensor) -> None:
         if self.transition != DYNAMIC or not step.guided:
             return
         unconditional, conditional = prediction.chunk(2)

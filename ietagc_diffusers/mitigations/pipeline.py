@@ -4,11 +4,10 @@ import functools
 import inspect
 from typing import Any
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
 from ..errors import UsageError
 from .base import Mitigation
 from .call import Call
+from .denoisers import denoiser_of
 
 
 class MitigatedPipeline:
@@ -55,11 +54,16 @@ def mitigated_class(base: Any) -> type:
 
 
 def with_mitigation(pipeline: Any, mitigation: Mitigation) -> Any:
-    """A new pipeline that shares ``pipeline``'s components and adds ``mitigation`` to its chain."""
-    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+    """A new pipeline that shares ``pipeline``'s components and adds ``mitigation`` to its chain.
+
+    Raises:
+        UsageError: a pipeline of a kind that cannot be mitigated, or not so.
+    """
+    denoiser = denoiser_of(pipeline)
+    if mitigation.rescales and not denoiser.cross_attention:
         raise UsageError(
-            f"a {type(pipeline).__name__} cannot be mitigated: "
-            "give a StableDiffusionPipeline or a StableDiffusionXLPipeline"
+            f"mitigation {mitigation.name}: acts on cross-attention, but in a {type(pipeline).__name__} image and "
+            "prompt attend to each other jointly; choose another mitigation, such as wen or cfg"
         )
     kind: Any = type(pipeline)
     if not isinstance(pipeline, MitigatedPipeline):

@@ -38,15 +38,17 @@ def mitigate(pipeline: Any, name: str, **options: Any) -> Any:
     saved: ``save_pretrained`` writes the original pipeline. With generators a call is reproducible: the mitigations'
     draws are derived from the generators' states, and an image with its own generator does not depend on its batch.
 
-    During a call the UNet, which both pipelines share, has hooks: do not run two calls on it at once.
+    During a call the denoiser, which both pipelines share, has hooks: do not run two calls on it at once.
 
     Args:
-        pipeline: ``StableDiffusionPipeline`` (1.x, 2.x) or ``StableDiffusionXLPipeline``.
+        pipeline: ``StableDiffusionPipeline`` (1.x, 2.x), ``StableDiffusionXLPipeline`` or ``StableDiffusion3Pipeline``
+            (3, 3.5), in which ``memattn`` finds no cross-attention.
         name: a key of ``MITIGATIONS``.
         options: fields of ``MITIGATIONS[name]``.
 
     Raises:
-        UsageError: an unknown name or option (the message names the nearest known one), or an option out of range.
+        UsageError: an unknown name or option (the message names the nearest known one), an option out of range, or a
+            pipeline on which the mitigation cannot act.
     """
     return with_mitigation(pipeline, _kind(name)(**_known_options(name, options)))
 

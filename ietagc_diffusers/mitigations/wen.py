@@ -18,7 +18,7 @@ from .pipeline import with_mitigation
 def noise_magnitude(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
     """||eps_c - eps_u|| of each image: predictions (B, C, h, w) -> (B,) float32.
 
-    The predictions are the UNet's unchanged output, noise or velocity, as in the authors' code.
+    The predictions are the denoiser's unchanged output, noise or velocity, as in the authors' code.
     """
     return (conditional - unconditional).float().flatten(1).norm(dim=1)
 
@@ -80,8 +80,9 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 class OptimisedPrompt(Mitigation):
     """Wen: optimise the prompt's embedding so that the text-conditional noise at the first step falls to a target.
 
-    Where guidance is off, the noise is measured against the empty prompt. In SDXL the pooled embedding is not changed.
-    Costs up to ``steps`` forward and backward passes of the UNet.
+    Where guidance is off, the noise is measured against the empty prompt. Pooled embeddings (SDXL, Stable Diffusion 3)
+    are not changed, nor are zeros that the pipeline fills up with. Costs up to ``steps`` forward and backward passes of
+    the denoiser.
     """
 
     name: ClassVar[str] = "wen"
@@ -95,7 +96,7 @@ class OptimisedPrompt(Mitigation):
     def acts(self) -> bool:
         return self.steps > 0
 
-    def before_unet(self, step: Step) -> None:
+    def before_step(self, step: Step) -> None:
         if step.index == 0 and self.target_step >= self.call.pipeline.num_timesteps:
             raise UsageError(
                 f"mitigation wen: `target_step` {self.target_step}: must be below the number of denoising steps, "
@@ -103,13 +104,14 @@ class OptimisedPrompt(Mitigation):
             )
         if step.index != self.target_step:
             return
-        with torch.inference_mode(False), frozen(self.call.pipeline.unet):
+        with torch.inference_mode(False), frozen(self.call.denoiser):
+            given = step.embeddings.clone()  # autograd cannot save tensors of inference mode
             with torch.no_grad():
                 unconditional = step.predict_unconditional()
             with torch.enable_grad():
                 optimised = optimise_embeddings(
-                    step.predict_conditional,
-                    step.embeddings.clone(),  # autograd cannot save tensors of inference mode
+                    lambda embeddings: step.predict_conditional(step.unpadded(embeddings, given)),
+                    given,
                     unconditional,
                     self.steps,
                     self.lr,
@@ -134,7 +136,7 @@ class NoiseMeter(Mitigation):
     def __post_init__(self) -> None:
         self.magnitudes: list[torch.Tensor] = []
 
-    def after_unet(self, step: Step, prediction: torch.Tensor) -> None:
+    def after_step(self, step: Step, prediction: torch.Tensor) -> None:
         unconditional, conditional = prediction.chunk(2)
         self.magnitudes.append(noise_magnitude(conditional, unconditional).cpu())
 
@@ -154,7 +156,7 @@ def text_conditional_noise(
     It is large where the model follows a memorized prompt. Generation ends after ``steps`` steps; nothing is decoded.
 
     Args:
-        pipeline: Stable Diffusion or SDXL; a mitigated one is measured with its mitigations.
+        pipeline: Stable Diffusion 1.x, 2.x, XL or 3; a mitigated one is measured with its mitigations.
         prompts: N prompts. Repeat a prompt with other seeds for a mean over generations (the authors take 4).
         seeds: N seeds, one for each prompt, of the noise that its generation starts from.
         num_inference_steps: of the whole generation, which sets the timesteps.

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils.import_utils import is_xformers_available
+from diffusers.utils.import_utils import is_torch_npu_available, is_xformers_available
 
 from ..data.conditions import Condition
 from ..data.hashes import default_cache, pixel_hashes, stored_hashes
@@ -35,6 +35,7 @@ from .cost import available_memory, cost_of
 from .ensemble import IterativeEnsemble, Rounds
 from .layout import Layout
 from .lora import LoraWeights, add_adapter
+from .prior import Prior, PriorSet
 from .proxy import Proxy
 from .settings import OptimizationSettings, TrainingSettings
 from .streams import RandomStreams
@@ -46,17 +47,20 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def load_family(settings: TrainingSettings, accelerator: Accelerator) -> Family:
     """The base model, on the device, in the precision of the run."""
-    kind = family_of(settings.pretrained_model_name_or_path, settings.revision, settings.cache_dir)
+    base, revision, cache_dir = settings.pretrained_model_name_or_path, settings.revision, settings.cache_dir
+    kind = family_of(base, revision, cache_dir, wanted=settings.family)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     family = kind.load(settings, accelerator.device, dtype, settings.method)
     if settings.lora_rank is not None:
         add_adapter(family, settings)
     if settings.enable_xformers_memory_efficient_attention:
         _use_xformers(family.denoiser, accelerator.device)
+    if settings.enable_npu_flash_attention:
+        _use_npu_attention(family.denoiser)
     if settings.channels_last:
         family.denoiser.to(memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
-        family.denoiser.enable_gradient_checkpointing()
+        family.checkpoint_gradients()
     return family
 
 
@@ -67,6 +71,15 @@ def _use_xformers(denoiser, device):
     if not is_xformers_available():
         raise UsageError(f"{setting}: xformers is not installed; `pip install xformers`, or leave it out")
     denoiser.enable_xformers_memory_efficient_attention()
+
+
+def _use_npu_attention(denoiser):
+    if not is_torch_npu_available():
+        raise UsageError(
+            "`enable_npu_flash_attention`: needs an Ascend NPU with the package torch_npu, which is not installed; "
+            "leave it out"
+        )
+    denoiser.enable_npu_flash_attention()
 
 
 def moving_average(family: Family, settings: OptimizationSettings, device: torch.device) -> EMAModel | None:
@@ -112,23 +125,27 @@ def _of_main(accelerator, compute):
     return broadcast_object_list([compute() if accelerator.is_main_process else None])[0]
 
 
-def _cached(samples, rows, settings, accelerator, family, layout):
+def _cached(samples, rows, settings, accelerator, family, layout, prior):
     """The samples, read from the cache of latents; encoders that have nothing left to do leave the device."""
     keys = _of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
+    marks = family.encoder_marks()
+    if family.objective.trains_text:
+        del marks["inputs"]
     samples = cache_samples(
         samples,
         settings.cache_latents,
         keys,
         rows,
         family.objective,
-        family.encoder_marks(),
+        marks,
         settings.train_batch_size,
         accelerator.device,
         settings.replaces_bad_samples,
         layout,
     )
-    method = settings.method
-    family.rest(images=not (method.augments or method.random_augment_rate), inputs=samples.texts is not None)
+    # Augmented and prior pictures are encoded at each visit.
+    no_images = prior is None and not (settings.method.augments or settings.method.random_augment_rate)
+    family.rest(images=no_images, inputs=prior is None and samples.texts is not None)
     return samples
 
 
@@ -235,12 +252,13 @@ class ProxyBuilder:
         budget: Budget,
         layout: Layout,
         streams: RandomStreams,
+        prior: PriorSet | None = None,
     ):
         if settings.seed is None:
             raise ValueError("a run is built from a seed")
         self.seed = settings.seed
         self.settings, self.samples, self.plan, self.rounds = settings, samples, plan, rounds
-        self.budget, self.layout, self.streams = budget, layout, streams
+        self.budget, self.layout, self.streams, self.prior = budget, layout, streams, prior
         self.num_levels = weights.family.objective.num_levels
         learning_rate = settings.learning_rate * (budget.visits_per_step if settings.scale_lr else 1)
         self.new_optimizer = optimizer_factory(settings, weights.parameters, learning_rate)
@@ -260,6 +278,7 @@ class ProxyBuilder:
             len(self.samples),
             settings.gradient_accumulation_steps,
             settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
+            self._prior_of(shard),
         )
         if not self.official:
             proxy.streams_state = self.streams.fresh([self.seed, shard])
@@ -271,6 +290,13 @@ class ProxyBuilder:
             return StreamLoader(self.samples, batch_size, workers, self.streams)
         seed, shard_samples = [self.seed, shard], self.plan.shards[shard]
         return SeededLoader(self.samples, batch_size, workers, seed, shard_samples, self.layout.size, self.layout.rank)
+
+    def _prior_of(self, shard):
+        if self.prior is None:
+            return None
+        batch_size, workers = self.settings.train_batch_size, self.settings.dataloader_num_workers
+        size, rank = self.layout.size, self.layout.rank
+        return Prior.of_shard(self.prior, batch_size, workers, (self.seed, shard), self.streams, size, rank)
 
     def _schedule(self, optimizer) -> Any:
         name = self.settings.lr_scheduler
@@ -302,6 +328,7 @@ def build_run(
     condition: Condition,
     rows: Dataset,
     groups: np.ndarray | None,
+    prior: PriorSet | None = None,
 ) -> tuple[IterativeEnsemble, Budget]:
     """Everything of the run, at its first step."""
     if settings.seed is None:
@@ -314,10 +341,10 @@ def build_run(
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
     samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition, settings.alpha)
     if settings.cache_latents is not None:
-        samples = _cached(samples, rows, settings, accelerator, family, layout)
+        samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
-    model = accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    model, *_ = [accelerator.prepare_model(module, evaluation_mode=True) for module in family.trained.values()]
     if settings.compile:
         model = torch.compile(model)
     place = waiting_place(settings, family, layout)
@@ -325,7 +352,7 @@ def build_run(
         weights: Weights = LoraWeights(family, config.num_shards, settings, settings.seed)
     else:
         weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
-    build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams)
+    build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams, prior)
     run = IterativeEnsemble(
         model=model,
         weights=weights,

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint import gigabytes
 from ..families import Family
 from .ensemble import Rounds
 from .layout import Layout
-from .lora import adapted, shape_of, size_of
+from .lora import adapted_layers, shape_of, size_of
 from .settings import LoraSettings, TrainingSettings
 
 FLOAT32, FLOAT64 = 4, 8
@@ -206,7 +204,7 @@ def _together(checkpoints: Iterable[dict[tuple, int]]) -> int:
 
 def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk: bool = False) -> Cost:
     """The cost of a run that is about to start."""
-    trained = [p for p in family.denoiser.parameters() if p.requires_grad]
+    trained = [p for module in family.trained.values() for p in module.parameters() if p.requires_grad]
     return Cost(
         parameters=sum(p.numel() for p in trained),
         frozen=family.nbytes - sum(p.nbytes for p in trained),
@@ -218,13 +216,13 @@ def cost_of(settings: TrainingSettings, family: Family, layout: Layout, on_disk:
         moments_of_one=MOMENTS_8BIT if settings.use_8bit_adam else MOMENTS,
         offload_ema=settings.offload_ema,
         on_cpu=layout.device.type == "cpu",
-        adapters=None if settings.lora_rank is None else adapters_of(settings, family.denoiser),
+        adapters=None if settings.lora_rank is None else adapters_of(settings, family),
     )
 
 
-def adapters_of(settings: LoraSettings, denoiser: torch.nn.Module) -> Adapters:
-    """The adapters of a denoiser, which has them."""
-    layers = adapted(denoiser).values()
+def adapters_of(settings: LoraSettings, family: Family) -> Adapters:
+    """The adapters of a family's trained modules, which have them."""
+    layers = adapted_layers(family).values()
     shapes = tuple(shape_of(layer.base_layer) for layer in layers)
     magnitudes = sum(shape[0] for shape in shapes) if settings.use_dora else 0
     return Adapters(shapes, size_of(settings)[0], settings.lora_average, settings.save_merged, magnitudes)

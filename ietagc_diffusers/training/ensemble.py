@@ -230,7 +230,7 @@ class IterativeEnsemble:
                     self._tell("on_bad_samples", proxy, bad)
                 if nonfinite:
                     self._tell("on_nonfinite", proxy, nonfinite)
-                self.weights.update_average()
+                self.weights.after_step()
             for shard in stepping:
                 if shard is not None:
                     self.progress[shard] += 1
@@ -263,7 +263,7 @@ class IterativeEnsemble:
         proxy.suspend(self.streams)
         self.moments.retire(proxy, self.layout.leads)
         if len(self.proxies) > 1:
-            proxy.loader.close()
+            proxy.close()
         self.active = None
 
     def _end_round(self):

@@ -47,8 +47,7 @@ class FixedLosses:
             torch.manual_seed(seed)
             for draw in range(draws):
                 for rows, of_rows in zip(chunks, encoded, strict=True):
-                    drawn = self.objective.draw(of_rows)
-                    drawn.levels.copy_(self.levels[draw, rows])
+                    drawn = self.objective.at_levels(self.objective.draw(of_rows), self.levels[draw, rows])
                     self.batches.append((draw, rows, drawn.to("cpu")))
 
     @torch.no_grad()

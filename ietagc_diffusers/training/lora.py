@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA, by peft) as what is trained: put onto the denoiser, averaged by their products, saved."""
+"""Low-rank adapters (LoRA, by peft) as what is trained: put onto the model, averaged by their products, saved."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .. import tensor_files
 from ..checkpoint import Held
 from ..errors import UsageError
 from ..families import Family
-from ..method.factors import Factors, total, truncate
+from ..method.factors import Factors, shrinking, total, truncate
 from ..run_folder import ADAPTER_FILE
 from ..tensor_files import TensorFile, Tensors
 from .settings import LoraSettings
@@ -29,23 +30,32 @@ SUPPORTED = (nn.Linear, nn.Conv2d)
 
 
 def add_adapter(family: Family, settings: LoraSettings) -> None:
-    """Freeze the denoiser, in the precision of the family, and put adapters in float32 onto its targeted layers.
+    """Freeze the trained modules, in the precision of the family, and put adapters in float32 onto their targeted
+    layers, module by module.
 
-    The draws are the official LoRA script's: ``down`` is normal with deviation 1 / rank, ``up`` zero.
+    The draws are the official LoRA scripts': ``down`` is normal with deviation 1 / rank, ``up`` zero.
 
-    Raises ``UsageError`` where the settings do not fit the denoiser.
+    Raises ``UsageError`` where the settings do not fit the modules.
     """
-    _check_fit(family, settings)
-    denoiser = family.denoiser
-    denoiser.requires_grad_(False)
-    if denoiser.dtype != family.dtype:  # diffusers warns of a cast even where there is none
-        denoiser.to(dtype=family.dtype)
-    try:
-        denoiser.add_adapter(adapter_config(settings))
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(f"`lora_target_modules`: {' '.join(str(error).split())[:300]}") from error
-    for parameter in _trained(denoiser):
-        parameter.data = parameter.data.float()
+    if settings.train_text_encoder and len(family.trained) == 1:
+        raise UsageError(f"`train_text_encoder`: not for {family.name}; leave it out")
+    for name, module in family.trained.items():
+        _check_fit(name, module, family, settings)
+        module.requires_grad_(False)
+        module.train()
+        if module.dtype != family.dtype:  # diffusers warns of a cast even where there is none
+            module.to(dtype=family.dtype)
+        try:
+            module.add_adapter(adapter_config(settings, targets_of(name, family, settings)))
+        except (ValueError, NotImplementedError) as error:
+            raise UsageError(f"`lora_target_modules`: {' '.join(str(error).split())[:300]}") from error
+        for parameter in _trained(module):
+            parameter.data = parameter.data.float()
+
+
+def targets_of(name: str, family: Family, settings: LoraSettings) -> list[str]:
+    """Names, or ends of names, of the layers of a trained module that get adapters."""
+    return list(settings.lora_target_modules if name == family.denoiser_name else family.text_targets)
 
 
 def size_of(settings: LoraSettings) -> tuple[int, float]:
@@ -55,8 +65,8 @@ def size_of(settings: LoraSettings) -> tuple[int, float]:
     return settings.lora_rank, settings.lora_alpha or float(settings.lora_rank)
 
 
-def adapter_config(settings: LoraSettings) -> LoraConfig:
-    """The adapter for peft."""
+def adapter_config(settings: LoraSettings, targets: list[str]) -> LoraConfig:
+    """The adapter of a module for peft."""
     rank, alpha = size_of(settings)
     options: dict[str, Any] = {"lora_alpha": alpha}  # peft calls it an int, and takes any number
     return LoraConfig(
@@ -64,32 +74,54 @@ def adapter_config(settings: LoraSettings) -> LoraConfig:
         r=rank,
         lora_dropout=settings.lora_dropout,
         init_lora_weights="gaussian",
-        target_modules=list(settings.lora_target_modules),
+        target_modules=targets,
         use_dora=settings.use_dora,
     )
 
 
-def _trained(denoiser):
-    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+def _trained(module):
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def adapted(denoiser: nn.Module) -> dict[str, Any]:
-    """The layers that have adapters, by name."""
-    return {name: module for name, module in denoiser.named_modules() if hasattr(module, "lora_A")}
+def adapted(module: nn.Module) -> dict[str, Any]:
+    """The layers of a module that have adapters, by name."""
+    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+
+
+def adapted_layers(family: Family) -> dict[str, Any]:
+    """The layers that have adapters, by the names of their module and in it."""
+    return {f"{part}.{name}": layer for part, m in family.trained.items() for name, layer in adapted(m).items()}
+
+
+def trained_parameters(family: Family) -> dict[str, nn.Parameter]:
+    """The parameters of all adapters, by the names of their module and in it: the denoiser's first."""
+    return {
+        f"{part}.{name}": parameter
+        for part, module in family.trained.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def saved_names(family: Family) -> dict[str, str]:
-    """The names of the adapters' parameters in a file that diffusers loads.
+    """The names of the adapters' parameters in a file that diffusers loads, see ``trained_parameters``.
 
-    They are the official LoRA script's, which has adapters on attention only, or else peft's: diffusers reads the names
-    of a file in one way or the other.
+    They are the official LoRA scripts', which have adapters on attention only, or else peft's: diffusers reads the
+    names of a module in one way or the other.
     """
-    named = [name for name, p in family.denoiser.named_parameters() if p.requires_grad]
+    names: dict[str, str] = {}
+    for part, module in family.trained.items():
+        names |= {f"{part}.{name}": f"{part}.{saved}" for name, saved in _saved_names(module).items()}
+    return names
+
+
+def _saved_names(module):
+    named = [name for name, p in module.named_parameters() if p.requires_grad]
     of_peft = [name.replace(f".{NAME}", "") for name in named]
     of_peft = [name.removesuffix(".weight") if "lora_magnitude_vector" in name else name for name in of_peft]
     converted = convert_state_dict_to_diffusers(dict.fromkeys(of_peft), StateDictType.PEFT)
     names = of_peft if any("lora_A" in name for name in converted) else converted
-    return {name: f"{family.denoiser_name}.{saved}" for name, saved in zip(named, names, strict=True)}
+    return dict(zip(named, names, strict=True))
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
@@ -107,10 +139,12 @@ def targeted(denoiser: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module
     return found
 
 
-def _check_fit(family, settings):
-    layers = {name: m for name, m in family.denoiser.named_modules() if isinstance(m, SUPPORTED)}
-    for target in settings.lora_target_modules:
-        fits = targeted(family.denoiser, [target])
+def _check_fit(part, whole, family, settings):
+    """Raise ``UsageError`` where adapters do not fit a module of a family."""
+    targets = targets_of(part, family, settings)
+    layers = {name: m for name, m in whole.named_modules() if isinstance(m, SUPPORTED)}
+    for target in targets:
+        fits = targeted(whole, [target])
         wrong = [name for name, module in fits.items() if not isinstance(module, SUPPORTED)]
         if fits and not wrong:
             continue
@@ -118,12 +152,16 @@ def _check_fit(family, settings):
         why = "fits no layer of the model"
         if wrong:
             why = f"{wrong[0]} is a {type(fits[wrong[0]]).__name__}, not a layer"
-        raise UsageError(f"`lora_target_modules` {target}: {why}; its linear and convolutional layers are {known}")
-    for name, layer in targeted(family.denoiser, settings.lora_target_modules).items():
+        setting = f"`lora_target_modules` {target}"
+        if part != family.denoiser_name:
+            setting, why = "`train_text_encoder`", why.replace("the model", f"the {part}, which needs {target}")
+        raise UsageError(f"{setting}: {why}; its linear and convolutional layers are {known}")
+    for name, layer in targeted(whole, targets).items():
         rows, columns = shape_of(layer)
         if settings.lora_rank > min(rows, columns):
+            where = name if part == family.denoiser_name else f"{part}.{name}"
             raise UsageError(
-                f"`lora_rank` {settings.lora_rank}: larger than {name}, which is {rows} x {columns}; give "
+                f"`lora_rank` {settings.lora_rank}: larger than {where}, which is {rows} x {columns}; give "
                 f"{min(rows, columns)} or less"
             )
 
@@ -136,7 +174,7 @@ def _last(name):
 
 
 class LoraWeights(Weights):
-    """Adapters as what is trained; the rest of the denoiser is frozen.
+    """Adapters as what is trained; the rest of the denoiser, and of the text encoders that have some, is frozen.
 
     Each adapter is an update ``scaling * up @ down`` of its layer. The mean of K models is the base with the mean of K
     updates, which is not the product of the mean factors: means are taken of the products. What waits between rounds
@@ -151,7 +189,7 @@ class LoraWeights(Weights):
     With one shard none of this happens: theta_hat is the adapter on the device.
 
     Args:
-        family: whose denoiser has the adapter, see ``add_adapter``.
+        family: whose trained modules have adapters, see ``add_adapter``.
         num_shards: K.
         settings: of the adapter.
         seed: of the fresh adapters.
@@ -161,7 +199,7 @@ class LoraWeights(Weights):
         self.settings, self.num_shards, self.seed = settings, num_shards, seed
         self.rank, alpha = size_of(settings)
         self.scaling = alpha / self.rank
-        self.layers = adapted(family.denoiser)
+        self.layers = adapted_layers(family)
         self.names = saved_names(family)
         self.start: dict[str, torch.Tensor] = {}  # the adapters that a round starts from
         super().__init__(family, several=num_shards > 1)
@@ -181,11 +219,22 @@ class LoraWeights(Weights):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return _trained(self.family.denoiser)
+        return list(trained_parameters(self.family).values())
 
     def live(self) -> Sets:
-        denoiser = self.family.denoiser
-        return {KEY: {self.names[name]: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}}
+        return {KEY: {self.names[name]: p.detach() for name, p in trained_parameters(self.family).items()}}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Scale each layer's update down to the norm that ``scale_weight_norms`` allows."""
+        limit = self.settings.scale_weight_norms
+        if limit is None:
+            return
+        for layer in self.layers.values():
+            up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
+            scale = shrinking(Factors(up.flatten(1), down.flatten(1)), limit / self.scaling)
+            up.mul_(scale)
+            down.mul_(scale)
 
     def _names(self, layer):
         """Of a layer's factors: up, down."""
@@ -271,6 +320,18 @@ class LoraWeights(Weights):
         down = torch.empty(self.rank, columns).normal_(std=1 / self.rank, generator=generator)
         return Factors(torch.zeros(rows, self.rank), down)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the trained modules are as they are used, without dropout; adapters have no moving average."""
+        training = [module for module in self.family.trained.values() if module.training]
+        for module in training:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.train()
+
     def is_finite(self) -> bool:
         return all(bool(t.isfinite().all()) for tensors in self.deployable().values() for t in tensors.values())
 
@@ -281,27 +342,30 @@ class LoraWeights(Weights):
 
     def metadata(self) -> dict[str, str]:
         """The header of the file: what peft must know of the adapter, as diffusers writes it."""
+        about: dict[str, Any] = {}
+        for part in self.family.trained:
+            about |= {f"{part}.{key}": value for key, value in self._config(part).items()}
+        return {"format": "pt", "lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True, default=str)}
+
+    def _config(self, part):
+        """What peft must know of the adapters of a module."""
         theta = self.deployable()[KEY]
-        ranks = {layer: self._factors(theta, layer).rank for layer in self.layers}
-        config = {k: v for k, v in adapter_config(self.settings).to_dict().items() if not isinstance(v, dict)}
+        ranks = {name: self._factors(theta, f"{part}.{name}").rank for name in adapted(self.family.trained[part])}
+        config = adapter_config(self.settings, targets_of(part, self.family, self.settings)).to_dict()
+        config = {key: value for key, value in config.items() if not isinstance(value, dict)}
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         usual = max(ranks.values())
         config |= {"r": usual, "lora_alpha": self.scaling * usual, "inference_mode": True}
-        config["rank_pattern"] = {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual}
+        config["rank_pattern"] = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
         config["alpha_pattern"] = {name: self.scaling * rank for name, rank in config["rank_pattern"].items()}
-        about = {f"{self.family.denoiser_name}.{key}": value for key, value in config.items()}
-        return {"format": "pt", "lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True, default=str)}
+        return config
 
     def save_pipeline(self, folder: Path, final: bool = False) -> None:
         """The adapter as ``load_lora_weights`` takes it; the result of a run on request as a whole pipeline too."""
         self.save(folder)
         if final and self.settings.save_merged:
-            own, self.family.denoiser = self.family.denoiser, self.family.load_average()
-            try:
-                self.family.merge_adapter(folder)
+            with self.family.merged(folder):
                 self.family.save_pipeline(folder)
-            finally:
-                self.family.denoiser = own
 
     def write_configs(self, folder: Path) -> None:
         """The file of the adapter has it all."""

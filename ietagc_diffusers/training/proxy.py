@@ -10,6 +10,7 @@ from ..data import Batch
 from ..method.control import Control, Controlled
 from .layout import Layout
 from .moments import put, scalars
+from .prior import Prior
 from .streams import RandomStreams
 
 # What a proxy counts over a round, on the device; "overflows": steps left out, since the gradient was not finite.
@@ -33,6 +34,7 @@ class Proxy:
         num_samples: N, of the whole training set.
         accumulation: micro-batches a step.
         max_grad_norm: of the gradient clipping; 0: none.
+        prior: ``Prior``, whose loss is added; None: none.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Proxy:
         num_samples: int,
         accumulation: int = 1,
         max_grad_norm: float = 1.0,
+        prior: Prior | None = None,
     ):
         self.shard = shard
         self.loader = loader
@@ -53,7 +56,9 @@ class Proxy:
         self.schedule = schedule
         self.accumulation = accumulation
         self.max_grad_norm = max_grad_norm
+        self.prior = prior
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the last step: samples and mean loss of each batch
         self.steps = 0
         self.nonfinite_in_a_row = 0  # steps
         self.left_out = False  # whether the last step was, since its gradient was not finite
@@ -87,23 +92,61 @@ class Proxy:
         for name in COUNTS:
             setattr(self, name, getattr(self, name).to(device))
 
+    def close(self) -> None:
+        """End the data workers, until the next step."""
+        self.loader.close()
+        if self.prior is not None:
+            self.prior.loader.close()
+
     def step(self, model: Any, objective: Any, layout: Layout, scaler: Any = None) -> tuple[list, list]:
         """One optimizer step: forward and backward over its micro-batches, which end with the epoch if need be.
 
-        Each kept sample of a step weighs the same. A step whose gradient is not finite is left out.
+        Each kept sample of a step weighs the same, and each prior sample too: the loss is the mean over what is kept
+        plus the prior's weight times the mean over the prior samples. A step whose gradient is not finite is left out.
 
         Returns two lists, as a rule empty: the samples whose loss was not finite (all of the step, if only its gradient
-        was not), and [row, reason] of replaced rows.
+        was not), and [row, reason] of replaced rows; the row of a prior sample is None.
         """
-        nonfinite, bad, seen = [], [], []
+        nonfinite, bad, scale = self._add_own(model, objective, layout, scaler)
+        finite = True
+        if self.prior is not None:
+            finite = self._add_prior(model, objective, layout, scaler, scale, bad)
+        for parameter in self.parameters:
+            if parameter.grad is None:  # nothing was kept
+                parameter.grad = torch.zeros_like(parameter)
+        layout.sum_gradients()
+        if scale is not None:
+            self._scale_gradients(scale)
+        if scaler:
+            scaler.scale(torch.zeros((), device=self.device))  # a scaler that never scaled cannot unscale
+            scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        self.left_out = not finite or (scaler is None and not bool(norm.isfinite()))
+        if self.left_out:
+            nonfinite = nonfinite or torch.cat([samples for samples, _ in self.seen]).tolist()
+        if self._apply(scaler):
+            self.schedule.step()
+        else:
+            self.round_totals[ROUND_TOTALS.index("overflows")] += 1
+        self.optimizer.zero_grad()
+        self.steps += 1
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if nonfinite else 0
+        return nonfinite, bad
+
+    def _add_own(self, model, objective, layout, scaler):
+        """Add the gradients of the shard's own micro-batches. Returns the samples whose loss is not finite, replaced
+        rows, and what all gradients are to be multiplied by afterwards, or None.
+        """
+        nonfinite, bad = [], []
+        self.seen = []
         full = 0  # samples of the step
         kept: Any = 0  # those of them that are kept: a tensor on the device
         for number in range(1, self.accumulation + 1):
             batch, last_of_epoch = self.loader.next()
-            if last_of_epoch or number == self.accumulation:
+            last = last_of_epoch or number == self.accumulation
+            if last and self.prior is None:
                 layout.expect_gradients(self.parameters)
             bad += batch.bad
-            seen.append(batch.samples)
             batch = batch.to(self.device)
             controlled = self.control.step(model, objective, batch)
             if self.accumulation > 1 and controlled.kept is not None:
@@ -115,31 +158,32 @@ class Proxy:
             if loss.requires_grad:
                 (scaler.scale(loss) if scaler else loss).backward()
             self._count(batch, controlled)
+            self.seen.append((batch.samples, controlled.total_loss / len(batch)))
             if not controlled.all_finite:
                 nonfinite += batch.samples[controlled.nonfinite].tolist()
-            if last_of_epoch:
+            if last:
                 break
-        for parameter in self.parameters:
-            if parameter.grad is None:  # nothing was kept
-                parameter.grad = torch.zeros_like(parameter)
-        layout.sum_gradients()
-        if full:
-            self._scale_gradients(full / kept.clamp(min=1))
-        if scaler:
-            scaler.scale(torch.zeros((), device=self.device))  # a scaler that never scaled cannot unscale
-            scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
-        self.left_out = scaler is None and not bool(norm.isfinite())
-        if self.left_out:
-            nonfinite = nonfinite or torch.cat(seen).tolist()
-        if not self.left_out and self._apply(scaler):
-            self.schedule.step()
-        else:
-            self.round_totals[ROUND_TOTALS.index("overflows")] += 1
-        self.optimizer.zero_grad()
-        self.steps += 1
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if nonfinite else 0
-        return nonfinite, bad
+        return nonfinite, bad, full / kept.clamp(min=1) if full else None
+
+    def _add_prior(self, model, objective, layout, scaler, scale, bad):
+        """Add the gradients of as many prior batches as the step has micro-batches, each of which weighs the same
+        however many samples were kept: that all gradients are multiplied by ``scale`` afterwards is undone.
+
+        Adds replaced rows to ``bad``. Returns whether the loss is finite, as far as the gradient will not show it.
+        """
+        assert self.prior is not None
+        batches = len(self.seen)
+        total = torch.zeros((), device=self.device)
+        for number in range(batches):
+            loss, replaced = self.prior.loss(model, objective, self.device)
+            bad += replaced
+            total = total + loss.detach()
+            loss = loss / (self.accumulation * layout.size)
+            loss = loss if scale is None else loss / scale
+            if number == batches - 1:
+                layout.expect_gradients(self.parameters)
+            (scaler.scale(loss) if scaler else loss).backward()
+        return scaler is None or bool(total.isfinite())
 
     @torch.no_grad()
     def _scale_gradients(self, factor):
@@ -147,8 +191,10 @@ class Proxy:
             parameter.grad.mul_(factor)
 
     def _apply(self, scaler):
-        """Step the optimizer. Returns False where the fp16 loss scale overflowed and the step was left out."""
+        """Step the optimizer. Returns False where the step is left out, also since the fp16 loss scale overflowed."""
         if scaler is None:
+            if self.left_out:
+                return False
             self.optimizer.step()
             return True
         scale = scaler.get_scale()
@@ -182,6 +228,7 @@ class Proxy:
             "schedule": self.schedule.state_dict(),
             "streams": self.streams_state,
             "counts": {name: layout.sum(getattr(self, name)) for name in COUNTS},
+            **({} if self.prior is None else {"prior": self.prior.loader.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any], shard_samples: np.ndarray, leads: bool) -> None:
@@ -193,6 +240,8 @@ class Proxy:
         self.optimizer.load_state_dict({"state": {}, "param_groups": state["optimizer"]["groups"]})
         put(self.optimizer, state["optimizer"]["scalars"])
         self.schedule.load_state_dict(state["schedule"])
+        if self.prior is not None:
+            self.prior.loader.load_state_dict(state["prior"])
         self.streams_state = state["streams"]
         if leads:
             for name in COUNTS:

@@ -13,15 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..checkpoint import Checkpoint, CheckpointError, begins, check_fingerprint, continues, find
 from ..data.conditions import Condition
 from ..data.rows import content_hash
+from ..data.settings import PriorSettings
 from ..errors import UsageError
+from ..method.config import MitigationConfig
 from ..run_folder import RunFolder
 from ..settings import Resume, declared
 from .ensemble import IterativeEnsemble
+from .prior import PriorSet
 from .proxy import Proxy
 from .settings import LoraSettings, TrainingSettings
 
 logger = get_logger(__name__)
-FIXED_MARKS = ("data", "num_samples", "sample_order")  # of the fingerprint, beside settings
+FIXED_MARKS = ("data", "num_samples", "sample_order", "prior_data")  # of the fingerprint, beside settings
 RESOLVED = "resolved"  # in the fingerprint: what the run made of settings that leave a choice
 EDGE = 1 << 16  # bytes at either end of a weight file that stand for its content
 OF_OFFICIAL = ("optimizer.bin", "random_states_0.pkl")  # files of a checkpoint of Diffusers' own scripts
@@ -81,7 +84,12 @@ def extend(settings: TrainingSettings, found: Checkpoint | None) -> None:
 
 
 def fingerprint(
-    settings: TrainingSettings, rows: Dataset, condition: Condition, run: IterativeEnsemble, buckets: int | str
+    settings: TrainingSettings,
+    rows: Dataset,
+    condition: Condition,
+    run: IterativeEnsemble,
+    buckets: int | str,
+    prior: PriorSet | None = None,
 ) -> dict[str, Any]:
     """The settings that shape the run and what stands for its data and base, as a JSON dict.
 
@@ -91,6 +99,8 @@ def fingerprint(
     shaping = settings.shaping(Resume.SAME) | settings.shaping(Resume.FIXED) | settings.shaping(Resume.BUDGET)
     if settings.lora_rank is None:
         shaping -= {entry.name for entry in declared(LoraSettings)}
+    if settings.prior_dir is None:
+        shaping -= {entry.name for entry in declared(PriorSettings)}
     marks = {name: values[name] for name in shaping}
     marks["train_batch_size"] *= run.layout.size
     marks["pretrained_model_name_or_path"] = base_mark(settings.pretrained_model_name_or_path)
@@ -98,6 +108,8 @@ def fingerprint(
     marks["num_samples"] = len(rows)
     proxy = next(iter(run.proxies.values()))
     marks["sample_order"] = proxy.loader.order
+    if prior is not None:
+        marks["prior_data"] = prior.mark
     visits = run.rounds.steps_per_proxy * settings.train_batch_size * run.layout.size * proxy.accumulation
     marks[RESOLVED] = {
         "steps_per_round": run.rounds.steps_per_round,
@@ -147,7 +159,8 @@ def resume(
         if name not in marks or name == RESOLVED:
             known = ", ".join(sorted(marks.keys() - fixed - {RESOLVED}))
             raise UsageError(f"`resume_allow` {name}: not among {known}")
-    check_fingerprint(found.fingerprint, marks, {*settings.resume_allow, *budget, RESOLVED}, fixed)
+    saved = _with_newer_settings(found.fingerprint, marks)
+    check_fingerprint(saved, marks, {*settings.resume_allow, *budget, RESOLVED}, fixed)
     _continue_rounds(run, found)
     fresh = {shard: _hyperparameters(proxy) for shard, proxy in run.proxies.items()}
     run.resume(found)
@@ -158,6 +171,17 @@ def resume(
         continues(folder, found.fingerprint, marks)
     run.layout.barrier()  # none may step, and in time remove this checkpoint, while another still reads it
     logger.info(f"Resuming from {found.folder} at step {run.global_step}")
+
+
+def _with_newer_settings(saved, marks):
+    """A fingerprint with the settings that were not there yet when it was written: the run had their defaults.
+
+    Those of adapters are only in fingerprints of runs that train some.
+    """
+    entries = [*declared(TrainingSettings), *declared(MitigationConfig)]
+    if saved.get("lora_rank") is None:
+        entries = [entry for entry in entries if entry not in declared(LoraSettings)]
+    return {entry.name: entry.default for entry in entries if entry.name in marks} | saved
 
 
 def _continue_rounds(run, found):

@@ -19,15 +19,18 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 
 from .. import hub
 from ..checkpoint import fingerprints
+from ..data.rows import file_names
 from ..data.sources import SAMPLE_ID
 from ..errors import UsageError
 from ..run_folder import RunFolder
+from ..single_file import folder_of
 from ..tensor_files import Disk
 from . import records
 from .build import Budget, build_run, load_family, load_rows, moving_average
 from .callbacks import (
     BadSamples,
     Checkpoints,
+    FileLosses,
     NonFinite,
     Progress,
     RoundRecords,
@@ -39,6 +42,7 @@ from .callbacks import (
 from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
 from .lock import locked
+from .prior import PriorSet
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import TrainingSettings
 
@@ -116,7 +120,9 @@ def _many(number, thing):
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int) -> None:
+def _announce(
+    settings: TrainingSettings, run: IterativeEnsemble, budget: Budget, num_rows: int, prior: PriorSet | None
+) -> None:
     """What the official script says before the first step, and the method's part of it."""
     rounds, epochs = run.rounds, run.rounds.total_steps / budget.steps_per_epoch
     logger.info("***** Running training *****")
@@ -130,6 +136,12 @@ def _announce(settings: TrainingSettings, run: IterativeEnsemble, budget: Budget
         f"  {settings.method.mitigation}: {num_rows} samples in {_many(rounds.num_shards, 'shard')}, "
         f"{_many(rounds.num_rounds, 'round')} of {_many(rounds.steps_per_round, 'step')} per proxy"
     )
+    if prior is not None:
+        logger.info(
+            f"  Prior preservation: {_many(len(prior), 'picture')}, weight {prior.weight:g}; each step also trains on "
+            f"{settings.train_batch_size * settings.gradient_accumulation_steps * run.layout.size} of them, which "
+            "about doubles its time"
+        )
 
 
 def train(settings: TrainingSettings, say: Callable[[str], None] = print) -> None:
@@ -165,6 +177,12 @@ def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
 
 
 def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
+    settings.pretrained_model_name_or_path = folder_of(
+        settings.pretrained_model_name_or_path,
+        settings.model_config,
+        settings.cache_dir,
+        setting="pretrained_model_name_or_path",
+    )
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
     seed = agree_on_seed(settings)
@@ -177,10 +195,11 @@ def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFold
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
     rows, groups = load_rows(settings, condition, accelerator)
+    prior = PriorSet.load(settings, family, accelerator)
     buckets = settings.method.bank_buckets
     extend(settings, found)
-    run, budget = build_run(settings, accelerator, family, average, condition, rows, groups)
-    marks = fingerprint(settings, rows, condition, run, buckets)
+    run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior)
+    marks = fingerprint(settings, rows, condition, run, buckets, prior)
     resume(settings, run, found, marks, folder)
     settings.method = replace(settings.method, bank_buckets=buckets)
     if accelerator.is_main_process:
@@ -189,17 +208,18 @@ def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFold
         accelerator.init_trackers(settings.tracker_project_name, simple)
         records.write_config(settings, folder)
         records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder))
-    _announce(settings, run, budget, len(rows))
+    _announce(settings, run, budget, len(rows), prior)
     cost = cost_of(settings, family, run.layout, isinstance(run.weights.place, Disk))
     logger.info(f"  {describe(cost, run.rounds, settings.checkpointing_steps, settings.checkpoints_total_limit)}")
     validation = None
-    if settings.validation_prompts:
+    if settings.validation_prompts and settings.num_validation_images:
         validation = Validation(
             accelerator,
             settings.validation_prompts,
             settings.validation_epochs,
             budget.steps_per_epoch,
             seed,
+            settings.num_validation_images,
         )
     sample_ids = rows[SAMPLE_ID]
     progress = Progress(accelerator.is_local_main_process)
@@ -208,6 +228,7 @@ def _train(settings: TrainingSettings, accelerator: Accelerator, folder: RunFold
     callbacks = [
         progress,
         StepLog(accelerator, progress, settings.log_every),
+        *([FileLosses(accelerator, file_names(rows, settings.image_column))] if settings.debug_loss else []),
         NonFinite(sample_ids, settings.max_nonfinite),
         BadSamples(folder, sample_ids, None if settings.replaces_bad_samples else signals.stop),
         RoundRecords(folder),

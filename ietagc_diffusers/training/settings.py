@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..data.settings import DataSettings
+from ..data.settings import DataSettings, PriorSettings
 from ..errors import UsageError
 from ..families.settings import BaseModelSettings, CaptionSettings, ObjectiveSettings
 from ..method.config import MitigationConfig
@@ -118,6 +118,12 @@ class OptimizationSettings:
         resume=Resume.FREE,  # likewise
         type=bool,
     )
+    enable_npu_flash_attention: bool = setting(
+        False,
+        "Use the flash attention of Ascend NPUs (package torch_npu).",
+        resume=Resume.FREE,  # likewise
+        type=bool,
+    )
     proxy_state: str = setting(
         "auto",
         "Where weights and optimizer states of waiting proxies are: host (memory), disk (files in --output_dir), or "
@@ -162,7 +168,14 @@ class RecordSettings:
     )
     tracker_project_name: str = setting("text2image-fine-tune", "Project name for the tracker.", resume=Resume.FREE)
     validation_prompts: list[str] | None = setting(
-        None, "Prompts to draw images for during training.", resume=Resume.FREE, several=True
+        None,
+        "Prompts to draw images for during training.",
+        resume=Resume.FREE,
+        several=True,
+        aliases=["validation_prompt"],
+    )
+    num_validation_images: int = setting(
+        1, "Images drawn for each of them.", resume=Resume.FREE, type=int, **not_negative()
     )
     validation_epochs: int = setting(
         5,
@@ -177,6 +190,12 @@ class RecordSettings:
         resume=Resume.FREE,
         type=int,
         **at_least(1),
+    )
+    debug_loss: bool = setting(
+        False,
+        "Log the loss of the batch at each step under the file name of each of its images (loss_for_NAME).",
+        resume=Resume.FREE,
+        type=bool,
     )
     save_shards: bool = setting(
         False, "Write each shard of the final plan as a dataset to ietagc/shards/.", resume=Resume.FREE, type=bool
@@ -224,6 +243,21 @@ class LoraSettings:
     lora_target_modules: list[str] | tuple[str, ...] = setting(
         LORA_TARGETS, "Names, or ends of names, of the layers that get adapters.", resume=Resume.FIXED, several=True
     )
+    train_text_encoder: bool = setting(
+        False,
+        "Train adapters on the attention of the text encoders too, of the same rank.",
+        resume=Resume.FIXED,
+        type=bool,
+    )
+    scale_weight_norms: float | None = setting(
+        None,
+        "Scale the update of each layer down to this norm (the square root of its sum of squares) after each step, as "
+        "kohya's scripts do; 1.0 is usual. Limits how far a LoRA moves from the base.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda norm: norm > 0,
+        wanted="over 0",
+    )
     use_dora: bool = setting(
         False, "DoRA: train magnitudes apart from directions; with one shard only.", resume=Resume.FIXED, type=bool
     )
@@ -255,6 +289,7 @@ class HubSettings:
 class TrainingSettings(
     BaseModelSettings,
     DataSettings,
+    PriorSettings,
     CaptionSettings,
     ObjectiveSettings,
     OptimizationSettings,
@@ -267,6 +302,7 @@ class TrainingSettings(
     GROUPS: ClassVar[dict[str, type]] = {
         "model": BaseModelSettings,
         "data": DataSettings,
+        "prior preservation": PriorSettings,
         "captions": CaptionSettings,
         "training": OptimizationSettings,
         "LoRA": LoraSettings,
@@ -274,6 +310,7 @@ class TrainingSettings(
         "checkpoints and records": RecordSettings,
         "Hub": HubSettings,
     }
+    family: ClassVar[str | None] = None  # that the base must be of; None: of any
     method: MitigationConfig = field(default_factory=lambda: MitigationConfig.preset("iet-agc+"))
 
     def __post_init__(self):
@@ -289,6 +326,7 @@ class TrainingSettings(
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
         self._check_lora()
+        self._check_prior()
         if self.cache_latents is not None and not self.center_crop:
             raise UsageError(
                 "`cache_latents`: without `center_crop` each visit crops the image at another place, and a cache holds "
@@ -316,6 +354,20 @@ class TrainingSettings(
                 f"`use_dora`: the mean of the models of `num_shards` {self.method.num_shards} is no DoRA; give "
                 "`num_shards` 1, or leave it out"
             )
+        if self.scale_weight_norms is not None and self.use_dora:
+            raise UsageError(
+                "`scale_weight_norms`: DoRA's update is not the product that this limits; leave out this or `use_dora`"
+            )
+        if self.scale_weight_norms is not None and several and self.lora_average == "fold":
+            raise UsageError(
+                "`scale_weight_norms`: with `lora_average` fold the updates of all rounds add up, beyond any limit on "
+                "each; give svd or concatenate, or leave it out"
+            )
+        if self.train_text_encoder and self.method.embedding_noise:
+            raise UsageError(
+                "`embedding_noise`: is noise on embeddings that do not change, and `train_text_encoder` changes them; "
+                "leave out one of the two"
+            )
         if several and self.method.optimizer_state == "average":
             raise UsageError(
                 "`optimizer_state` average: with `lora_rank` the mean has other factors than the proxies, so that "
@@ -324,6 +376,15 @@ class TrainingSettings(
         if several:  # for the same reason none are kept
             self.method = replace(self.method, optimizer_state="reset")
         self.lora_alpha = self.lora_alpha or float(self.lora_rank)
+
+    def _check_prior(self):
+        if self.prior_dir is None and self.prior_loss_weight is not None:
+            raise UsageError(
+                f"`prior_loss_weight` {self.prior_loss_weight}: weighs the pictures of `prior_dir`; give that too, or "
+                "leave this out"
+            )
+        if self.prior_dir is not None and self.prior_loss_weight is None:
+            self.prior_loss_weight = 1.0
 
     def values(self) -> dict[str, Any]:
         """All effective values by flag, JSON- and YAML-ready, without secrets; the method's too."""

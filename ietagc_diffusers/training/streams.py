@@ -1,7 +1,8 @@
 """The process's random streams, as one value that can be kept and put back."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,17 @@ class RandomStreams:
         np.random.seed(numbers[1])
         torch.manual_seed(numbers[2])
 
-    def fresh(self, seed: Sequence[int]) -> dict[str, Any]:
-        """The state that ``seed`` starts from; the streams stay as they are."""
+    @contextmanager
+    def seeded(self, seed: Sequence[int]) -> Iterator[None]:
+        """Within it all streams start from ``seed``; afterwards they are where they were."""
         now = self.get()
         self.seed(seed)
-        fresh = self.get()
-        self.set(now)
-        return fresh
+        try:
+            yield
+        finally:
+            self.set(now)
+
+    def fresh(self, seed: Sequence[int]) -> dict[str, Any]:
+        """The state that ``seed`` starts from; the streams stay as they are."""
+        with self.seeded(seed):
+            return self.get()

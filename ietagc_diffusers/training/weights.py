@@ -122,8 +122,8 @@ class Weights:
         if self.ema is not None:
             self.ema.optimization_step = steps
 
-    def update_average(self) -> None:
-        """After an optimizer step."""
+    def after_step(self) -> None:
+        """What follows an optimizer step: the moving average moves on."""
         if self.ema is None:
             return
         if self.offload_ema:

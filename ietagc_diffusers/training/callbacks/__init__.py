@@ -2,7 +2,7 @@
 
 from .checkpoints import Checkpoints
 from .faults import BadSamples, Diverged, Ended, NonFinite
-from .log import StepLog
+from .log import FileLosses, StepLog
 from .progress import Progress
 from .rounds import RoundRecords, SavedRounds
 from .signals import Signals
@@ -13,6 +13,7 @@ __all__ = [
     "Checkpoints",
     "Diverged",
     "Ended",
+    "FileLosses",
     "NonFinite",
     "Progress",
     "RoundRecords",

@@ -54,27 +54,30 @@ class NonFinite(Callback):
 
 
 class BadSamples(Callback):
-    """bad_samples.jsonl: each row that was replaced once, with the reason.
+    """bad_samples.jsonl: each row that was replaced once, with the reason; prior pictures have no sample id.
 
     ``stop``: asked for a stop with the first reason, where bad rows are not to be replaced; None where they are.
     """
 
     def __init__(self, folder: RunFolder, sample_ids: Sequence[int], stop: Callable[[UsageError], None] | None = None):
         self.path, self.sample_ids, self.stop = folder.bad_samples_file, sample_ids, stop
-        self.named: set[int] | None = None
+        self.named: set[int | str | None] | None = None
 
     def on_bad_samples(self, run, proxy, bad):
         if self.named is None:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            self.named = {json.loads(line)["sample_id"] for line in lines}
+            written = map(json.loads, lines)
+            self.named = {row["reason"] if row["sample_id"] is None else row["sample_id"] for row in written}
         for row, reason in bad:
-            sample_id = self.sample_ids[row]
-            if sample_id not in self.named:
-                self.named.add(sample_id)
+            sample_id = None if row is None else self.sample_ids[row]
+            key = reason if row is None else sample_id
+            if key not in self.named:
+                self.named.add(key)
                 with self.path.open("a") as file:
                     file.write(json.dumps({"sample_id": sample_id, "shard": proxy.shard, "reason": reason}) + "\n")
                 if self.stop is None:
-                    logger.warning(f"Replaced by another sample of its shard: {reason}", main_process_only=False)
+                    another = "prior picture" if row is None else "sample of its shard"
+                    logger.warning(f"Replaced by another {another}: {reason}", main_process_only=False)
         if self.stop is not None:
             self.stop(
                 UsageError(

@@ -1,11 +1,16 @@
 """The numbers of the steps."""
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
 from ..ensemble import Callback
 from ..proxy import ROUND_TOTALS
 from .progress import Progress
+
+logger = get_logger(__name__)
 
 
 class StepLog(Callback):
@@ -45,8 +50,37 @@ class StepLog(Callback):
             "round": run.round + 1,
             "shard": proxy.shard + 1,
         }
+        if proxy.prior is not None:
+            values["prior_loss"] = proxy.prior.mean_loss()
         self.accelerator.log(values, step=run.global_step)
         self.progress.show(
             f"round {run.round + 1}/{run.rounds.num_rounds} shard {proxy.shard + 1}/{run.layout.num_shards}"
             f" loss {values['train_loss']:.4f} skip {values['skip_rate']:.1%} augment {values['augment_rate']:.1%}"
         )
+
+
+class FileLosses(Callback):
+    """The mean loss of each batch, to the tracker, under the file names of its images: ``loss_for_<name>``.
+
+    It is the loss before any sample is skipped or augmented. Reads the device at each step.
+
+    Args:
+        names (N,): of the training rows' files, None where a row has none.
+    """
+
+    def __init__(self, accelerator: Accelerator, names: Sequence[str | None]):
+        self.accelerator, self.names = accelerator, names
+        if not any(names):
+            logger.warning("`debug_loss`: the training rows have no file names, so that nothing is logged for them")
+
+    def on_step(self, run, proxy, before):
+        if proxy is not None and proxy is run.active:
+            self._log(run, proxy)
+
+    def on_retire(self, run, proxy):
+        self._log(run, proxy)
+
+    def _log(self, run, proxy):
+        for samples, loss in proxy.seen:
+            names = (self.names[sample] for sample in samples.tolist())
+            self.accelerator.log({f"loss_for_{name}": loss.item() for name in names if name}, step=run.global_step)

@@ -13,17 +13,27 @@ logger = get_logger(__name__)
 
 
 class Validation(Callback):
-    """An image for each validation prompt, to the tracker: after epochs 1, 1 + X, 1 + 2X, ... as in the official
+    """Images for each validation prompt, to the tracker: after epochs 1, 1 + X, 1 + 2X, ... as in the official
     script; with several shards after the next round.
 
     Args:
         every: X, in epochs; steps_per_epoch: global steps in an epoch over the whole training set.
+        per_prompt: how many images, one after another from the same random stream.
 
     ``images``: the last ones, for the model card.
     """
 
-    def __init__(self, accelerator: Accelerator, prompts: Sequence[str], every: int, steps_per_epoch: int, seed: int):
-        self.accelerator, self.prompts, self.every, self.seed = accelerator, prompts, every, seed
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        prompts: Sequence[str],
+        every: int,
+        steps_per_epoch: int,
+        seed: int,
+        per_prompt: int = 1,
+    ):
+        self.accelerator, self.every, self.seed = accelerator, every, seed
+        self.prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
         self.steps_per_epoch = steps_per_epoch
         self.images: list[Any] = []
 

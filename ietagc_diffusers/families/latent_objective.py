@@ -1,0 +1,218 @@
+"""Objectives on the latents of a VAE: what models that predict noise and models of flow matching have in common."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from ..data import Batch
+from .base import TOKEN_IDS, Objective, Tensors
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is the same at each visit of a batch's images.
+
+    mean, std (B, C, h, w): of the VAE's posterior; condition: named tensors (B, ...); share: see ``Batch``.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    condition: Tensors
+    share: tuple[slice, int] | None = None
+
+
+@dataclass(frozen=True)
+class DrawnLatents:
+    """One batch with everything random drawn; the first dimension of each tensor is the sample.
+
+    latents (B, C, h, w): scaled VAE latents; posterior_noise: the draw that made them from the VAE's posterior; noise:
+    the target noise; condition: named tensors (B, ...). Subclasses add the noise level.
+    """
+
+    latents: torch.Tensor
+    posterior_noise: torch.Tensor
+    noise: torch.Tensor
+    condition: Tensors
+
+    def __getitem__(self, rows: Any) -> Self:
+        return self._map(lambda tensor: tensor[rows])
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change):
+        changed = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "condition"}
+        return type(self)(**changed, condition={name: change(tensor) for name, tensor in self.condition.items()})
+
+
+class Draws:
+    """Standard normal draws for a batch of which this process has a share: of the whole batch, then its rows."""
+
+    def __init__(self, encoded: Encoded):
+        self.device = encoded.mean.device
+        self.rows, self.batch_rows = encoded.share or (slice(None), len(encoded.mean))
+
+    def normal(
+        self, *shape: int, dtype: torch.dtype | None = None, layout: torch.memory_format = torch.contiguous_format
+    ) -> torch.Tensor:
+        """(rows, *shape)"""
+        drawn = torch.empty((self.batch_rows, *shape), device=self.device, dtype=dtype, memory_format=layout)
+        return drawn.normal_()[self.rows]
+
+
+class LatentObjective(Objective):
+    """The part of an objective that has to do with latents and conditions.
+
+    A condition is a flat dict of named tensors. ``call`` makes the denoiser's arguments of it.
+
+    Args:
+        vae: frozen, on the device. Images are encoded in its precision.
+        encode_text: a batch's ``inputs`` -> its condition.
+        scheduler: the base's, with its tables of noise levels.
+        dtype: of the denoiser's input.
+        embedding_noise: scale of Gaussian noise on the caption's embedding, 0 is off (GN, Somepalli et al. 2023).
+        unconditional: what ``encode_inputs`` gives of the empty caption, tensors (1, ...); ``losses_and_magnitudes``
+            needs it.
+        stored_latents: latents are float32 and contiguous, as the official script of Stable Diffusion XL reads them
+            from its cache; otherwise they have ``dtype`` and the memory layout that the VAE gives.
+        trains_text: see ``Objective``; conditions then have token ids, which each forward encodes.
+    """
+
+    EMBEDDINGS: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)  # of the caption, in a condition
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        encode_text: Callable[[Tensors], Tensors],
+        scheduler: Any,
+        dtype: torch.dtype = torch.float32,
+        embedding_noise: float = 0.0,
+        unconditional: Tensors | None = None,
+        stored_latents: bool = False,
+        trains_text: bool = False,
+    ):
+        self.vae = vae
+        self.encode_text = encode_text
+        self.scheduler = scheduler
+        self.dtype = dtype
+        self.embedding_noise = embedding_noise
+        self.unconditional = unconditional
+        self.stored_latents = stored_latents
+        self.trains_text = trains_text
+
+    @property
+    def num_levels(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Encoded:
+        moments = batch.encoded_images or self.encode_images(batch.images)
+        posterior = DiagonalGaussianDistribution(moments["moments"])
+        condition = batch.encoded_inputs or self.encode_inputs(batch.inputs)
+        return Encoded(posterior.mean, posterior.std, condition | batch.told, batch.share)
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> Tensors:
+        """``moments`` (B, 2C, h, w): mean and logarithm of the variance of the VAE's posterior."""
+        return {"moments": self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters}
+
+    @torch.no_grad()
+    def encode_inputs(self, inputs: Tensors) -> Tensors:
+        return inputs if self.trains_text else self.encode_text(inputs)
+
+    def told(self, condition: Tensors) -> Tensors:
+        """A condition as ``call`` takes it: with ``trains_text`` its token ids are encoded now, with gradient."""
+        if not self.trains_text:
+            return condition
+        others = {name: tensor for name, tensor in condition.items() if not name.startswith(TOKEN_IDS)}
+        return self.encode_text(condition) | others
+
+    def posterior_noise(self, draws: Draws, mean: torch.Tensor) -> torch.Tensor:
+        """The draw that picks latents from the VAE's posterior, like ``mean`` (B, C, h, w)."""
+        return draws.normal(*mean.shape[1:], dtype=mean.dtype)
+
+    def latents(self, mean: torch.Tensor, std: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) from the VAE's posterior and a draw of standard normal noise."""
+        latents = (mean + std * noise - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return latents.float().contiguous() if self.stored_latents else latents.to(self.dtype)
+
+    def noisy_condition(self, condition: Tensors, draws: Draws) -> Tensors:
+        """A condition with noise on the caption's embeddings (GN), if that is on; not on the zeros that fill up those
+        of Stable Diffusion 3.
+        """
+        noisy = {}
+        for name in self.EMBEDDINGS if self.embedding_noise else ():
+            embedding = condition[name]
+            noise = draws.normal(*embedding.shape[1:], dtype=embedding.dtype)
+            noisy[name] = torch.where(embedding == 0, embedding, embedding + self.embedding_noise * noise)
+        return condition | noisy
+
+    @torch.no_grad()
+    def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        latents = drawn.latents.clone()
+        latents[rows] = self.latents(posterior.mean, posterior.std, drawn.posterior_noise[rows])
+        return replace(drawn, latents=latents)
+
+    @abstractmethod
+    def noisy_and_target(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model is shown and what it should say: noisy latents and target, both (B, C, h, w)."""
+
+    @abstractmethod
+    def call(self, model: Callable, noisy: torch.Tensor, drawn: Any, condition: Tensors) -> torch.Tensor:
+        """The model's prediction (B, C, h, w), to compare with the target."""
+
+    def predict(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
+        drawn = replace(drawn, condition=self.told(drawn.condition))
+        noisy, target = self.noisy_and_target(model, drawn)
+        return self.call(model, noisy, drawn, drawn.condition), target
+
+    def losses(self, model: Callable, drawn: Any) -> torch.Tensor:
+        """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
+        return _mean_squared_errors(*self.predict(model, drawn))
+
+    def losses_and_magnitudes(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """``losses``, and the magnitude of the text-conditional noise || eps(z_t, c) - eps(z_t, "") ||_2 of each
+        sample (Wen et al. 2024), both (B,) float32, from two forwards. No gradient flows through the magnitudes.
+
+        The norm is over all C h w elements, so that it grows with the resolution. Predictions are the model's output as
+        it is, noise or velocity, as in the authors' code. What the model is told besides the caption stays.
+        """
+        if self.unconditional is None:
+            raise ValueError("losses_and_magnitudes needs the condition of the empty caption")
+        drawn = replace(drawn, condition=self.told(drawn.condition))
+        noisy, target = self.noisy_and_target(model, drawn)
+        prediction = self.call(model, noisy, drawn, drawn.condition)
+        with torch.no_grad():
+            nothing = {
+                name: tensor.expand(len(drawn), *tensor.shape[1:])
+                for name, tensor in self.told(self.unconditional).items()
+            }
+            unconditional = self.call(model, noisy, drawn, drawn.condition | nothing)
+            magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
+        return _mean_squared_errors(prediction, target), magnitudes
+
+    def plain_loss(self, model: Callable, drawn: Any) -> torch.Tensor:
+        """The official script's scalar loss, in its own order of operations: the same bits, hence not
+        ``losses().mean()``.
+        """
+        prediction, target = self.predict(model, drawn)
+        weights = self.weights(drawn)
+        if weights is None:
+            return F.mse_loss(prediction.float(), target.float(), reduction="mean")
+        losses = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        return (losses.mean(dim=list(range(1, losses.ndim))) * weights).mean()
+
+
+def _mean_squared_errors(prediction, target):
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)

@@ -1,0 +1,92 @@
+"""The parts of a pipeline: text encoders with their tokenizers, how parts are loaded, and what stands for them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import UsageError
+from .base import TOKEN_IDS, Tensors
+
+
+class Reader(NamedTuple):
+    """A text encoder of a pipeline and its tokenizer: the names of their folders end with ``suffix``.
+
+    ``length``: of the token sequences; None is the tokenizer's. ``optional``: whether a pipeline may lack it.
+    """
+
+    suffix: str
+    tokenizer: type
+    encoder: type
+    optional: bool = False
+
+    @property
+    def ids(self) -> str:
+        """The name of its token ids among a batch's inputs."""
+        return f"{TOKEN_IDS}{self.suffix}"
+
+    @property
+    def encoder_name(self) -> str:
+        return f"text_encoder{self.suffix}"
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"tokenizer{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Texts to token ids (B, L) by name, each padded or cut to its length L.
+
+    ``tokenizers``: (tokenizer, L) by the name of the ids.
+    """
+
+    tokenizers: Mapping[str, tuple[Any, int]]
+
+    def __call__(self, texts: list[str]) -> Tensors:
+        return {
+            name: tokenizer(
+                texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            for name, (tokenizer, length) in self.tokenizers.items()
+        }
+
+
+def part_of(
+    kind: Any, base: str, subfolder: str | None, setting: str = "pretrained_model_name_or_path", **options: Any
+) -> Any:
+    """A part of a pipeline, from its subfolder. Raises ``UsageError`` naming ``setting``."""
+    where = {} if subfolder is None else {"subfolder": subfolder}
+    try:
+        return kind.from_pretrained(base, **where, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        place = "" if subfolder is None else f" in its subfolder '{subfolder}'"
+        hint = ""
+        if options.get("variant") is None and any(Path(base, subfolder or ".").glob("*.fp16.*")):
+            hint = "; it has weights of the variant fp16 only: set `variant` to fp16"
+        raise UsageError(f"`{setting}` {base}: no {kind.__name__}{place}{hint}: {reason}") from error
+
+
+def mark_of(module: Any) -> str:
+    """A hash of a module's configuration and weights, wherever they came from."""
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    about = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def mark_of_tokenizer(tokenizer: Any) -> str:
+    """A hash of a tokenizer's files."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path.read_bytes() for path in Path(folder).iterdir())
+    return hashlib.blake2b(b"".join(files), digest_size=8).hexdigest()

@@ -1,0 +1,80 @@
+"""Stable Diffusion XL: a UNet that is told the caption by two text encoders, and the size and crop of the image."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..data import DataSettings
+from .base import Tensors
+from .parts import Reader
+from .stable_diffusion import OF_FLOW_MATCHING, NoisePredicting
+from .text_to_image import TextToImageObjective
+from .views import SizedPixels
+
+NUM_SIZES = 6  # numbers that the UNet is told of an image: its size, the crop, the size of the view
+
+
+class SizedObjective(TextToImageObjective):
+    """``TextToImageObjective`` of a UNet that is told ``text_embeds`` and ``time_ids`` as added conditions."""
+
+    PREDICTIONS = ("epsilon", "v_prediction", "sample")
+    ADDED = ("text_embeds", "time_ids")
+    EMBEDDINGS = ("encoder_hidden_states", "text_embeds")
+
+    def arguments(self, condition: Tensors) -> dict[str, Any]:
+        own = {name: tensor for name, tensor in condition.items() if name not in self.ADDED}
+        return own | {"added_cond_kwargs": {name: condition[name] for name in self.ADDED}}
+
+
+class StableDiffusionXL(NoisePredicting):
+    """Stable Diffusion XL."""
+
+    name = "Stable Diffusion XL"
+    pipelines = (StableDiffusionXLPipeline,)
+    tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image")
+    foreign = (*OF_FLOW_MATCHING, "dream_training")
+    readers = (
+        Reader("", CLIPTokenizer, CLIPTextModel),
+        Reader("_2", CLIPTokenizer, CLIPTextModelWithProjection),
+    )
+
+    @classmethod
+    def objective_options(cls, settings: Any, scheduler: Any) -> dict[str, Any]:
+        # The official script of the full training caches its latents, the one of LoRA does not.
+        return super().objective_options(settings, scheduler) | {"stored_latents": settings.lora_rank is None}
+
+    def make_objective(self, scheduler: Any, **options: Any) -> SizedObjective:
+        return SizedObjective(self.vae, self.encode_text, scheduler, self.dtype, **options)
+
+    def vae_dtype(self) -> torch.dtype:
+        """float32, as the model's own VAE overflows in half precision; a VAE that was chosen is used as the rest."""
+        return torch.float32 if self.settings.pretrained_vae_model_name_or_path is None else self.dtype
+
+    def fits(self):
+        unet = self.denoiser.config
+        makes = self.text_encoders["text_encoder_2"].config.projection_dim + NUM_SIZES * unet.addition_time_embed_dim
+        what = "the UNet takes added conditions of width {}, text_encoder_2 and the sizes make {}"
+        return [*super().fits(), (what, unet.projection_class_embeddings_input_dim, makes)]
+
+    def encode_text(self, inputs: Tensors) -> Tensors:
+        """``encoder_hidden_states`` (B, L, D_1 + D_2), of the layer before the last of both encoders, and
+        ``text_embeds`` (B, D_2), the pooled embedding of the second.
+        """
+        pooled, embeddings = torch.empty(0), []
+        for reader in self.readers:
+            encoder = self.text_encoders[reader.encoder_name]
+            pooled, *_, hidden = encoder(
+                inputs[reader.ids].to(encoder.device), output_hidden_states=True, return_dict=False
+            )
+            embeddings.append(hidden[-2])
+        return {"encoder_hidden_states": torch.cat(embeddings, dim=-1), "text_embeds": pooled.flatten(1)}
+
+    def view(self, settings: DataSettings) -> SizedPixels:
+        return SizedPixels.of(settings)
+
+    def told(self, images: torch.Tensor) -> Tensors:
+        height, width = images.shape[2:]
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return {"time_ids": sizes.expand(len(images), -1)}

@@ -1,0 +1,115 @@
+"""What a visit shows of an image, and what the model is told of that view."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+from ..data import DataSettings, fixed_transforms, image_transform
+from .base import Image, Tensors
+
+Shown = tuple[torch.Tensor, Tensors]  # float32 (3, H, W) in [-1, 1], and named tensors
+
+
+@dataclass(frozen=True)
+class Untold:
+    """A view without chance of which the model is told nothing."""
+
+    transform: transforms.Compose
+
+    def __call__(self, image: Image) -> Shown:
+        return self.transform(image), {}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A view that tells the model nothing but its pixels, as the official script of Stable Diffusion shows it.
+
+    ``fixed``: what the transform shows without chance, the image and perhaps its mirror image; () where that is more.
+    """
+
+    transform: transforms.Compose
+    fixed: tuple[Untold, ...] = ()
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> "Pixels":
+        size, flip, mode = settings.resolution, settings.random_flip, settings.image_interpolation_mode
+        fixed = map(Untold, fixed_transforms(size, flip, mode) if settings.center_crop else ())
+        return cls(image_transform(size, settings.center_crop, flip, mode), tuple(fixed))
+
+    def __call__(self, image: Image, rng: Any = random) -> Shown:
+        return self.transform(image), {}
+
+    def draw(self, rng: Any = random) -> int:
+        """Which of the fixed views a visit shows, by the draw that the transform makes."""
+        return int(torch.rand(1) < 0.5) if len(self.fixed) > 1 else 0
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A view without chance of which the model is told ``time_ids`` (6,): height and width of the image before it was
+    resized, top and left edge of the crop, and height and width of the view.
+    """
+
+    resolution: int
+    interpolation: str
+    mirrored: bool = False
+
+    def __call__(self, image: Image) -> Shown:
+        resized = self.resized(image)
+        if self.mirrored:
+            resized = F.hflip(resized)
+        top, left = (max(0, round((edge - self.resolution) / 2)) for edge in (resized.height, resized.width))
+        return self.cropped(image, resized, top, left)
+
+    def resized(self, image: Image) -> Image:
+        mode = getattr(transforms.InterpolationMode, self.interpolation.upper())
+        return F.resize(image, self.resolution, mode)
+
+    def cropped(self, image: Image, resized: Image, top: int, left: int) -> Shown:
+        size = self.resolution
+        pixels = F.normalize(F.to_tensor(F.crop(resized, top, left, size, size)), [0.5], [0.5])
+        numbers = [image.height, image.width, top, left, size, size]
+        return pixels, {"time_ids": torch.tensor(numbers, dtype=torch.float32)}
+
+
+@dataclass(frozen=True)
+class SizedPixels:
+    """A view as the official scripts of Stable Diffusion XL show it: mirrored by a draw from Python's stream, cropped
+    by draws from torch's, and told as ``Sized`` tells it. The crop that is told is the crop that is shown.
+    """
+
+    plain: Sized
+    center_crop: bool
+    random_flip: bool
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> "SizedPixels":
+        plain = Sized(settings.resolution, settings.image_interpolation_mode)
+        return cls(plain, settings.center_crop, settings.random_flip)
+
+    @property
+    def fixed(self) -> tuple[Sized, ...]:
+        if not self.center_crop:
+            return ()
+        mirrored = Sized(self.plain.resolution, self.plain.interpolation, mirrored=True)
+        return (self.plain, mirrored) if self.random_flip else (self.plain,)
+
+    def draw(self, rng: Any = random) -> int:
+        mirrored = self.random_flip and rng.random() < 0.5
+        if mirrored:
+            torch.rand(1)  # the official scripts mirror by a transform that draws whether to, and always does
+        return int(mirrored)
+
+    def __call__(self, image: Image, rng: Any = random) -> Shown:
+        if self.center_crop:
+            return self.fixed[self.draw(rng)](image)
+        resized = self.plain.resized(image)
+        if self.draw(rng):
+            resized = F.hflip(resized)
+        size = self.plain.resolution
+        top, left, _, _ = transforms.RandomCrop.get_params(resized, (size, size))
+        return self.plain.cropped(image, resized, top, left)

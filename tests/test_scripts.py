@@ -1,0 +1,85 @@
+"""The training scripts under the names of Diffusers' own take their flags, with their defaults."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import COLOURS, ROOT, environment, train_flags
+from test_arguments import NEEDED, OFFICIAL_DEFAULTS
+from test_families import write_index
+
+from ietagc_diffusers import testing
+from ietagc_diffusers.arguments import build_parser, parse_args
+from ietagc_diffusers.run_folder import ADAPTER_FILE
+from ietagc_diffusers.training.scripts import LoraScript, LoraSdxlScript, SdxlScript
+
+# What each official script has other than train_text_to_image.py: flags and defaults.
+NOT_THERE = {
+    "input_perturbation", "validation_prompts", "dream_training", "dream_detail_preservation", "offload_ema",
+    "foreach_ema", "non_ema_revision", "tracker_project_name",
+}  # fmt: skip
+VALIDATION = {"validation_prompt": None, "num_validation_images": 4, "validation_epochs": 1}
+OF_XL = {
+    "pretrained_vae_model_name_or_path": None, "resolution": 1024, "enable_npu_flash_attention": False,
+}  # fmt: skip
+OF_LORA = {"rank": 4, "output_dir": "sd-model-finetuned-lora"}
+DEFAULTS = {
+    LoraScript: VALIDATION | OF_LORA,
+    SdxlScript: VALIDATION
+    | OF_XL
+    | {
+        "output_dir": "sdxl-model-finetuned", "proportion_empty_prompts": 0, "timestep_bias_strategy": "none",
+        "timestep_bias_multiplier": 1.0, "timestep_bias_begin": 0, "timestep_bias_end": 1000,
+        "timestep_bias_portion": 0.25,
+    },
+    LoraSdxlScript: VALIDATION | OF_XL | OF_LORA | {"train_text_encoder": False, "debug_loss": False},
+}  # fmt: skip
+SCRIPTS = {
+    "train_text_to_image_lora_ietagc.py": LoraScript,
+    "train_text_to_image_sdxl_ietagc.py": SdxlScript,
+    "train_text_to_image_lora_sdxl_ietagc.py": LoraSdxlScript,
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda kind: kind.__name__)
+def test_official_flags_have_their_defaults(kind, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    actions = {name.lstrip("-"): action for action in build_parser(kind)._actions for name in action.option_strings}
+    wanted = {name: value for name, value in OFFICIAL_DEFAULTS.items() if name not in NOT_THERE} | DEFAULTS[kind]
+    assert {name: actions[name].default for name in wanted} == wanted
+    args = parse_args([*NEEDED, "--num_validation=2", "--checkpointing=3"], kind)  # abbreviated, as argparse takes them
+    assert args.num_validation_images == 2 and args.checkpointing_steps == 3
+    assert args.lora_rank == DEFAULTS[kind].get("rank") and args.resolution == DEFAULTS[kind].get("resolution", 512)
+
+
+def run(script, flags, output_dir, **more):
+    command = [sys.executable, str(ROOT / script), *map(str, flags), f"--output_dir={output_dir}"]
+    return subprocess.run(command, env=environment() | more, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_script_trains_its_own_kind(pictures, tmp_path):
+    testing.random_xl_pipeline([f"a {colour} picture" for colour in COLOURS]).save_pretrained(tmp_path / "xl")
+    (tmp_path / "xl" / "model_index.json").unlink()  # the official script reads the parts only
+    script, flags = "train_text_to_image_lora_sdxl_ietagc.py", train_flags(tmp_path / "xl", pictures)
+    done = run(script, [*flags, "--mitigation=none", "--max_train_steps=2"], tmp_path / "out")
+    assert done.returncode == 2 and "its pipeline cannot be assembled" in done.stderr  # said before the first step
+    index = write_index(tmp_path / "with", "StableDiffusionXLPipeline") / "model_index.json"
+    assert index.is_file()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_base_of_another_kind_is_refused(script, tmp_path, capsys):
+    kind = SCRIPTS[script]
+    other = "StableDiffusion3Pipeline"
+    base = write_index(tmp_path / "base", other)
+    (tmp_path / "pictures").mkdir()
+    done = run(script, [f"--pretrained_model_name_or_path={base}", f"--train_data_dir={tmp_path}"], tmp_path / "out")
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"is a {other}, and this script trains {kind.family}; train_text_to_image_ietagc.py" in last
+
+
+def test_the_help_says_the_default_of_the_script():
+    text = run("train_text_to_image_lora_ietagc.py", ["--help"], "out", COLUMNS="200", **os.environ).stdout
+    assert "Default: 4." in text and ADAPTER_FILE not in text
