@@ -21,14 +21,14 @@ def run(args: Namespace) -> None:
     common.place_model(args)
     common.check_apart(args, "train", "prompts")
     from ietagc_diffusers.eval.generate import generate
-
-    state, device = common.processes(common.device_of(args))
     from ietagc_diffusers.eval.pipelines import is_unprompted
 
+    state, device = common.processes(common.device_of(args))
+    settings = common.settings_of(args, device)
     training = None
     if not args.prompts and not is_unprompted(args.model):
         training = _training_images(args, state.is_main_process)
-    prompts, settings = common.prompts_of(args, training), common.settings_of(args, device)
+    prompts = common.prompts_of(args, training)
     generate(args.model, prompts, args.output, settings, device, state)
     if state.is_main_process:
         say(f"{args.output}: {len(prompts)} images")

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from accelerate.logging import get_logger
 
 from ...run_folder import RunFolder
-from ..ensemble import Callback
+from ..ensemble import Callback, IterativeEnsemble
 
 logger = get_logger(__name__)
 
@@ -23,7 +23,7 @@ class EveryEpochs(Callback):
         self.every, self.steps_per_epoch = every, steps_per_epoch
 
     @abstractmethod
-    def act(self, run) -> None:
+    def act(self, run: IterativeEnsemble) -> None:
         """What happens. All processes call this."""
 
     def on_step(self, run, proxy, before):
@@ -46,7 +46,7 @@ class SavedEpochs(EveryEpochs):
         super().__init__(every, steps_per_epoch)
         self.folder = folder.unfinished
 
-    def act(self, run):
+    def act(self, run: IterativeEnsemble) -> None:
         if not run.layout.is_main:
             return
         part = self.folder.with_name(self.folder.name + ".part")

@@ -7,6 +7,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from ..ensemble import IterativeEnsemble
 from .epochs import EveryEpochs
 
 logger = get_logger(__name__)
@@ -36,10 +37,10 @@ class Validation(EveryEpochs):
         self.prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
         self.images: list[Any] = []
 
-    def act(self, run):
+    def act(self, run: IterativeEnsemble) -> None:
         self.draw(run)
 
-    def draw(self, run) -> None:
+    def draw(self, run: IterativeEnsemble) -> None:
         """Draw and send the images; only the main process does."""
         if not run.layout.is_main:
             return
