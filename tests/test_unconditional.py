@@ -1,6 +1,7 @@
 """Unconditional models: from scratch and from a base, with and without classes, as a family like any other."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ietagc_diffusers import UsageError, family_of, testing
 from ietagc_diffusers.arguments import build_parser, flag_names, parse_flags
+from ietagc_diffusers.checkpoint import Checkpoint
 from ietagc_diffusers.data import ClassLabels, TrainingSamples, load_training_rows
 from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.families.unconditional import draw
@@ -300,3 +302,17 @@ def test_each_script_names_the_other(config, base, pictures, tmp_path):
     flags = flags_of(pictures, f"--pretrained_model_name_or_path={tmp_path / 'ddpm'}", "--max_train_steps=1")
     with pytest.raises(UsageError, match=r"is an unconditional model, which train_unconditional_ietagc.py trains"):
         train_here([*flags, "--report_to=none"], tmp_path / "out")
+
+
+def test_the_schedule_is_as_long_as_the_micro_batches(config, pictures, tmp_path):
+    """As the official script gives it to accelerate: 6 micro-batches an epoch, warm-up times the accumulation, and a
+    step of the schedule for each step of the optimizer.
+    """
+    flags = flags_of(pictures, "--mitigation=none", f"--model_config_name_or_path={config}", "--num_epochs=2")
+    flags += ["--report_to=none", "--gradient_accumulation_steps=4", "--lr_warmup_steps=1"]  # 2 steps an epoch
+    train(flags, tmp_path / "out", stop_at=3)
+    schedule = Checkpoint(tmp_path / "out" / "checkpoint-3").state("proxy-0")["schedule"]
+    assert schedule["_last_lr"] == [pytest.approx(1e-3 * 3 / 4)]
+    train([flag for flag in flags if "warmup" not in flag or "=0" in flag], tmp_path / "cosine", stop_at=3)
+    schedule = Checkpoint(tmp_path / "cosine" / "checkpoint-3").state("proxy-0")["schedule"]
+    assert schedule["_last_lr"] == [pytest.approx(1e-3 * (1 + math.cos(math.pi * 3 / 12)) / 2)]
