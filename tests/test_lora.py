@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ietagc_diffusers import RunFolder, UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.families import StableDiffusion
 from ietagc_diffusers.method.factors import Factors, shrinking, total, truncate
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 from ietagc_diffusers.tensor_files import TensorFile
@@ -18,9 +19,9 @@ from ietagc_diffusers.training.cost import checkpoint_steps, cost_of
 from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.layout import Layout
 from ietagc_diffusers.training.lora import LoraWeights, adapted, add_adapter, targeted
-from ietagc_diffusers.training.settings import LORA_TARGETS
 
 METHOD = ["--lora_rank=2", "--num_shards=2", "--steps_per_round=2", "--max_train_steps=8", "--checkpointing_steps=3"]
+LORA_TARGETS = StableDiffusion.denoiser_targets
 AVERAGES = ("svd", "concatenate", "fold")
 SHARDS, RANK, ALPHA = 3, 2, 3.0
 CONVOLUTIONS = "to_q to_out.0 conv1 proj_in ff.net.2"  # layers of two kinds, in attention and outside

@@ -93,7 +93,8 @@ class Family(ABC):
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # those that are of this family
     denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
     tags: ClassVar[tuple[str, ...]]  # of the model card
-    # The layers of the text encoders that get adapters: the official scripts', those of attention.
+    # The layers of the denoiser and of the text encoders that get adapters: the official scripts', those of attention.
+    denoiser_targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     text_encoders: dict[str, Any]

@@ -26,6 +26,11 @@ class StableDiffusion3(LatentDiffusion):
     denoiser_kind = SD3Transformer2DModel
     scheduler_kind = FlowMatchEulerDiscreteScheduler
     tags = ("sd3", "sd3-diffusers", "text-to-image")
+    # Of joint attention: the layers of the image's tokens, and those of the caption's.
+    denoiser_targets = (
+        "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0",
+        "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
     readers = (
         Reader("", CLIPTokenizer, CLIPTextModelWithProjection),
         Reader("_2", CLIPTokenizer, CLIPTextModelWithProjection),
