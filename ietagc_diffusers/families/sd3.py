@@ -92,7 +92,7 @@ class StableDiffusion3(LatentDiffusion):
         encoder = self.text_encoders.get(f"text_encoder{T5}")
         if encoder is not None:
             return encoder(inputs[f"input_ids{T5}"].to(encoder.device))[0]
-        return like.new_zeros(*like.shape[:2], self._joint_width)  # as the pipeline
+        return like.new_zeros(len(like), self.settings.max_sequence_length, self._joint_width)  # as the pipeline
 
     @cached_property
     def _joint_width(self):
