@@ -364,6 +364,20 @@ def test_the_arithmetic_of_the_cost_is_that_of_real_checkpoints(flags, runs, ave
     assert cost.output(2) == sum(t.nbytes for t in TensorFile(runs[average] / ADAPTER_FILE).values())
 
 
+def test_room_is_asked_for_a_merged_pipeline_as_it_is_saved(base, pictures, tmp_path):
+    """What was trained beside adapters in half precision is merged, and saved, in float32."""
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--lora_rank=2", "--save_merged")
+    flags += ["--mixed_precision=bf16", "--train_text_encoder"]
+    saved = train_here(flags, tmp_path / "out")
+    about = parse_flags(flags)
+    family = StableDiffusion.load(about, dtype=torch.bfloat16)
+    add_adapter(family, about)
+    paths = [saved / ADAPTER_FILE, *saved.glob("*/*.safetensors")]
+    files = sum(t.nbytes for path in paths for t in TensorFile(path).values())
+    assert cost_of(about, family, Layout(1)).output(1) == files
+    assert LoraWeights(family, 1, about).output_bytes == files
+
+
 def test_half_precision_is_for_what_is_frozen(base):
     family = testing.family_of_pipeline(testing.random_pipeline(["a red picture"]))
     family.dtype = torch.bfloat16

@@ -127,6 +127,15 @@ def _saved_names(module):
     return dict(zip(named, names, strict=True))
 
 
+def merged_bytes(family: Family) -> int:
+    """The files of the pipeline with the adapters merged in: the modules that had some are saved in float32, whatever
+    their precision in training.
+    """
+    own = [parameter for module in family.trained.values() for parameter in module.parameters()]
+    merged = sum(4 * parameter.numel() for parameter in own if not parameter.requires_grad)
+    return family.nbytes - sum(parameter.nbytes for parameter in own) + merged
+
+
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(O, I) of a layer's weight as a matrix; a convolution's kernel lies in I."""
     weight: Any = layer.weight
@@ -341,7 +350,7 @@ class LoraWeights(Weights):
     @property
     def output_bytes(self) -> int:
         adapter = sum(tensor.nbytes for tensor in self.deployable()[KEY].values())
-        return adapter + (self.family.nbytes if self.settings.save_merged else 0)
+        return adapter + (merged_bytes(self.family) if self.settings.save_merged else 0)
 
     def metadata(self) -> dict[str, str]:
         """The header of the file: what peft must know of the adapter, as diffusers writes it."""
