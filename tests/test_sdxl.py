@@ -194,6 +194,32 @@ def test_the_vae_has_the_precision_of_the_official_scripts(xl, own, more, precis
     assert {encoder.dtype for encoder in family.text_encoders.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("more", [[], ["--lora_rank=2", "--train_text_encoder"]], ids=["frozen", "trained"])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_magnitudes_are_measured_against_what_the_pipeline_draws_without_a_prompt(tmp_path, zeros, more):
+    pipeline = testing.random_xl_pipeline(CAPTIONS)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    pipeline.save_pretrained(tmp_path)
+    flags = [f"--pretrained_model_name_or_path={tmp_path}", "--train_data_dir=d", "--resolution=16", *more]
+    settings = parse_flags([*flags, "--wen_threshold=3"])
+    family = StableDiffusionXL.load(settings, config=settings.method)
+    batch = family.batch(torch.zeros(2, 3, 16, 16), CAPTIONS[:2])
+    drawn = family.objective.draw(family.objective.encode(batch))
+    _, magnitudes = family.objective.losses_and_magnitudes(family.denoiser, drawn)
+    embeddings = pipeline.encode_prompt(CAPTIONS[:2], do_classifier_free_guidance=True)
+    noisy = family.objective.scheduler.add_noise(drawn.latents, drawn.noise, drawn.timesteps)
+    one, other = (
+        pipeline.unet(
+            noisy,
+            drawn.timesteps,
+            tokens,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": drawn.condition["time_ids"]},
+        ).sample
+        for tokens, pooled in (embeddings[::2], embeddings[1::2])
+    )
+    torch.testing.assert_close(magnitudes, (one - other).detach().flatten(1).norm(dim=1))
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_vae_that_scales_each_channel_is_refused(xl, pictures, tmp_path, own):
     """Playground 2.5's: its latents would be trained at another scale than they are drawn at."""

@@ -124,6 +124,13 @@ class Family(ABC):
         """Bytes of the parameters of all parts: the size of the pipeline's files, nearly."""
         return sum(p.nbytes for part in self.parts for p in part.parameters())
 
+    @property
+    def merged_nbytes(self) -> int:
+        """The same of the pipeline within ``merged``, where the modules with adapters are in float32."""
+        own = [parameter for module in self.trained.values() for parameter in module.parameters()]
+        merged = sum(4 * parameter.numel() for parameter in own if not parameter.requires_grad)
+        return self.nbytes - sum(parameter.nbytes for parameter in own) + merged
+
     @classmethod
     @abstractmethod
     def load(

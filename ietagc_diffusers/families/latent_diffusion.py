@@ -144,7 +144,7 @@ class LatentDiffusion(Family):
         family.prepare_denoiser(getattr(settings, "resolution", None))
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
-            family.objective.unconditional = family.objective.encode_inputs(family.tokenize([""]))
+            family.objective.unconditional = family.unconditional()
         return family
 
     @classmethod
@@ -258,6 +258,10 @@ class LatentDiffusion(Family):
             config.caption_mitigation_probability,
             settings.caption_dropout,
         )
+
+    def unconditional(self) -> Tensors:
+        """What captions are compared with: what ``encode_inputs`` gives of the empty one, tensors (1, ...)."""
+        return self.objective.encode_inputs(self.tokenize([""]))
 
     def view(self, settings: DataSettings) -> View:
         return Pixels.of(settings)

@@ -91,6 +91,20 @@ class StableDiffusionXL(NoisePredicting):
             embeddings.append(hidden[-2])
         return {"encoder_hidden_states": torch.cat(embeddings, dim=-1), "text_embeds": pooled.flatten(1)}
 
+    @torch.no_grad()
+    def unconditional(self) -> Tensors:
+        """As pipelines of the base draw: zeros for an empty prompt, unless its index says otherwise."""
+        s = self.settings
+        try:
+            index: dict[str, Any] = self.pipelines[0].load_config(
+                s.pretrained_model_name_or_path, revision=s.revision, cache_dir=s.cache_dir
+            )
+        except (OSError, ValueError):
+            index = {}
+        if not index.get("force_zeros_for_empty_prompt", True):
+            return super().unconditional()
+        return {name: torch.zeros_like(told) for name, told in self.encode_text(self.tokenize([""])).items()}
+
     def view(self, settings: DataSettings) -> SizedPixels:
         return SizedPixels.of(settings)
 

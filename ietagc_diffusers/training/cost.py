@@ -12,7 +12,7 @@ from ..checkpoint import gigabytes
 from ..families import Family
 from .ensemble import Rounds
 from .layout import Layout
-from .lora import adapted_layers, merged_bytes, shape_of, size_of
+from .lora import adapted_layers, shape_of, size_of
 from .settings import LoraSettings, TrainingSettings
 
 FLOAT32, FLOAT64 = 4, 8
@@ -225,7 +225,7 @@ def adapters_of(settings: LoraSettings, family: Family) -> Adapters:
     layers = adapted_layers(family).values()
     shapes = tuple(shape_of(layer.base_layer) for layer in layers)
     magnitudes = sum(shape[0] for shape in shapes) if settings.use_dora else 0
-    merged = merged_bytes(family) if settings.save_merged else 0
+    merged = family.merged_nbytes if settings.save_merged else 0
     return Adapters(shapes, size_of(settings)[0], settings.lora_average, merged, magnitudes)
 
 

@@ -40,7 +40,7 @@ def add_adapter(family: Family, settings: LoraSettings) -> None:
     """
     if settings.train_text_encoder and len(family.trained) == 1:
         raise UsageError(f"`train_text_encoder`: not for {family.name}; leave it out")
-    settings.lora_target_modules = list(settings.lora_target_modules or family.denoiser_targets)
+    settings.lora_target_modules = targets_of(family.denoiser_name, family, settings)
     for name, module in family.trained.items():
         _check_fit(name, module, family, settings)
         module.requires_grad_(False)
@@ -125,15 +125,6 @@ def _saved_names(module):
     converted = convert_state_dict_to_diffusers(dict.fromkeys(of_peft), StateDictType.PEFT)
     names = of_peft if any("lora_A" in name for name in converted) else converted
     return dict(zip(named, names, strict=True))
-
-
-def merged_bytes(family: Family) -> int:
-    """The files of the pipeline with the adapters merged in: the modules that had some are saved in float32, whatever
-    their precision in training.
-    """
-    own = [parameter for module in family.trained.values() for parameter in module.parameters()]
-    merged = sum(4 * parameter.numel() for parameter in own if not parameter.requires_grad)
-    return family.nbytes - sum(parameter.nbytes for parameter in own) + merged
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
@@ -350,7 +341,7 @@ class LoraWeights(Weights):
     @property
     def output_bytes(self) -> int:
         adapter = sum(tensor.nbytes for tensor in self.deployable()[KEY].values())
-        return adapter + (merged_bytes(self.family) if self.settings.save_merged else 0)
+        return adapter + (self.family.merged_nbytes if self.settings.save_merged else 0)
 
     def metadata(self) -> dict[str, str]:
         """The header of the file: what peft must know of the adapter, as diffusers writes it."""

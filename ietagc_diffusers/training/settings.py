@@ -239,8 +239,7 @@ class LoraSettings:
     )
     lora_target_modules: list[str] | None = setting(
         None,
-        "Names, or ends of names, of the layers that get adapters. Default: those of Diffusers' script for the kind of "
-        "model, the layers of attention.",
+        "Names, or ends of names, of the layers that get adapters. Default: the official scripts', those of attention.",
         resume=Resume.FIXED,
         several=True,
     )
