@@ -7,13 +7,16 @@ export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub; offline, its client does not retry.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-controls benchmark-demo test test-slow quality tiny-sd clean
+.PHONY: demo demo-controls demo-lora benchmark-demo test test-slow quality tiny-sd clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m demo.run
 
 demo-controls: $(VENV)/.ready
 	$(RUN) -m demo.run --controls
+
+demo-lora: $(VENV)/.ready
+	$(RUN) -m demo.lora
 
 benchmark-demo: $(VENV)/.ready
 	$(RUN) -m demo.pictures runs/benchmark-demo/data

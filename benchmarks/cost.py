@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from ietagc_diffusers.families import Family
 from ietagc_diffusers.training.cost import PROCESS, Adapters, Cost
@@ -72,6 +72,22 @@ MODELS = {
             "projection_class_embeddings_input_dim": 2816,
         },
         83_653_863 + 123_060_480 + 694_659_840,
+    ),
+    "SD 3 medium": (
+        SD3Transformer2DModel,
+        {
+            "sample_size": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
+        83_819_683 + 123_650_304 + 694_659_840 + 4_762_310_656,  # with T5
     ),
 }
 

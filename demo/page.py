@@ -33,12 +33,15 @@ def reading(points: list[FrontPoint]) -> str:
     )
 
 
-def copies(scored: list[Scored]) -> str:
-    """The share of copies that each model drew, in a sentence."""
+def copies(scored: list[Scored], num_images: int = NUM_IMAGES, num_duplicated: int = NUM_DUPLICATED) -> str:
+    """The share of copies that each model drew, in a sentence.
+
+    ``num_images``: captions, each drawn in its turn, of which the first ``num_duplicated`` are of duplicated pictures.
+    """
     shares = []
     for model in scored:
         copied = np.array(model.nearest["copy"])
-        duplicated = copied[np.arange(len(copied)) % NUM_IMAGES < NUM_DUPLICATED]
+        duplicated = copied[np.arange(len(copied)) % num_images < num_duplicated]
         shares.append(f"{model.name} {copied.mean():.1%} (of duplicated pictures {duplicated.mean():.1%})")
     return f"Copies: {', '.join(shares)}."
 

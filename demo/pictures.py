@@ -17,6 +17,7 @@ IMAGES_PER_CAPTION = 2
 SCENES = draw_scenes(NUM_IMAGES, [1, 0])
 CAPTIONS = [scene.caption for scene in SCENES]
 HELDOUT_SCENES = draw_scenes(NUM_IMAGES, [2, 0])
+PRIOR_SCENES = draw_scenes(NUM_IMAGES, [4, 0])
 
 
 def training_pictures() -> np.ndarray:
@@ -31,21 +32,30 @@ def fresh_pictures(*numbers: int) -> np.ndarray:
     return np.concatenate([render_all(SCENES, STYLE, [3, number]) for number in numbers])
 
 
-def write_sets(folder: Path) -> None:
+def write_sets(folder: Path, num_images: int = NUM_IMAGES, num_duplicated: int = NUM_DUPLICATED) -> None:
     """Write into ``folder``, unless they are there:
 
-    - ``pictures`` to train on, the first 30 of which have four rows; ``prompts.jsonl``, the caption of each;
-    - ``heldout``, 300 pictures of other captions;
-    - ``reference``, 2,400 fresh pictures: the distribution that a perfect model draws from;
+    - ``pictures``, the first ``num_images`` to train on, the first ``num_duplicated`` of which have four rows;
+      ``prompts.jsonl``, the caption of each;
+    - ``heldout``, 300 pictures of other captions, and ``prior``, 300 of yet others, for prior preservation;
+    - ``reference``, eight fresh pictures a caption: the distribution that a perfect model draws from;
     - ``fresh``, as many fresh pictures as a model draws.
     """
-    copies = [COPIES] * NUM_DUPLICATED + [1] * (NUM_IMAGES - NUM_DUPLICATED)
-    _write(folder / "pictures", [scene.captions for scene in SCENES], training_pictures, copies)
+    captions = CAPTIONS[:num_images]
+    copies = [COPIES] * num_duplicated + [1] * (num_images - num_duplicated)
+
+    def fresh(*numbers: int) -> np.ndarray:
+        return np.concatenate([fresh_pictures(number)[:num_images] for number in numbers])
+
+    texts = [scene.captions for scene in SCENES[:num_images]]
+    _write(folder / "pictures", texts, lambda: training_pictures()[:num_images], copies)
     heldout = [scene.caption for scene in HELDOUT_SCENES]
     _write(folder / "heldout", heldout, lambda: render_all(HELDOUT_SCENES, STYLE, [2, 1]))
-    _write(folder / "reference", CAPTIONS * 8, lambda: fresh_pictures(*range(8)))
-    _write(folder / "fresh", CAPTIONS * IMAGES_PER_CAPTION, lambda: fresh_pictures(100, 101))
-    write_text(folder / "prompts.jsonl", "".join(json.dumps({"text": caption}) + "\n" for caption in CAPTIONS))
+    prior = [scene.caption for scene in PRIOR_SCENES]
+    _write(folder / "prior", prior, lambda: render_all(PRIOR_SCENES, STYLE, [4, 1]))
+    _write(folder / "reference", captions * 8, lambda: fresh(*range(8)))
+    _write(folder / "fresh", captions * IMAGES_PER_CAPTION, lambda: fresh(100, 101))
+    write_text(folder / "prompts.jsonl", "".join(json.dumps({"text": caption}) + "\n" for caption in captions))
 
 
 def _write(folder, captions, pictures, copies=None):

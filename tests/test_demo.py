@@ -1,6 +1,7 @@
 """The pictures show what their captions tell, the base is what it says, and the page holds what was measured."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 
-from demo import page
+from demo import lora, page
 from demo.pictures import CAPTIONS, fresh_pictures, training_pictures, write_sets
 from demo.renders import COLOURS, RESOLUTION, SIDES, draw_scenes, make_set, render_all, write_image_folder
-from demo.run import ROOT, write_runs
+from demo.run import ROOT, RUNS, write_runs
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.curves import FrontPoint
 from ietagc_diffusers.eval.image_sets import load_images
@@ -75,7 +76,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("controls", [False, True])
 def test_the_runs_are_a_benchmark_in_the_folder_with_the_measured_threshold(folder, controls, monkeypatch):
     monkeypatch.chdir(ROOT)
-    path = write_runs(folder, 3, controls)
+    fresh = load_images(folder / "fresh", "fresh").select(range(300))
+    path = write_runs(folder, RUNS, [3], ["runs", "controls"] if controls else ["runs"], fresh)
     runs = Benchmark(path)
     assert runs.output == folder and runs.seeds == [3]
     assert [cell.training for cell in runs.cells] == list(runs.training)[: 12 if controls else 2]
@@ -131,3 +133,63 @@ def test_the_reading_says_who_lies_below():
     runs += [FrontPoint("iet-agc+", s, 0, 0.49 - s / 10, s / 100) for s in range(3)]
     assert "-0.0100 at gap 0.01" in page.reading(runs)
     assert "Lowest held-out loss: 0.2900 against 0.2000" in page.reading(runs)
+
+
+@pytest.fixture(scope="module")
+def lora_runs(tmp_path_factory):
+    """A folder with the pictures of the LoRA demo, and its benchmark with all tables."""
+    folder = tmp_path_factory.mktemp("demo-lora")
+    write_sets(folder, lora.NUM_IMAGES, lora.NUM_DUPLICATED)
+    tables = yaml.safe_load(lora.RUNS.read_text())["tables"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        fresh = load_images(folder / "reference", "fresh")
+        return folder, Benchmark(write_runs(folder, lora.RUNS, [0, 1], tables, fresh))
+
+
+def test_fewer_pictures_are_the_first_of_the_demo(folder, lora_runs):
+    few = load_images(lora_runs[0] / "pictures", "few")
+    assert len(few) == 120 and sum(name.endswith("_0.png") for name in few.names) == 90
+    for row, name in enumerate(few.names):
+        assert np.array_equal(few.image(row), training_pictures()[int(name[:5])])
+    prompts = (lora_runs[0] / "prompts.jsonl").read_text().splitlines()
+    assert prompts == (folder / "prompts.jsonl").read_text().splitlines()[:90]
+
+
+def test_every_lora_run_is_one_change_from_plain_training_of_its_rank(lora_runs):
+    runs = lora_runs[1]
+    assert lora.plain_runs(runs) == ["none, rank 16", "none, rank 4"]
+    assert {runs.effective[name]["lora_rank"] for name in lora.main_runs(runs)} == {4, 16}
+    assert {cell.training for cell in runs.cells} == set(runs.training) and runs.seeds == [0, 1]
+    plain = runs.effective["none, rank 16"]
+    for name, flags in runs.effective.items():
+        changed = {key for key in flags if flags[key] != plain[key]}
+        assert flags["save_rounds"] and flags["lora_rank"] in (4, 16)
+        if flags["mitigation"] == "none" and name != "none, rank 16":
+            assert len(changed - {"lora_alpha"}) == 1, name
+
+
+def test_no_lora_run_has_short_batches(lora_runs):
+    for flags in lora_runs[1].effective.values():
+        rows = 90 if flags["deduplicate"] == "exact" else 120
+        assert rows % flags["num_shards"] == 0 and rows // flags["num_shards"] % flags["train_batch_size"] == 0
+
+
+def test_the_lora_page_compares_with_plain_training_of_each_rank(lora_runs, scored):
+    folder, runs = lora_runs
+    losses, sampled = [], []
+    for place, name in enumerate(lora.main_runs(runs)):
+        for seed in runs.seeds:
+            for step in range(4):
+                drawn = {"copy_rate": step / 10 - place / 100, "frechet": 2 - step / 2}
+                point = FrontPoint(name, step, 0.3, 0.34 - step / 100 + place / 1e3, step / 100, seed)
+                losses.append(point)
+                sampled.append(replace(point, sampled=drawn))
+    text = lora.reading(runs, losses, sampled)
+    assert text.count("Differences to `none, rank") == 2
+    assert "| iet-agc+, rank 16 | +0.0010 (+0.0010 to +0.0010)" in text  # against plain training of rank 16
+    assert "| iet-agc+, rank 4 | +0.0010 (+0.0010 to +0.0010)" in text  # of rank 4
+    assert "| iet-agc+, rank 16 | -0.0100 |" in text
+    page_text = lora.write_page(folder, runs, losses, sampled, scored).read_text()
+    assert page_text.count("<figure>") == 3 and "Differences to `none, rank 4`" in page_text
+    assert (folder / "figure.png").stat().st_size > 10_000
