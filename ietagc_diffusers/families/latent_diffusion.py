@@ -17,7 +17,7 @@ from ..method.config import MitigationConfig
 from ..settings import declared
 from .base import Family, Image, Tensors
 from .latent_objective import LatentObjective
-from .parts import Reader, Tokenize, mark_of, mark_of_tokenizer, part_of
+from .parts import Reader, Tokenize, cast, mark_of, mark_of_tokenizer, part_of
 from .settings import BaseModelSettings
 from .views import Pixels
 
@@ -60,9 +60,8 @@ class LatentDiffusion(Family):
         self.resting: list[torch.nn.Module] = []
         for frozen, precision in ((vae, self.vae_dtype()), *((text, dtype) for text in self.text_encoders.values())):
             frozen.requires_grad_(False)
+            cast(frozen, precision)  # before the move: in float32 T5 by itself would fill a device
             frozen.to(device)
-            if frozen.dtype != precision:  # diffusers warns of a cast even where there is none
-                frozen.to(dtype=precision)
         self.tokenize = Tokenize({r.ids: (self.tokenizers[r.tokenizer_name], self.length(r)) for r in self.present})
         self.objective = self.make_objective(scheduler, **objective)
 
@@ -145,7 +144,7 @@ class LatentDiffusion(Family):
         family.prepare_denoiser(getattr(settings, "resolution", None))
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
-            family.objective.unconditional = family.objective.encode_inputs(family.tokenize([""]))
+            family.objective.unconditional = family.unconditional()
         return family
 
     @classmethod
@@ -260,6 +259,10 @@ class LatentDiffusion(Family):
             settings.caption_dropout,
         )
 
+    def unconditional(self) -> Tensors:
+        """What captions are compared with: what ``encode_inputs`` gives of the empty one, tensors (1, ...)."""
+        return self.objective.encode_inputs(self.tokenize([""]))
+
     def view(self, settings: DataSettings) -> View:
         return Pixels.of(settings)
 
@@ -272,10 +275,10 @@ class LatentDiffusion(Family):
 
     def encoder_marks(self):
         inputs = {"precision": str(self.dtype)}
+        inputs |= {f"length{reader.suffix}": str(self.length(reader)) for reader in self.readers}
         for reader in self.present:
             inputs[reader.encoder_name] = mark_of(self.text_encoders[reader.encoder_name])
             inputs[reader.tokenizer_name] = mark_of_tokenizer(self.tokenizers[reader.tokenizer_name])
-            inputs[f"length{reader.suffix}"] = str(self.length(reader))
         return {"images": {"precision": str(self.vae.dtype), "vae": mark_of(self.vae)}, "inputs": inputs}
 
     def rest(self, images, inputs):

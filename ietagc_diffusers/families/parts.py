@@ -73,6 +73,18 @@ def part_of(
         raise UsageError(f"`{setting}` {base}: no {kind.__name__}{place}{hint}: {reason}") from error
 
 
+def cast(module: Any, dtype: torch.dtype) -> None:
+    """Cast a frozen module, except that in float16 layers stay in float32 that would overflow: those that transformers
+    loads so, such as the last of each of T5's blocks.
+    """
+    if module.dtype != dtype:  # diffusers warns of a cast even where there is none
+        module.to(dtype=dtype)
+    overflowing = (getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    for name, layer in module.named_modules():
+        if name.rpartition(".")[2] in overflowing:
+            layer.float()
+
+
 def mark_of(module: Any) -> str:
     """A hash of a module's configuration and weights, wherever they came from."""
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)

@@ -28,12 +28,16 @@ class BaseModelSettings(CacheSettings):
     variant: str | None = setting(None, "Variant of the weight files, such as fp16.", resume=Resume.SAME)
     pretrained_vae_model_name_or_path: str | None = setting(
         None,
-        "Another VAE than the base model's: a folder or a Hub id. For Stable Diffusion XL in half precision, one that "
-        "does not overflow; without it the VAE works in float32.",
+        "Another VAE than the base model's: a folder or a Hub id. A LoRA of Stable Diffusion XL "
+        "in half precision takes one that does not overflow; without it the VAE works in float32.",
         resume=Resume.SAME,
     )
     max_sequence_length: int = setting(
-        77, "Tokens that T5 reads of a caption (Stable Diffusion 3).", resume=Resume.SAME, type=int, **at_least(1)
+        77,
+        "Tokens of a caption for T5, or zeros where a base has no T5 (Stable Diffusion 3).",
+        resume=Resume.SAME,
+        type=int,
+        **at_least(1),
     )
 
 
