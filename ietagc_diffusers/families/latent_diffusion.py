@@ -118,6 +118,7 @@ class LatentDiffusion(Family):
         cls._refuse_foreign(settings)
         pinned = {"revision": settings.revision, "cache_dir": settings.cache_dir}
         files = pinned | {"variant": settings.variant}
+        frozen = {"dtype": dtype}  # read in this precision: in float32 T5 alone takes 19 GB of memory
         scheduler = part_of(
             cls.scheduler_kind, settings.pretrained_model_name_or_path, "scheduler", cache_dir=settings.cache_dir
         )
@@ -128,13 +129,14 @@ class LatentDiffusion(Family):
         family = make(
             settings,
             scheduler,
-            *cls._load_texts(settings.pretrained_model_name_or_path, pinned, files),
+            *cls._load_texts(settings.pretrained_model_name_or_path, pinned, files | frozen),
             cls._load_vae(settings, files),
             part_of(
                 cls.denoiser_kind,
                 settings.pretrained_model_name_or_path,
                 cls.denoiser_name,
                 **cls.denoiser_source(settings, files),
+                **(frozen if getattr(settings, "lora_rank", None) is not None else {}),
             ),
             device,
             dtype,

@@ -129,7 +129,7 @@ class LatentObjective(Objective):
     def encode_inputs(self, inputs: Tensors) -> Tensors:
         return inputs if self.trains_text else self.encode_text(inputs)
 
-    def told(self, condition: Tensors) -> Tensors:
+    def embedded(self, condition: Tensors) -> Tensors:
         """A condition as ``call`` takes it: token ids, which it has with ``trains_text``, are encoded now, with
         gradient.
         """
@@ -175,7 +175,7 @@ class LatentObjective(Objective):
 
     def predict(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
-        drawn = replace(drawn, condition=self.told(drawn.condition))
+        drawn = replace(drawn, condition=self.embedded(drawn.condition))
         noisy, target = self.noisy_and_target(model, drawn)
         return self.call(model, noisy, drawn, drawn.condition), target
 
@@ -192,13 +192,13 @@ class LatentObjective(Objective):
         """
         if self.unconditional is None:
             raise ValueError("losses_and_magnitudes needs `unconditional`")
-        drawn = replace(drawn, condition=self.told(drawn.condition))
+        drawn = replace(drawn, condition=self.embedded(drawn.condition))
         noisy, target = self.noisy_and_target(model, drawn)
         prediction = self.call(model, noisy, drawn, drawn.condition)
         with torch.no_grad():
             nothing = {
                 name: tensor.expand(len(drawn), *tensor.shape[1:])
-                for name, tensor in self.told(self.unconditional).items()
+                for name, tensor in self.embedded(self.unconditional).items()
             }
             unconditional = self.call(model, noisy, drawn, drawn.condition | nothing)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
