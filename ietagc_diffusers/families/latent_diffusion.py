@@ -17,7 +17,7 @@ from ..method.config import MitigationConfig
 from ..settings import declared
 from .base import Family, Image, Tensors
 from .latent_objective import LatentObjective
-from .parts import Reader, Tokenize, mark_of, mark_of_tokenizer, part_of
+from .parts import Reader, Tokenize, mark_of, mark_of_tokenizer, part_of, scheduler_of
 from .settings import BaseModelSettings
 from .views import Pixels
 
@@ -119,8 +119,8 @@ class LatentDiffusion(Family):
         cls._refuse_foreign(settings)
         pinned = {"revision": settings.revision, "cache_dir": settings.cache_dir}
         files = pinned | {"variant": settings.variant}
-        scheduler = part_of(
-            cls.scheduler_kind, settings.pretrained_model_name_or_path, "scheduler", cache_dir=settings.cache_dir
+        scheduler = scheduler_of(
+            cls.scheduler_kind, settings.pretrained_model_name_or_path, cache_dir=settings.cache_dir
         )
         options = cls.objective_options(settings, scheduler)
         options["embedding_noise"] = (config and config.embedding_noise) or 0.0
@@ -220,7 +220,7 @@ class LatentDiffusion(Family):
     def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
         base, where = str(base), {"setting": setting}
         settings = BaseModelSettings(pretrained_model_name_or_path=base)
-        scheduler = part_of(cls.scheduler_kind, base, "scheduler", **where)
+        scheduler = scheduler_of(cls.scheduler_kind, base, **where)
         make: Any = cls
         family = make(
             settings,
