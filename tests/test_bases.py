@@ -66,7 +66,7 @@ def test_weights_of_other_shapes_are_named(bases, pictures, tmp_path):
 def test_a_folder_without_index_is_named(bases, pictures, tmp_path, kind):
     base = shutil.copytree(bases / kind, tmp_path / "base")
     (base / "model_index.json").unlink()
-    refused(base, pictures, tmp_path / "out", "has no model_index.json")
+    refused(base, pictures, tmp_path / "out", r"has no model_index\.json")
 
 
 def test_the_adapter_of_a_run_is_no_base(base, pictures, tmp_path):

@@ -15,7 +15,6 @@ from torch import nn
 from ..errors import UsageError
 from .base import TOKEN_IDS, Tensors
 
-
 FLOW = "FlowMatch"  # begins the names of the schedulers of flow matching
 
 
