@@ -153,7 +153,7 @@ class LatentDiffusion(Family):
         defaults = {entry.name: entry.default for entry in declared(type(settings))}
         for name in cls.foreign:
             if getattr(settings, name, defaults.get(name)) != defaults.get(name):
-                raise UsageError(f"`{name}`: has no meaning for {cls.name}, which the base is; leave it out")
+                raise UsageError(f"`{name}`: does not apply to {cls.name}, which the base is; leave it out")
 
     @classmethod
     def denoiser_source(cls, settings: Any, files: dict[str, Any]) -> dict[str, Any]:
