@@ -59,7 +59,7 @@ def _add_flag(group, entry, default):
     if default not in (None, entry.default):  # a script with a default of its own
         text = text.split(" Default: ")[0]
     if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
-        text += f" Default: {default}."
+        text += f" Default: {' '.join(default) if about['several'] else default}."
     names = [f"--{name}" for name in (entry.name, *about["aliases"])]
     group.add_argument(*names, default=default, help=text, **options)
 

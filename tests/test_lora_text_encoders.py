@@ -301,7 +301,7 @@ def test_losses_count_the_text_encoders_adapters(base, runs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train_text_encoder"], "`train_text_encoder`: is of adapters; give `lora_rank` too"),
+        (["--train_text_encoder"], "`train_text_encoder`: is for a LoRA; give `lora_rank` too"),
         (["--train_text_encoder", "--lora_rank=2", "--embedding_noise=0.1"], "`embedding_noise`: .*leave out one"),
     ],
 )

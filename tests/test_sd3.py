@@ -214,7 +214,7 @@ def test_an_adapter_is_on_the_layers_of_diffusers_script_unless_others_are_named
     ],
 )
 def test_what_has_no_meaning_is_said_before_training(sd3, pictures, tmp_path, flag, name):
-    with pytest.raises(UsageError, match=f"`{name}`: has no meaning for Stable Diffusion 3"):
+    with pytest.raises(UsageError, match=f"`{name}`: does not apply to Stable Diffusion 3"):
         train_here(train_flags(sd3, pictures, flag, "--max_train_steps=1"), tmp_path / "out")
 
 

@@ -167,8 +167,8 @@ def test_a_trained_adapter_loads_into_a_stock_pipeline(xl, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "why"),
     [
-        ("--dream_training", "`dream_training`: has no meaning for Stable Diffusion XL"),
-        ("--weighting_scheme=mode", "`weighting_scheme`: has no meaning for Stable Diffusion XL"),
+        ("--dream_training", "`dream_training`: does not apply to Stable Diffusion XL"),
+        ("--weighting_scheme=mode", "`weighting_scheme`: does not apply to Stable Diffusion XL"),
         ("--pretrained_vae_model_name_or_path=nowhere", "`pretrained_vae_model_name_or_path` nowhere: no Autoencoder"),
     ],
 )

@@ -17,7 +17,7 @@ from ..method.config import MitigationConfig
 from ..settings import declared
 from .base import Family, Image, Tensors
 from .latent_objective import LatentObjective
-from .parts import Reader, Tokenize, cast, mark_of, mark_of_tokenizer, part_of
+from .parts import Reader, Tokenize, cast, mark_of, mark_of_tokenizer, part_of, scheduler_of
 from .settings import BaseModelSettings
 from .views import Pixels
 
@@ -119,8 +119,8 @@ class LatentDiffusion(Family):
         pinned = {"revision": settings.revision, "cache_dir": settings.cache_dir}
         files = pinned | {"variant": settings.variant}
         frozen = {"dtype": dtype}  # read in this precision: in float32 T5 alone takes 19 GB of memory
-        scheduler = part_of(
-            cls.scheduler_kind, settings.pretrained_model_name_or_path, "scheduler", cache_dir=settings.cache_dir
+        scheduler = scheduler_of(
+            cls.scheduler_kind, settings.pretrained_model_name_or_path, cache_dir=settings.cache_dir
         )
         options = cls.objective_options(settings, scheduler)
         options["embedding_noise"] = (config and config.embedding_noise) or 0.0
@@ -154,7 +154,7 @@ class LatentDiffusion(Family):
         defaults = {entry.name: entry.default for entry in declared(type(settings))}
         for name in cls.foreign:
             if getattr(settings, name, defaults.get(name)) != defaults.get(name):
-                raise UsageError(f"`{name}`: has no meaning for {cls.name}, which the base is; leave it out")
+                raise UsageError(f"`{name}`: does not apply to {cls.name}, which the base is; leave it out")
 
     @classmethod
     def denoiser_source(cls, settings: Any, files: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class LatentDiffusion(Family):
     def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
         base, where = str(base), {"setting": setting}
         settings = BaseModelSettings(pretrained_model_name_or_path=base)
-        scheduler = part_of(cls.scheduler_kind, base, "scheduler", **where)
+        scheduler = scheduler_of(cls.scheduler_kind, base, **where)
         make: Any = cls
         family = make(
             settings,

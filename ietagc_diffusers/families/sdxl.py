@@ -74,9 +74,10 @@ class StableDiffusionXL(NoisePredicting):
 
     def fits(self):
         unet = self.denoiser.config
-        makes = self.text_encoders["text_encoder_2"].config.projection_dim + NUM_SIZES * unet.addition_time_embed_dim
+        takes, size_width = unet.projection_class_embeddings_input_dim or 0, unet.addition_time_embed_dim or 0
+        makes = self.text_encoders["text_encoder_2"].config.projection_dim + NUM_SIZES * size_width
         what = "the UNet takes added conditions of width {}, text_encoder_2 and the sizes make {}"
-        return [*super().fits(), (what, unet.projection_class_embeddings_input_dim, makes)]
+        return [*super().fits(), (what, takes, makes)]
 
     def encode_text(self, inputs: Tensors) -> Tensors:
         """``encoder_hidden_states`` (B, L, D_1 + D_2), of the layer before the last of both encoders, and
