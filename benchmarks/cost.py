@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
+from ietagc_diffusers.families import FAMILIES
 from ietagc_diffusers.training.cost import PROCESS, Adapters, Cost
 from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.lora import shape_of, targeted
-from ietagc_diffusers.training.settings import LORA_TARGETS
 
 SHARDS = (1, 4, 10)
 CHECKED = (192, 384, 512)  # widths of the model of the real runs
@@ -134,7 +134,8 @@ def adapter_rows(name: str, rank: int = 4, num_rounds: int = 25, precision: int 
     kind, config, others = MODELS[name]
     with torch.device("meta"):
         denoiser = kind(**config)
-    shapes = tuple(shape_of(layer) for layer in targeted(denoiser, LORA_TARGETS).values())
+    targets = next(family.denoiser_targets for family in FAMILIES if family.denoiser_kind is kind)
+    shapes = tuple(shape_of(layer) for layer in targeted(denoiser, targets).values())
     frozen = (sum(p.numel() for p in denoiser.parameters()) + others) * precision
     for num_shards in SHARDS:
         for average in ("svd", "concatenate", "fold") if num_shards > 1 else ("svd",):

@@ -1,6 +1,7 @@
 """Adapters (LoRA) for a pipeline: found, hashed, and put on as diffusers does."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ def find_adapter(given: str) -> Adapter:
     ``pytorch_lora_weights.safetensors``, or the only safetensors file. Raises ``UsageError``.
     """
     place, scale = _split(given)
+    if not math.isfinite(scale):
+        raise UsageError(f"`lora` {given}: the scale must be a finite number")
     path = Path(place)
     if path.is_file():
         if path.suffix != ENDING:
@@ -44,6 +47,8 @@ def _split(given):
     try:
         return place, float(scale)
     except ValueError:
+        if Path(place).exists():
+            raise UsageError(f"`lora` {given}: the scale {scale} is not a number") from None
         return given, 1.0
 
 
@@ -88,13 +93,15 @@ def put_on(pipeline: Any, adapters: Sequence[Adapter]) -> None:
     quiet = logging.getLogger("diffusers.loaders")
     for name, adapter in zip(names, adapters, strict=True):
         level = quiet.level
-        quiet.setLevel(logging.ERROR)  # it warns of each part of the pipeline that an adapter has nothing for
+        # It warns of each part of the pipeline that an adapter has nothing for, and prints errors that it raises.
+        quiet.setLevel(logging.CRITICAL)
         try:
             pipeline.load_lora_weights(adapter.file.parent, weight_name=adapter.file.name, adapter_name=name)
         except Exception as error:
-            raise UsageError(
-                f"`lora` {adapter.given}: does not fit the model: {' '.join(str(error).split())[:300]}"
-            ) from error
+            reason = " ".join(str(error).split())[:300]
+            if "mismatch" in reason:  # pages of layers
+                reason = "its layers have other sizes than the model's: made for another kind of model"
+            raise UsageError(f"`lora` {adapter.given}: does not fit the model: {reason}") from error
         finally:
             quiet.setLevel(level)
         if not any(name in loaded for loaded in pipeline.get_list_adapters().values()):

@@ -98,12 +98,14 @@ def load_pipeline(
     check_pipeline(model)
     dtype = getattr(torch, settings.dtype)
     folder = pipeline_folder(model)
-    replaced: dict[str, Any] = {}
+    index = read_json(folder / "model_index.json")
+    # diffusers saves a pipeline without one of its parts, such as T5, and loads it only if it is told so again.
+    replaced: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}
     adapters = _adapters(model, denoiser, settings.lora)
     if denoiser is not None and not _is_adapter(denoiser):
         family = family_of(folder, setting="model")
         replaced[family.denoiser_name] = family.load_denoiser(denoiser, dtype=dtype)
-    if "safety_checker" in read_json(folder / "model_index.json"):
+    if "safety_checker" in index:
         replaced |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **replaced)

@@ -123,7 +123,7 @@ def test_fig_3_is_of_the_run_s_adapter(base, run, pictures, tmp_path):
         ("empty", f"the folder holds no {ADAPTER_FILE}"),
         ("pickle.bin", "must be a .safetensors file"),
         ("text.safetensors", "does not fit the model"),
-        ("wide.safetensors", "does not fit the model: .*size mismatch"),
+        ("wide.safetensors", "does not fit the model: its layers have other sizes"),
         ("other.safetensors", "fits no layer of the model"),
     ],
 )
@@ -146,6 +146,20 @@ def test_a_scale_is_what_follows_the_last_colon(tmp_path):
     (tmp_path / "a:2.safetensors").write_bytes(b"")
     assert find_adapter(str(tmp_path / "a:2.safetensors")).scale == 1
     assert find_adapter(f"{tmp_path / 'a:2.safetensors'}:-0.5").scale == -0.5
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ("nan", "the scale must be a finite number"),
+        ("inf", "the scale must be"),
+        ("half", "the scale half is not"),
+    ],
+)
+def test_a_scale_is_a_finite_number(tmp_path, scale, message):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=f"`lora` .*:{scale}: {message}"):
+        find_adapter(f"{tmp_path / 'a.safetensors'}:{scale}")
 
 
 def test_an_adapter_without_its_base_says_what_to_give(base, run, tmp_path):

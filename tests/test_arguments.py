@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ietagc_diffusers.arguments import flag_names, parse_args
+from ietagc_diffusers.arguments import build_parser, flag_names, parse_args
 from ietagc_diffusers.method.config import MitigationConfig
 from ietagc_diffusers.settings import declared
 from ietagc_diffusers.training.settings import TrainingSettings
@@ -136,8 +136,15 @@ def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
         ([*NEEDED, "--num_validation_images=-1"], "--num_validation_images -1: must be 0 or more"),
         ([*NEEDED, "--prior_loss_weight=-1"], "--prior_loss_weight -1.0: must be 0 or more"),
         ([*NEEDED, "--prior_loss_weight=2"], "--prior_loss_weight 2.0: weighs the pictures of --prior_dir"),
+        ([*NEEDED, "--snr_gamma=0"], "--snr_gamma 0.0: must be over 0"),
+        ([*NEEDED, "--logit_mean=nan"], "--logit_mean nan: must be finite"),
+        ([*NEEDED, "--max_sequence_length=513"], "--max_sequence_length 513: must be in [1, 512]"),
         ([*NEEDED, "--no_such_flag"], "unrecognized arguments"),
     ],
 )
 def test_wrong_use_exits_with_2_and_names_the_flag(capsys, argv, message):
     assert message in refused(capsys, argv)
+
+
+def test_help_shows_a_default_of_several_words_as_it_is_typed():
+    assert "Default: to_k to_q to_v to_out.0." in " ".join(build_parser().format_help().split())

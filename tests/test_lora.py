@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ietagc_diffusers import RunFolder, UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.families import StableDiffusion
 from ietagc_diffusers.method.factors import Factors, shrinking, total, truncate
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 from ietagc_diffusers.tensor_files import TensorFile
@@ -18,9 +19,9 @@ from ietagc_diffusers.training.cost import checkpoint_steps, cost_of
 from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.layout import Layout
 from ietagc_diffusers.training.lora import LoraWeights, adapted, add_adapter, targeted
-from ietagc_diffusers.training.settings import LORA_TARGETS
 
 METHOD = ["--lora_rank=2", "--num_shards=2", "--steps_per_round=2", "--max_train_steps=8", "--checkpointing_steps=3"]
+LORA_TARGETS = StableDiffusion.denoiser_targets
 AVERAGES = ("svd", "concatenate", "fold")
 SHARDS, RANK, ALPHA = 3, 2, 3.0
 CONVOLUTIONS = "to_q to_out.0 conv1 proj_in ff.net.2"  # layers of two kinds, in attention and outside
@@ -363,6 +364,20 @@ def test_the_arithmetic_of_the_cost_is_that_of_real_checkpoints(flags, runs, ave
     assert cost.output(2) == sum(t.nbytes for t in TensorFile(runs[average] / ADAPTER_FILE).values())
 
 
+def test_room_is_asked_for_a_merged_pipeline_as_it_is_saved(base, pictures, tmp_path):
+    """What was trained beside adapters in half precision is merged, and saved, in float32."""
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--lora_rank=2", "--save_merged")
+    flags += ["--mixed_precision=bf16", "--train_text_encoder"]
+    saved = train_here(flags, tmp_path / "out")
+    about = parse_flags(flags)
+    family = StableDiffusion.load(about, dtype=torch.bfloat16)
+    add_adapter(family, about)
+    paths = [saved / ADAPTER_FILE, *saved.glob("*/*.safetensors")]
+    files = sum(t.nbytes for path in paths for t in TensorFile(path).values())
+    assert cost_of(about, family, Layout(1)).output(1) == files
+    assert LoraWeights(family, 1, about).output_bytes == files
+
+
 def test_half_precision_is_for_what_is_frozen(base):
     family = testing.family_of_pipeline(testing.random_pipeline(["a red picture"]))
     family.dtype = torch.bfloat16
@@ -383,10 +398,10 @@ def test_half_precision_is_for_what_is_frozen(base):
         (["--lora_rank=4", "--use_ema"], "`use_ema`: the moving average of an adapter's factors"),
         (["--lora_rank=4", "--use_dora"], "`use_dora`: the mean of the models of `num_shards` 4"),
         (["--lora_rank=4", "--optimizer_state=average"], "`optimizer_state` average: with `lora_rank`"),
-        (["--lora_alpha=4"], "`lora_alpha`: is of adapters; give `lora_rank` too"),
-        (["--lora_target_modules", "to_q"], "`lora_target_modules`: is of adapters"),
-        (["--save_merged"], "`save_merged`: is of adapters"),
-        (["--scale_weight_norms=1"], "`scale_weight_norms`: is of adapters"),
+        (["--lora_alpha=4"], "`lora_alpha`: is for a LoRA; give `lora_rank` too"),
+        (["--lora_target_modules", "to_q"], "`lora_target_modules`: is for a LoRA"),
+        (["--save_merged"], "`save_merged`: is for a LoRA"),
+        (["--scale_weight_norms=1"], "`scale_weight_norms`: is for a LoRA"),
         (["--lora_rank=4", "--scale_weight_norms=0"], "`scale_weight_norms` 0.0: must be over 0"),
         (
             ["--lora_rank=4", "--scale_weight_norms=1", "--lora_average=fold"],

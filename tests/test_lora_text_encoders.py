@@ -166,7 +166,9 @@ def test_families_with_several_encoders_train_those_of_clip(pictures, tmp_path, 
     base.save_pretrained(tmp_path / "base")
     flags = [*train_flags(tmp_path / "base", pictures, *ALONE), "--learning_rate=1e-2", "--save_merged"]
     folder = train_here(flags, tmp_path / "run")
-    trained = {name.split(".")[0] for name, t in load_file(folder / ADAPTER_FILE).items() if ".up." in name and t.any()}
+    saved = load_file(folder / ADAPTER_FILE)
+    ups = {name: tensor for name, tensor in saved.items() if ".up." in name or ".lora_B." in name}
+    trained = {name.split(".")[0] for name, tensor in ups.items() if tensor.any()}
     assert trained == {"transformer" if hasattr(base, "transformer") else "unet", "text_encoder", "text_encoder_2"}
     stock = type(base).from_pretrained(tmp_path / "base")
     plain = draw(stock)
@@ -299,7 +301,7 @@ def test_losses_count_the_text_encoders_adapters(base, runs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train_text_encoder"], "`train_text_encoder`: is of adapters; give `lora_rank` too"),
+        (["--train_text_encoder"], "`train_text_encoder`: is for a LoRA; give `lora_rank` too"),
         (["--train_text_encoder", "--lora_rank=2", "--embedding_noise=0.1"], "`embedding_noise`: .*leave out one"),
     ],
 )

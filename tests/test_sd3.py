@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, train_flags, train_here
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from peft import LoraConfig
 
 from ietagc_diffusers import UsageError, family_of, testing
+from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.families import StableDiffusion3
 from ietagc_diffusers.families.flow_matching import SCHEMES, LevelDensity
+from ietagc_diffusers.families.settings import BaseModelSettings
 from ietagc_diffusers.training.fixed_losses import FixedLosses
+from ietagc_diffusers.training.lora import adapted, add_adapter, saved_names
 
 CAPTIONS = [f"a {colour} picture" for colour in COLOURS]
 METHOD = [
@@ -111,18 +115,29 @@ def test_the_middle_level_is_the_median_of_the_noise(pipeline):
     assert drawn.steps[0].item() == pytest.approx(1000 / (1 + math.exp(-0.5)), abs=1)
 
 
+@pytest.mark.parametrize("length", [77, 20])
 @pytest.mark.parametrize("t5", [True, False])
-def test_captions_are_encoded_as_the_pipeline_does(t5):
+def test_captions_are_encoded_as_the_pipeline_does(t5, length):
     pipeline = testing.random_sd3_pipeline(CAPTIONS)
     if not t5:
         pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
-    family = testing.family_of_pipeline(pipeline)
+    family = StableDiffusion3.of_pipeline(pipeline, BaseModelSettings(max_sequence_length=length))
     told = family.encode_text(family.tokenize(CAPTIONS))
     embeddings, _, pooled, _ = pipeline.encode_prompt(
-        CAPTIONS, CAPTIONS, CAPTIONS, do_classifier_free_guidance=False, max_sequence_length=77
+        CAPTIONS, CAPTIONS, CAPTIONS, do_classifier_free_guidance=False, max_sequence_length=length
     )
     torch.testing.assert_close(told["encoder_hidden_states"], embeddings)
     torch.testing.assert_close(told["pooled_projections"], pooled)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_in_float16_the_layers_of_t5_that_overflow_stay_in_float32(stored, tmp_path):
+    pipeline = testing.random_sd3_pipeline(CAPTIONS)
+    pipeline.to(stored).save_pretrained(tmp_path)
+    flags = [f"--pretrained_model_name_or_path={tmp_path}", "--train_data_dir=d", "--resolution=16"]
+    family = StableDiffusion3.load(parse_flags(flags), dtype=torch.float16)
+    t5 = family.text_encoders["text_encoder_3"]
+    assert {name.rpartition(".")[0][-2:] for name, p in t5.named_parameters() if p.dtype != torch.float16} == {"wo"}
 
 
 def test_latents_are_shifted_and_scaled_as_the_pipeline_undoes_it(pipeline):
@@ -173,6 +188,22 @@ def test_a_trained_adapter_loads_into_a_stock_pipeline(sd3, pictures, tmp_path):
     assert abs(drawn[0] - drawn[2]).max() > 1e-4
 
 
+def test_an_adapter_is_on_the_layers_of_diffusers_script_unless_others_are_named(pipeline, sd3, pictures):
+    """Both halves of joint attention, and not SD 3.5's second attention, which only the image's tokens have."""
+    official = [f"add_{name}_proj" for name in "kqv"] + ["to_add_out", "to_k", "to_out.0", "to_q", "to_v"]
+    transformer = SD3Transformer2DModel.from_config(pipeline.transformer.config, dual_attention_layers=(0,))
+    reference = SD3Transformer2DModel.from_config(transformer.config)
+    reference.add_adapter(LoraConfig(target_modules=[f"attn.{name}" for name in official]))
+    family = testing.family_of_pipeline(StableDiffusion3Pipeline(**pipeline.components | {"transformer": transformer}))
+    settings = parse_flags(train_flags(sd3, pictures, "--lora_rank=2"))
+    add_adapter(family, settings)
+    assert adapted(transformer).keys() == adapted(reference).keys()
+    assert sorted(settings.values()["lora_target_modules"]) == sorted(f"attn.{name}" for name in official)
+    assert {name.rpartition(".lora")[0] for name in saved_names(family).values()} == {
+        f"transformer.{name}" for name in adapted(reference)
+    }
+
+
 @pytest.mark.parametrize(
     ("flag", "name"),
     [
@@ -183,7 +214,7 @@ def test_a_trained_adapter_loads_into_a_stock_pipeline(sd3, pictures, tmp_path):
     ],
 )
 def test_what_has_no_meaning_is_said_before_training(sd3, pictures, tmp_path, flag, name):
-    with pytest.raises(UsageError, match=f"`{name}`: has no meaning for Stable Diffusion 3"):
+    with pytest.raises(UsageError, match=f"`{name}`: does not apply to Stable Diffusion 3"):
         train_here(train_flags(sd3, pictures, flag, "--max_train_steps=1"), tmp_path / "out")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, write_folder
+from diffusers import StableDiffusion3Pipeline
 from mitigated import generators
 from PIL import Image
 
@@ -104,3 +105,16 @@ def test_the_guard_draws_a_copy_again(pipeline, tmp_path):
     assert made.tries == [1, 2] and made.images[0].tobytes() == plain[0].tobytes()
     assert made.images[1].tobytes() != plain[1].tobytes()
     assert isinstance(made.similarity[0], float) and torch.isfinite(torch.tensor(made.similarity)).all()
+
+
+def test_a_model_saved_without_t5_is_drawn_from_and_scored(pipeline, flags, tmp_path):
+    """diffusers itself loads it only if it is told of the missing parts again."""
+    small = StableDiffusion3Pipeline(**pipeline.components | dict.fromkeys(("text_encoder_3", "tokenizer_3")))
+    small.save_pretrained(tmp_path / "small")
+    small.set_progress_bar_config(disable=True)
+    stock = small(PROMPTS, num_inference_steps=2, guidance_scale=7.5, generator=generators(3, 4, 5, 6)).images
+    own = [*flags, "--model", str(tmp_path / "small")]
+    assert main(["generate", *own, "--batch_size", "4", "--output", str(tmp_path / "images")]) == 0
+    for number, image in enumerate(stock):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / f"{number:06d}.png")), np.asarray(image))
+    assert main(["detect", *own, "--output", str(tmp_path / "detect")]) == 0

@@ -12,6 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from ietagc_diffusers import UsageError, testing
+from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.families import StableDiffusionXL
 from ietagc_diffusers.families.text_to_image import biased_timesteps
 from ietagc_diffusers.families.views import SizedPixels
 
@@ -165,14 +167,71 @@ def test_a_trained_adapter_loads_into_a_stock_pipeline(xl, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "why"),
     [
-        ("--dream_training", "`dream_training`: has no meaning for Stable Diffusion XL"),
-        ("--weighting_scheme=mode", "`weighting_scheme`: has no meaning for Stable Diffusion XL"),
+        ("--dream_training", "`dream_training`: does not apply to Stable Diffusion XL"),
+        ("--weighting_scheme=mode", "`weighting_scheme`: does not apply to Stable Diffusion XL"),
         ("--pretrained_vae_model_name_or_path=nowhere", "`pretrained_vae_model_name_or_path` nowhere: no Autoencoder"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(xl, pictures, tmp_path, flag, why):
     with pytest.raises(UsageError, match=why):
         train_here(train_flags(xl, pictures, flag, "--max_train_steps=1"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "precision"),
+    [
+        (False, [], torch.float32),
+        (True, [], torch.float32),
+        (False, ["--lora_rank=2"], torch.float32),
+        (True, ["--lora_rank=2"], torch.bfloat16),
+    ],
+)
+def test_the_vae_has_the_precision_of_the_official_scripts(xl, own, more, precision):
+    vae = [f"--pretrained_vae_model_name_or_path={xl / 'vae'}"] if own else []
+    flags = [f"--pretrained_model_name_or_path={xl}", "--train_data_dir=d", "--resolution=16", *vae, *more]
+    family = StableDiffusionXL.load(parse_flags(flags), dtype=torch.bfloat16)
+    assert family.vae.dtype == precision
+    assert {encoder.dtype for encoder in family.text_encoders.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_rank=2", "--train_text_encoder"]], ids=["frozen", "trained"])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_magnitudes_are_measured_against_what_the_pipeline_draws_without_a_prompt(tmp_path, zeros, more):
+    pipeline = testing.random_xl_pipeline(CAPTIONS)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    pipeline.save_pretrained(tmp_path)
+    flags = [f"--pretrained_model_name_or_path={tmp_path}", "--train_data_dir=d", "--resolution=16", *more]
+    settings = parse_flags([*flags, "--wen_threshold=3"])
+    family = StableDiffusionXL.load(settings, config=settings.method)
+    batch = family.batch(torch.zeros(2, 3, 16, 16), CAPTIONS[:2])
+    drawn = family.objective.draw(family.objective.encode(batch))
+    _, magnitudes = family.objective.losses_and_magnitudes(family.denoiser, drawn)
+    embeddings = pipeline.encode_prompt(CAPTIONS[:2], do_classifier_free_guidance=True)
+    noisy = family.objective.scheduler.add_noise(drawn.latents, drawn.noise, drawn.timesteps)
+    one, other = (
+        pipeline.unet(
+            noisy,
+            drawn.timesteps,
+            tokens,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": drawn.condition["time_ids"]},
+        ).sample
+        for tokens, pooled in (embeddings[::2], embeddings[1::2])
+    )
+    torch.testing.assert_close(magnitudes, (one - other).detach().flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_vae_that_scales_each_channel_is_refused(xl, pictures, tmp_path, own):
+    """Playground 2.5's: its latents would be trained at another scale than they are drawn at."""
+    pipeline = testing.random_xl_pipeline(CAPTIONS)
+    channels = pipeline.vae.config.latent_channels
+    pipeline.vae.register_to_config(latents_mean=[0.5] * channels, latents_std=[2.0] * channels)
+    pipeline.save_pretrained(tmp_path / "odd")
+    flags = train_flags(xl if own else tmp_path / "odd", pictures, "--max_train_steps=1")
+    flags += [f"--pretrained_vae_model_name_or_path={tmp_path / 'odd' / 'vae'}"] if own else []
+    name = "pretrained_vae_model_name_or_path" if own else "pretrained_model_name_or_path"
+    with pytest.raises(UsageError, match=f"`{name}` .*latents_mean"):
+        train_here(flags, tmp_path / "out")
 
 
 def test_parts_that_do_not_fit_are_named(pictures, tmp_path):

@@ -94,7 +94,8 @@ class Family(ABC):
     denoiser_name: ClassVar[str]  # the denoiser's folder in a pipeline
     tags: ClassVar[tuple[str, ...]]  # of the model card
     script: ClassVar[str] = "train_text_to_image_ietagc.py"  # that trains every base of this family
-    # The layers of the text encoders that get adapters: the official scripts', those of attention.
+    # The layers of the denoiser and of the text encoders that get adapters: the official scripts', those of attention.
+    denoiser_targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     text_encoders: dict[str, Any]
@@ -123,6 +124,13 @@ class Family(ABC):
     def nbytes(self) -> int:
         """Bytes of the parameters of all parts: the size of the pipeline's files, nearly."""
         return sum(p.nbytes for part in self.parts for p in part.parameters())
+
+    @property
+    def merged_nbytes(self) -> int:
+        """The same of the pipeline within ``merged``, where the modules with adapters are in float32."""
+        own = [parameter for module in self.trained.values() for parameter in module.parameters()]
+        merged = sum(4 * parameter.numel() for parameter in own if not parameter.requires_grad)
+        return self.nbytes - sum(parameter.nbytes for parameter in own) + merged
 
     @classmethod
     @abstractmethod

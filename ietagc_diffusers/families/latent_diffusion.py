@@ -17,7 +17,7 @@ from ..method.config import MitigationConfig
 from ..settings import declared
 from .base import Family, Image, Tensors
 from .latent_objective import LatentObjective
-from .parts import Reader, Tokenize, mark_of, mark_of_tokenizer, part_of
+from .parts import Reader, Tokenize, cast, mark_of, mark_of_tokenizer, part_of, scheduler_of
 from .settings import BaseModelSettings
 from .views import Pixels
 
@@ -61,9 +61,8 @@ class LatentDiffusion(Family):
         self.resting: list[torch.nn.Module] = []
         for frozen, precision in ((vae, self.vae_dtype()), *((text, dtype) for text in self.text_encoders.values())):
             frozen.requires_grad_(False)
+            cast(frozen, precision)  # before the move: in float32 T5 by itself would fill a device
             frozen.to(device)
-            if frozen.dtype != precision:  # diffusers warns of a cast even where there is none
-                frozen.to(dtype=precision)
         self.tokenize = Tokenize({r.ids: (self.tokenizers[r.tokenizer_name], self.length(r)) for r in self.present})
         self.objective = self.make_objective(scheduler, **objective)
 
@@ -120,8 +119,9 @@ class LatentDiffusion(Family):
         cls._refuse_foreign(settings)
         pinned = {"revision": settings.revision, "cache_dir": settings.cache_dir}
         files = pinned | {"variant": settings.variant}
-        scheduler = part_of(
-            cls.scheduler_kind, settings.pretrained_model_name_or_path, "scheduler", cache_dir=settings.cache_dir
+        frozen = {"dtype": dtype}  # read in this precision: in float32 T5 alone takes 19 GB of memory
+        scheduler = scheduler_of(
+            cls.scheduler_kind, settings.pretrained_model_name_or_path, cache_dir=settings.cache_dir
         )
         options = cls.objective_options(settings, scheduler)
         options["embedding_noise"] = (config and config.embedding_noise) or 0.0
@@ -130,13 +130,14 @@ class LatentDiffusion(Family):
         family = make(
             settings,
             scheduler,
-            *cls._load_texts(settings.pretrained_model_name_or_path, pinned, files),
+            *cls._load_texts(settings.pretrained_model_name_or_path, pinned, files | frozen),
             cls._load_vae(settings, files),
             part_of(
                 cls.denoiser_kind,
                 settings.pretrained_model_name_or_path,
                 cls.denoiser_name,
                 **cls.denoiser_source(settings, files),
+                **(frozen if getattr(settings, "lora_rank", None) is not None else {}),
             ),
             device,
             dtype,
@@ -146,7 +147,7 @@ class LatentDiffusion(Family):
         family.prepare_denoiser(getattr(settings, "resolution", None))
         family.denoiser.train()
         if config is not None and config.wen_threshold is not None:
-            family.objective.unconditional = family.objective.encode_inputs(family.tokenize([""]))
+            family.objective.unconditional = family.unconditional()
         return family
 
     @classmethod
@@ -154,7 +155,7 @@ class LatentDiffusion(Family):
         defaults = {entry.name: entry.default for entry in declared(type(settings))}
         for name in cls.foreign:
             if getattr(settings, name, defaults.get(name)) != defaults.get(name):
-                raise UsageError(f"`{name}`: has no meaning for {cls.name}, which the base is; leave it out")
+                raise UsageError(f"`{name}`: does not apply to {cls.name}, which the base is; leave it out")
 
     @classmethod
     def denoiser_source(cls, settings: Any, files: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +222,7 @@ class LatentDiffusion(Family):
     def load_frozen(cls, base, prediction_type=None, device="cpu", setting="pretrained_model_name_or_path"):
         base, where = str(base), {"setting": setting}
         settings = BaseModelSettings(pretrained_model_name_or_path=base)
-        scheduler = part_of(cls.scheduler_kind, base, "scheduler", **where)
+        scheduler = scheduler_of(cls.scheduler_kind, base, **where)
         make: Any = cls
         family = make(
             settings,
@@ -261,6 +262,10 @@ class LatentDiffusion(Family):
             settings.caption_dropout,
         )
 
+    def unconditional(self) -> Tensors:
+        """What captions are compared with: what ``encode_inputs`` gives of the empty one, tensors (1, ...)."""
+        return self.objective.encode_inputs(self.tokenize([""]))
+
     def view(self, settings: ImageSettings) -> View:
         return Pixels.of(settings)
 
@@ -273,10 +278,10 @@ class LatentDiffusion(Family):
 
     def encoder_marks(self):
         inputs = {"precision": str(self.dtype)}
+        inputs |= {f"length{reader.suffix}": str(self.length(reader)) for reader in self.readers}
         for reader in self.present:
             inputs[reader.encoder_name] = mark_of(self.text_encoders[reader.encoder_name])
             inputs[reader.tokenizer_name] = mark_of_tokenizer(self.tokenizers[reader.tokenizer_name])
-            inputs[f"length{reader.suffix}"] = str(self.length(reader))
         return {"images": {"precision": str(self.vae.dtype), "vae": mark_of(self.vae)}, "inputs": inputs}
 
     def rest(self, images, inputs):

@@ -53,8 +53,8 @@ class LatentObjective(Objective):
         scheduler: the base's, with its tables of noise levels.
         dtype: of the denoiser's input.
         embedding_noise: scale of Gaussian noise on the caption's embedding, 0 is off (GN, Somepalli et al. 2023).
-        unconditional: what ``encode_inputs`` gives of the empty caption, tensors (1, ...); ``losses_and_magnitudes``
-            needs it.
+        unconditional: what captions are compared with by ``losses_and_magnitudes``, which needs it: a condition, or
+            token ids, tensors (1, ...).
         stored_latents: latents are float32 and contiguous, as the official script of Stable Diffusion XL reads them
             from its cache; otherwise they have ``dtype`` and the memory layout that the VAE gives.
         trains_text: see ``Objective``; conditions then have token ids, which each forward encodes.
@@ -102,9 +102,11 @@ class LatentObjective(Objective):
     def encode_inputs(self, inputs: Tensors) -> Tensors:
         return inputs if self.trains_text else self.encode_text(inputs)
 
-    def told(self, condition: Tensors) -> Tensors:
-        """A condition as ``call`` takes it: with ``trains_text`` its token ids are encoded now, with gradient."""
-        if not self.trains_text:
+    def embedded(self, condition: Tensors) -> Tensors:
+        """A condition as ``call`` takes it: token ids, which it has with ``trains_text``, are encoded now, with
+        gradient.
+        """
+        if not any(name.startswith(TOKEN_IDS) for name in condition):
             return condition
         others = {name: tensor for name, tensor in condition.items() if not name.startswith(TOKEN_IDS)}
         return self.encode_text(condition) | others
@@ -146,7 +148,7 @@ class LatentObjective(Objective):
 
     def predict(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
-        drawn = replace(drawn, condition=self.told(drawn.condition))
+        drawn = replace(drawn, condition=self.embedded(drawn.condition))
         noisy, target = self.noisy_and_target(model, drawn)
         return self.call(model, noisy, drawn, drawn.condition), target
 
@@ -162,14 +164,14 @@ class LatentObjective(Objective):
         it is, noise or velocity, as in the authors' code. What the model is told besides the caption stays.
         """
         if self.unconditional is None:
-            raise ValueError("losses_and_magnitudes needs the condition of the empty caption")
-        drawn = replace(drawn, condition=self.told(drawn.condition))
+            raise ValueError("losses_and_magnitudes needs `unconditional`")
+        drawn = replace(drawn, condition=self.embedded(drawn.condition))
         noisy, target = self.noisy_and_target(model, drawn)
         prediction = self.call(model, noisy, drawn, drawn.condition)
         with torch.no_grad():
             nothing = {
                 name: tensor.expand(len(drawn), *tensor.shape[1:])
-                for name, tensor in self.told(self.unconditional).items()
+                for name, tensor in self.embedded(self.unconditional).items()
             }
             unconditional = self.call(model, noisy, drawn, drawn.condition | nothing)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)

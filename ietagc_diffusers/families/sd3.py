@@ -26,6 +26,11 @@ class StableDiffusion3(LatentDiffusion):
     denoiser_kind = SD3Transformer2DModel
     scheduler_kind = FlowMatchEulerDiscreteScheduler
     tags = ("sd3", "sd3-diffusers", "text-to-image")
+    # Of joint attention: the layers of the image's tokens, and those of the caption's.
+    denoiser_targets = (
+        "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0",
+        "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
     readers = (
         Reader("", CLIPTokenizer, CLIPTextModelWithProjection),
         Reader("_2", CLIPTokenizer, CLIPTextModelWithProjection),
@@ -87,7 +92,7 @@ class StableDiffusion3(LatentDiffusion):
         encoder = self.text_encoders.get(f"text_encoder{T5}")
         if encoder is not None:
             return encoder(inputs[f"input_ids{T5}"].to(encoder.device))[0]
-        return like.new_zeros(*like.shape[:2], self._joint_width)  # as the pipeline
+        return like.new_zeros(len(like), self.settings.max_sequence_length, self._joint_width)  # as the pipeline
 
     @cached_property
     def _joint_width(self):

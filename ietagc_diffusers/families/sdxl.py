@@ -7,6 +7,7 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..data import ImageSettings
+from ..errors import UsageError
 from .base import Tensors
 from .parts import Reader
 from .stable_diffusion import OF_FLOW_MATCHING, NoisePredicting
@@ -28,6 +29,13 @@ class SizedObjective(TextToImageObjective):
         return own | {"added_cond_kwargs": {name: condition[name] for name in self.ADDED}}
 
 
+def _stores_latents(settings: Any) -> bool:
+    """Whether the official script encodes all images before training: that of the full training does, that of LoRA
+    does not.
+    """
+    return getattr(settings, "lora_rank", None) is None
+
+
 class StableDiffusionXL(NoisePredicting):
     """Stable Diffusion XL."""
 
@@ -42,21 +50,34 @@ class StableDiffusionXL(NoisePredicting):
 
     @classmethod
     def objective_options(cls, settings: Any, scheduler: Any) -> dict[str, Any]:
-        # The official script of the full training caches its latents, the one of LoRA does not.
-        return super().objective_options(settings, scheduler) | {"stored_latents": settings.lora_rank is None}
+        return super().objective_options(settings, scheduler) | {"stored_latents": _stores_latents(settings)}
 
     def make_objective(self, scheduler: Any, **options: Any) -> SizedObjective:
         return SizedObjective(self.vae, self.encode_text, scheduler, self.dtype, **options)
 
     def vae_dtype(self) -> torch.dtype:
-        """float32, as the model's own VAE overflows in half precision; a VAE that was chosen is used as the rest."""
-        return torch.float32 if self.settings.pretrained_vae_model_name_or_path is None else self.dtype
+        """As in the official scripts: float32, since the model's own VAE overflows in half precision; but that of the
+        other parts for adapters beside a VAE that was chosen.
+        """
+        s = self.settings
+        return torch.float32 if s.pretrained_vae_model_name_or_path is None or _stores_latents(s) else self.dtype
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        if self.vae.config.latents_mean is not None:
+            own = self.settings.pretrained_vae_model_name_or_path
+            setting = "pretrained_model_name_or_path" if own is None else "pretrained_vae_model_name_or_path"
+            raise UsageError(
+                f"`{setting}` {getattr(self.settings, setting)}: its VAE scales each channel of the latents by itself "
+                "(latents_mean), as Playground 2.5 does, which is not trained here; give a base of Stable Diffusion XL"
+            )
 
     def fits(self):
         unet = self.denoiser.config
-        makes = self.text_encoders["text_encoder_2"].config.projection_dim + NUM_SIZES * unet.addition_time_embed_dim
+        takes, size_width = unet.projection_class_embeddings_input_dim or 0, unet.addition_time_embed_dim or 0
+        makes = self.text_encoders["text_encoder_2"].config.projection_dim + NUM_SIZES * size_width
         what = "the UNet takes added conditions of width {}, text_encoder_2 and the sizes make {}"
-        return [*super().fits(), (what, unet.projection_class_embeddings_input_dim, makes)]
+        return [*super().fits(), (what, takes, makes)]
 
     def encode_text(self, inputs: Tensors) -> Tensors:
         """``encoder_hidden_states`` (B, L, D_1 + D_2), of the layer before the last of both encoders, and
@@ -70,6 +91,20 @@ class StableDiffusionXL(NoisePredicting):
             )
             embeddings.append(hidden[-2])
         return {"encoder_hidden_states": torch.cat(embeddings, dim=-1), "text_embeds": pooled.flatten(1)}
+
+    @torch.no_grad()
+    def unconditional(self) -> Tensors:
+        """As pipelines of the base draw: zeros for an empty prompt, unless its index says otherwise."""
+        s = self.settings
+        try:
+            index: dict[str, Any] = self.pipelines[0].load_config(
+                s.pretrained_model_name_or_path, revision=s.revision, cache_dir=s.cache_dir
+            )
+        except (OSError, ValueError):
+            index = {}
+        if not index.get("force_zeros_for_empty_prompt", True):
+            return super().unconditional()
+        return {name: torch.zeros_like(told) for name, told in self.encode_text(self.tokenize([""])).items()}
 
     def view(self, settings: ImageSettings) -> SizedPixels:
         return SizedPixels.of(settings)

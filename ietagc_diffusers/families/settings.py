@@ -34,12 +34,17 @@ class BaseModelSettings(PipelineSettings):
     )
     pretrained_vae_model_name_or_path: str | None = setting(
         None,
-        "Another VAE than the base model's: a folder or a Hub id. For Stable Diffusion XL in half precision, one that "
-        "does not overflow; without it the VAE works in float32.",
+        "Another VAE than the base model's: a folder or a Hub id. A LoRA of Stable Diffusion XL "
+        "in half precision takes one that does not overflow; without it the VAE works in float32.",
         resume=Resume.SAME,
     )
     max_sequence_length: int = setting(
-        77, "Tokens that T5 reads of a caption (Stable Diffusion 3).", resume=Resume.SAME, type=int, **at_least(1)
+        77,
+        "Tokens of a caption for T5, or zeros where a base has no T5 (Stable Diffusion 3); at most 512.",
+        resume=Resume.SAME,
+        type=int,
+        check=lambda length: 1 <= length <= 512,  # what the pipeline takes
+        wanted="in [1, 512]",
     )
 
 
@@ -121,7 +126,14 @@ class ObjectiveSettings:
         resume=Resume.SAME,
         choices=["epsilon", "v_prediction", "sample"],
     )
-    snr_gamma: float | None = setting(None, "min-SNR loss weighting; 5.0 is usual.", resume=Resume.SAME, type=float)
+    snr_gamma: float | None = setting(
+        None,
+        "min-SNR loss weighting; 5.0 is usual.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda gamma: gamma > 0,  # at 0 nothing is trained, below it the loss grows
+        wanted="over 0",
+    )
     noise_offset: float = setting(0.0, "Scale of the noise offset.", resume=Resume.SAME, type=float, **not_negative())
     input_perturbation: float = setting(
         0.0, "Scale of input perturbation; 0.1 is usual.", resume=Resume.SAME, type=float, **not_negative()
@@ -168,14 +180,16 @@ class ObjectiveSettings:
         resume=Resume.SAME,
         choices=["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"],
     )
-    logit_mean: float = setting(0.0, "Mean of logit_normal.", resume=Resume.SAME, type=float)
+    logit_mean: float = setting(
+        0.0, "Mean of logit_normal.", resume=Resume.SAME, type=float, check=math.isfinite, wanted="finite"
+    )
     logit_std: float = setting(
         1.0,
         "Standard deviation of logit_normal.",
         resume=Resume.SAME,
         type=float,
-        check=lambda deviation: deviation > 0,
-        wanted="over 0",
+        check=lambda deviation: 0 < deviation < math.inf,
+        wanted="over 0, and finite",
     )
     mode_scale: float = setting(
         1.29,

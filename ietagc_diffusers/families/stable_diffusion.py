@@ -52,7 +52,8 @@ class NoisePredicting(LatentDiffusion):
 
     def fits(self):
         makes = sum(text.config.hidden_size for text in self.text_encoders.values())
-        what = "the UNet takes embeddings of width {}, the text encoder makes {}"
+        texts = "the text encoder makes" if len(self.text_encoders) == 1 else "the text encoders make"
+        what = f"the UNet takes embeddings of width {{}}, {texts} {{}}"
         return [*super().fits(), (what, self.denoiser.config.cross_attention_dim, makes)]
 
     def prepare_denoiser(self, resolution: int | None) -> None:

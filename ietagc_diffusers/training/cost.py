@@ -29,14 +29,14 @@ class Adapters:
         shapes: (O, I) of the targeted weights as matrices.
         rank: r.
         average: ``svd``, ``concatenate`` or ``fold``.
-        merged: whether the result is also saved as a pipeline.
+        merged: bytes of the pipeline that the result is also saved as; 0: none.
         extra: parameters beside the factors (DoRA's magnitudes).
     """
 
     shapes: tuple[tuple[int, int], ...]
     rank: int
     average: str = "svd"
-    merged: bool = False
+    merged: int = 0
     extra: int = 0
 
     def parameters(self, rank: int) -> int:
@@ -149,7 +149,7 @@ class Cost:
         """The files of the trained pipeline or adapter."""
         if self.adapters is None:
             return self.copy + self.frozen
-        return self.theta(num_rounds) + (self.frozen if self.adapters.merged else 0)
+        return self.theta(num_rounds) + self.adapters.merged
 
     def files(self, rounds: Rounds, step: int) -> dict[tuple, int]:
         """The large files of the checkpoint at a step, by (name, version): equal keys are one file on the disk."""
@@ -226,7 +226,8 @@ def adapters_of(settings: LoraSettings, family: Family) -> Adapters:
     layers = adapted_layers(family).values()
     shapes = tuple(shape_of(layer.base_layer) for layer in layers)
     magnitudes = sum(shape[0] for shape in shapes) if settings.use_dora else 0
-    return Adapters(shapes, size_of(settings)[0], settings.lora_average, settings.save_merged, magnitudes)
+    merged = family.merged_nbytes if settings.save_merged else 0
+    return Adapters(shapes, size_of(settings)[0], settings.lora_average, merged, magnitudes)
 
 
 def describe(cost: Cost, rounds: Rounds, every: int, total_limit: int | None) -> str:

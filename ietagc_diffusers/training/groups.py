@@ -209,9 +209,6 @@ class ValidationSettings:
     )
 
 
-LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # the official scripts': the layers of attention
-
-
 @dataclass(kw_only=True)
 class LoraSettings:
     """Low-rank adapters instead of all weights."""
@@ -241,8 +238,11 @@ class LoraSettings:
         check=lambda rate: 0 <= rate < 1,
         wanted="in [0, 1)",
     )
-    lora_target_modules: list[str] | tuple[str, ...] = setting(
-        LORA_TARGETS, "Names, or ends of names, of the layers that get adapters.", resume=Resume.FIXED, several=True
+    lora_target_modules: list[str] | None = setting(
+        None,
+        "Names, or ends of names, of the layers that get adapters. Default: the official scripts', those of attention.",
+        resume=Resume.FIXED,
+        several=True,
     )
     train_text_encoder: bool = setting(
         False,

@@ -33,12 +33,14 @@ def add_adapter(family: Family, settings: LoraSettings) -> None:
     """Freeze the trained modules, in the precision of the family, and put adapters in float32 onto their targeted
     layers, module by module.
 
-    The draws are the official LoRA scripts': ``down`` is normal with deviation 1 / rank, ``up`` zero.
+    The draws are the official LoRA scripts': ``down`` is normal with deviation 1 / rank, ``up`` zero. Settings that
+    name no layers of the denoiser afterwards name the family's own, so that records and checkpoints have them.
 
     Raises ``UsageError`` where the settings do not fit the modules.
     """
     if settings.train_text_encoder and len(family.trained) == 1:
         raise UsageError(f"`train_text_encoder`: not for {family.name}; leave it out")
+    settings.lora_target_modules = targets_of(family.denoiser_name, family, settings)
     for name, module in family.trained.items():
         _check_fit(name, module, family, settings)
         module.requires_grad_(False)
@@ -55,7 +57,8 @@ def add_adapter(family: Family, settings: LoraSettings) -> None:
 
 def targets_of(name: str, family: Family, settings: LoraSettings) -> list[str]:
     """Names, or ends of names, of the layers of a trained module that get adapters."""
-    return list(settings.lora_target_modules if name == family.denoiser_name else family.text_targets)
+    of_denoiser = settings.lora_target_modules or family.denoiser_targets
+    return list(of_denoiser if name == family.denoiser_name else family.text_targets)
 
 
 def size_of(settings: LoraSettings) -> tuple[int, float]:
@@ -338,7 +341,7 @@ class LoraWeights(Weights):
     @property
     def output_bytes(self) -> int:
         adapter = sum(tensor.nbytes for tensor in self.deployable()[KEY].values())
-        return adapter + (self.family.nbytes if self.settings.save_merged else 0)
+        return adapter + (self.family.merged_nbytes if self.settings.save_merged else 0)
 
     def metadata(self) -> dict[str, str]:
         """The header of the file: what peft must know of the adapter, as diffusers writes it."""

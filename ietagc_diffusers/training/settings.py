@@ -136,7 +136,7 @@ class TrainingSettings(
                 given = getattr(self, entry.name)
                 given = tuple(given) if isinstance(given, list) else given
                 if given != entry.default:
-                    raise UsageError(f"`{entry.name}`: is of adapters; give `lora_rank` too, or leave it out")
+                    raise UsageError(f"`{entry.name}`: is for a LoRA; give `lora_rank` too, or leave it out")
             return
         several = self.method.num_shards > 1
         if self.use_ema:
@@ -146,7 +146,7 @@ class TrainingSettings(
             )
         if self.use_dora and several:
             raise UsageError(
-                f"`use_dora`: the mean of the models of `num_shards` {self.method.num_shards} is no DoRA; give "
+                f"`use_dora`: the mean of the models of `num_shards` {self.method.num_shards} is not a DoRA; give "
                 "`num_shards` 1, or leave it out"
             )
         if self.scale_weight_norms is not None and self.use_dora:
