@@ -60,7 +60,7 @@ def _add_flag(group, entry, default, own_default):
     if own_default and default is not None:  # a default of this script only
         text = text.split(" Default: ")[0]
     if default not in (None, False, ()) and "Default" not in text and about["type"] is not bool:
-        text += f" Default: {' '.join(default) if about['several'] else default}."
+        text += f" Default: {default}."
     names = [f"--{name}" for name in (entry.name, *about["aliases"])]
     group.add_argument(*names, default=default, help=text, **options)
 

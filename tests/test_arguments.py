@@ -144,7 +144,3 @@ def test_effective_flags_repeat_the_run_and_hide_the_token(tmp_path):
 )
 def test_wrong_use_exits_with_2_and_names_the_flag(capsys, argv, message):
     assert message in refused(capsys, argv)
-
-
-def test_help_shows_a_default_of_several_words_as_it_is_typed():
-    assert "Default: to_k to_q to_v to_out.0." in " ".join(build_parser().format_help().split())

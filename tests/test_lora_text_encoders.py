@@ -7,7 +7,7 @@ from conftest import COLOURS, launch, train_flags, train_here
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from eval.losses import Losses
+from ietagc_diffusers.eval.losses import Losses
 from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.data import Batch
