@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ietagc_diffusers.arguments import build_parser, flag_names, parse_args
+from ietagc_diffusers.arguments import flag_names, parse_args
 from ietagc_diffusers.method.config import MitigationConfig
 from ietagc_diffusers.settings import declared
 from ietagc_diffusers.training.settings import TrainingSettings

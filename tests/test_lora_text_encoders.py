@@ -7,10 +7,10 @@ from conftest import COLOURS, launch, train_flags, train_here
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from ietagc_diffusers.eval.losses import Losses
 from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.data import Batch
+from ietagc_diffusers.eval.losses import Losses
 from ietagc_diffusers.method.control import PlainControl
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 from ietagc_diffusers.tensor_files import TensorFile
