@@ -276,8 +276,8 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
         (["--run", "a={run}", "--points", "0"], "--points 0"),
         (["--run", "a={run}", "--train", "{empty}"], "--train {empty}: the folder is empty"),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
-        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no DDPMScheduler in its subfolder"),
-        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: no DDPMScheduler in its subfolder"),
+        (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no such folder"),
+        (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: has no model_index.json"),
     ],
 )
 def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):

@@ -1,6 +1,5 @@
 """The training scripts under the names of Diffusers' own take their flags, with their defaults."""
 
-import os
 import subprocess
 import sys
 
@@ -81,5 +80,5 @@ def test_a_base_of_another_kind_is_refused(script, tmp_path, capsys):
 
 
 def test_the_help_says_the_default_of_the_script():
-    text = run("train_text_to_image_lora_ietagc.py", ["--help"], "out", COLUMNS="200", **os.environ).stdout
+    text = run("train_text_to_image_lora_ietagc.py", ["--help"], "out", COLUMNS="200").stdout
     assert "Default: 4." in text and ADAPTER_FILE not in text
