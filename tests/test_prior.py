@@ -336,7 +336,9 @@ def method_run(method_flags, tmp_path_factory):
     return train_here(method_flags, tmp_path_factory.mktemp("runs") / "method")
 
 
-@pytest.mark.parametrize("stop_at", [3, 8, 21])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(3, marks=pytest.mark.slow), 8, pytest.param(21, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(method_flags, method_run, tmp_path, stop_at):
     train_here(method_flags, tmp_path, stop_at=stop_at)
     train_here([*method_flags, "--resume_from_checkpoint=latest", "--dataloader_num_workers=1"], tmp_path)
