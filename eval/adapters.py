@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.errors import UsageError, one_line
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 
 ENDING = ".safetensors"
@@ -98,7 +98,7 @@ def put_on(pipeline: Any, adapters: Sequence[Adapter]) -> None:
         try:
             pipeline.load_lora_weights(adapter.file.parent, weight_name=adapter.file.name, adapter_name=name)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             if "mismatch" in reason:  # pages of layers
                 reason = "its layers have other sizes than the model's: made for another kind of model"
             raise UsageError(f"`lora` {adapter.given}: does not fit the model: {reason}") from error

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ietagc_diffusers.data.decoder import VERSION
 from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import cache_folder
 
 from .image_sets import NO_ROW, BadImage, ImageSet, comparable, content_hash, to_tensor
 from .vectors import Several, Vectors
@@ -42,7 +43,7 @@ class Extractor(Protocol):
 
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/ietagc/features``, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ietagc" / "features"
+    return cache_folder() / "features"
 
 
 class FeatureCache:

@@ -15,14 +15,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
-from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.errors import UsageError, one_line
 from ietagc_diffusers.families import Unconditional, drawn_edge, family_of
 from ietagc_diffusers.families.unconditional import draw as draw_unprompted
 from ietagc_diffusers.files import read_json, write_json, write_text
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 
 from .adapters import Adapter, base_of_run, find_adapter, put_on
-from .pipelines import check_pipeline, is_unprompted, one_line, pipeline_folder
+from .pipelines import check_pipeline, is_unprompted, pipeline_folder
 from .prompts import Prompt
 from .record import recorded_training
 

@@ -18,11 +18,11 @@ from PIL import Image
 
 from ietagc_diffusers.data import DataSettings, read_source, selected
 from ietagc_diffusers.data.columns import array_of, with_images, with_texts
-from ietagc_diffusers.data.decoder import BadImage, decode_bytes, one_line, read_file, read_stored, to_rgb
+from ietagc_diffusers.data.decoder import BadImage, decode_bytes, read_file, read_stored, to_rgb
 from ietagc_diffusers.data.folder import NO_IMAGE, NO_ROW, OTHER_METADATA, FolderRows, is_picture, read_folder
 from ietagc_diffusers.data.listing import list_folder, suffix_of
 from ietagc_diffusers.data.sources import SAMPLE_ID, of_parquet, stored_column, stored_image
-from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.errors import UsageError, one_line
 
 __all__ = ["NO_IMAGE", "NO_ROW", "OTHER_METADATA", "BadImage", "ImageSet", "load_images", "to_rgb", "training_images"]
 MAX_ASPECT = 32  # a strip, resized by its small edge, would fill the memory

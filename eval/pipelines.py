@@ -11,7 +11,7 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.errors import UsageError, one_line
 from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.files import read_json
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
@@ -85,10 +85,6 @@ def num_classes(model: str | Path) -> int | None:
     """How many classes the UNet of an unconditional pipeline is told of; None if of none."""
     config = pipeline_folder(model) / Unconditional.denoiser_name / "config.json"
     return read_json(config).get("num_class_embeds") if config.is_file() else None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @functools.cache  # a download that cannot be made is said once

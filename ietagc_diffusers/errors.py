@@ -14,6 +14,11 @@ class UsageError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in a line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def with_flags(message: str, flags: Collection[str]) -> str:
     """``message`` with each setting in backquotes that is among ``flags`` (names without dashes) as ``--name``."""
     return _SETTING.sub(lambda found: f"--{found[1]}" if found[1] in flags else found[0], message)

@@ -1,10 +1,16 @@
-"""Text and JSON files, written whole or not at all."""
+"""Text and JSON files, written whole or not at all; and where caches are."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/ietagc``, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ietagc"
 
 
 def check_output(path: str | Path, setting: str, file: bool = False) -> None:

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import inspect
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, SingleFile
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 
-from .errors import UsageError
-from .files import write_json
+from .errors import UsageError, one_line
+from .files import cache_folder, write_json
 
 SUFFIX = ".safetensors"
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
@@ -28,11 +27,6 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 # Diffusers takes a file that it does not know for Stable Diffusion 1, of which this is the first layer.
 FIRST_LAYER = CHECKPOINT_KEY_NAMES["inpainting"]
 FALLBACK = fetch_diffusers_config({})["pretrained_model_name_or_path"]
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/ietagc``, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ietagc"
 
 
 def folder_of(
@@ -47,7 +41,7 @@ def folder_of(
         model: a .safetensors file with a whole checkpoint; or a folder or a Hub id.
         config: a folder or a Hub id of a pipeline of the same kind, for the configuration, the tokenizers, and parts
             that the file lacks as a whole. None: the Hub id that Diffusers has for the kind, for the first two.
-        cache_dir: None: ``default_cache()``.
+        cache_dir: None: ``cache_folder()``.
         setting: names the model in messages.
 
     Raises:
@@ -67,7 +61,7 @@ def folder_of(
             "with all its parts"
         )
     key = hashlib.sha256((_content(file) + _identity(repository)).encode()).hexdigest()[:16]
-    folder = Path(cache_dir or default_cache()) / "single_files" / f"{file.stem}-{key}"
+    folder = Path(cache_dir or cache_folder()) / "single_files" / f"{file.stem}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
@@ -162,7 +156,7 @@ def _read(kind: Any, file: Path, named: str, repository: str, lends: bool, parts
         raise UsageError(f"{named}: {_partial('a part', repository)}") from error
     except Exception as error:
         raise UsageError(
-            f"{named}: does not convert with the configuration of {repository}: {_one_line(error)}"
+            f"{named}: does not convert with the configuration of {repository}: {one_line(error)}"
         ) from error
     if not lends:
         raise UsageError(
@@ -181,7 +175,7 @@ def _lent(kind: Any, part: str, named: str, repository: str, dtype: torch.dtype)
         return getattr(kind.from_pretrained(repository, torch_dtype=dtype, **others), part)
     except Exception as error:
         raise UsageError(
-            f"{named}: lacks its {part}, and {repository} has no weights for it: {_one_line(error)}"
+            f"{named}: lacks its {part}, and {repository} has no weights for it: {one_line(error)}"
         ) from error
 
 
@@ -191,9 +185,9 @@ def _pipeline_class(named: str, repository: str) -> Any:
         name = DiffusionPipeline.load_config(repository)["_class_name"]
     except Exception as error:
         if Path(repository).is_dir():
-            raise UsageError(f"`model_config` {repository}: is no pipeline's folder: {_one_line(error)}") from error
+            raise UsageError(f"`model_config` {repository}: is no pipeline's folder: {one_line(error)}") from error
         raise UsageError(
-            f"{named}: needs the configuration of {repository}, which cannot be downloaded now ({_one_line(error)}); "
+            f"{named}: needs the configuration of {repository}, which cannot be downloaded now ({one_line(error)}); "
             "try again with a connection, or give `model_config`, the folder of a pipeline of the same kind"
         ) from error
     kind = getattr(diffusers, name, None)
@@ -204,7 +198,3 @@ def _pipeline_class(named: str, repository: str) -> Any:
 
 def _partial(part: str, repository: str) -> str:
     return f"lacks some weights of {part}: it is not whole, or not of the kind of {repository}; give another file"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

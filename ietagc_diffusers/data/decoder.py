@@ -8,6 +8,8 @@ import numpy as np
 from datasets import Image as ImageFeature
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from ..errors import one_line
+
 # Formats that Pillow opens and calls images: it also opens videos, PostScript, and the headers of scientific data.
 SUFFIXES = {
     suffix
@@ -208,8 +210,3 @@ def _look_at_header(inside: Any, path: Any) -> None:
 def _reason(error: BaseException) -> str:
     """Why an image does not decode; Pillow's own words name an object in memory, another in every run."""
     return "not an image that Pillow reads" if isinstance(error, UnidentifiedImageError) else one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in a line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,7 @@ from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
 from ..errors import UsageError
+from ..files import cache_folder
 from .decoder import decoder_mark, read_file
 from .rows import decode
 from .work import batched, in_threads
@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 32  # of a thread: of large images, a few hundred megabytes
 
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/ietagc/pixel_hashes.sqlite``, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ietagc" / "pixel_hashes.sqlite"
+    return cache_folder() / "pixel_hashes.sqlite"
 
 
 def digest(*parts: bytes) -> bytes:

@@ -15,9 +15,8 @@ from datasets import Image as ImageFeature
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .columns import STORED_IMAGE, array_of, made, with_images, with_texts
-from .decoder import one_line
 from .folder import NO_ROW, FolderRows, is_picture, read_folder
 from .listing import KEYWORDS, Listing, list_folder, printable, repeated_folders, split_of_file, suffix_of
 from .metadata import FILE_NAME, NEAR_TEXT, near_column, rank

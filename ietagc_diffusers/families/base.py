@@ -276,9 +276,11 @@ class Family(ABC):
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
         """An image for each prompt, from the seed only. Leaves the process's random streams as they are."""
 
-    @abstractmethod
     def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
         """Write what diffusers needs beside the denoiser's weights. ``more``: keys for its configuration."""
+        config = json.loads(self.denoiser.to_json_string())
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config | (more or {}), indent=2, sort_keys=True) + "\n")
 
 
 def drawn_edge(resolution: int) -> int:

@@ -87,6 +87,8 @@ class FlowMatchingObjective(LatentObjective):
         super().__init__(vae, encode_text, scheduler, dtype, **more)
         self.density = density or LevelDensity()
         self.precondition_outputs = precondition_outputs
+        # On the device once: a copy from the host at each step would wait for it.
+        self.sigma_table, self.timestep_table = scheduler.sigmas.to(vae.device), scheduler.timesteps.to(vae.device)
 
     @torch.no_grad()
     def draw(self, encoded: Encoded) -> FlowDrawn:
@@ -111,14 +113,14 @@ class FlowMatchingObjective(LatentObjective):
 
     def sigmas(self, drawn: FlowDrawn) -> torch.Tensor:
         """The noise level s of each sample, float32 (B,) in (0, 1]."""
-        return self.scheduler.sigmas.to(drawn.steps.device)[drawn.steps]
+        return self.sigma_table[drawn.steps]
 
     def noisy_and_target(self, model: Callable, drawn: FlowDrawn) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = self.sigmas(drawn).view(-1, 1, 1, 1).to(drawn.latents.dtype)
         return (1 - sigmas) * drawn.latents + sigmas * drawn.noise, drawn.noise - drawn.latents
 
     def call(self, model: Callable, noisy: torch.Tensor, drawn: FlowDrawn, condition: Tensors) -> torch.Tensor:
-        timesteps = self.scheduler.timesteps.to(noisy.device)[drawn.steps]
+        timesteps = self.timestep_table[drawn.steps]
         return model(hidden_states=noisy, timestep=timesteps, **condition, return_dict=False)[0]
 
     def weights(self, drawn: FlowDrawn) -> torch.Tensor | None:

@@ -1,10 +1,8 @@
 """What families of latent text-to-image models have in common: a VAE, text encoders, and a denoiser of latents."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -347,11 +345,6 @@ class LatentDiffusion(Family):
     def drawn_size(self) -> dict[str, int]:
         """Height and width of validation images, where they are not the pipeline's own."""
         return {}
-
-    def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
-        config = json.loads(self.denoiser.to_json_string())
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config | (more or {}), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def of_pipeline(cls, pipeline: Any, settings: BaseModelSettings | None = None, **objective: Any) -> Self:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .base import TOKEN_IDS, Tensors
 
 FLOW = "FlowMatch"  # begins the names of the schedulers of flow matching
@@ -77,7 +77,7 @@ def part_of(
             return kind.from_pretrained(base, **where, **options)
         part, found = kind.from_pretrained(base, **where, **options, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         hint = ""
         if options.get("variant") is None and any(Path(base, subfolder or ".").glob("*.fp16.*")):
             hint = "; it has weights of the variant fp16 only: set `variant` to fp16"

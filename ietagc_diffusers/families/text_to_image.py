@@ -93,7 +93,7 @@ class TextToImageObjective(LatentObjective):
         self.input_perturbation = input_perturbation
         self.snr_gamma = snr_gamma
         self.dream_detail_preservation = dream_detail_preservation
-        self.timestep_weights = timestep_weights
+        self.timestep_weights = None if timestep_weights is None else timestep_weights.to(vae.device)
 
     @property
     def prediction_type(self) -> str:
@@ -123,7 +123,7 @@ class TextToImageObjective(LatentObjective):
     def _timesteps(self, number, device):
         if self.timestep_weights is None:
             return torch.randint(0, self.num_levels, (number,), device=device)
-        return torch.multinomial(self.timestep_weights.to(device), number, replacement=True)
+        return torch.multinomial(self.timestep_weights, number, replacement=True)
 
     def at_levels(self, drawn: Drawn, levels: torch.Tensor) -> Drawn:
         return replace(drawn, timesteps=levels.to(drawn.timesteps.device))

@@ -2,9 +2,7 @@
 
 import copy
 import inspect
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,7 +10,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import Batch, ClassLabels, Condition, View
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .base import Family, Image
 from .parts import part_of
 from .pixels import PixelObjective
@@ -129,11 +127,6 @@ class Unconditional(Family):
         finally:
             self.denoiser.train(was_training)
 
-    def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
-        config = json.loads(self.denoiser.to_json_string())
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config | (more or {}), indent=2, sort_keys=True) + "\n")
-
 
 def _fresh(settings):
     """(scheduler, UNet) with weights from torch's stream."""
@@ -149,9 +142,8 @@ def _fresh(settings):
             config = UNet2DModel.load_config(place, cache_dir=settings.cache_dir)
             return scheduler, UNet2DModel.from_config(config, **classes)
         except (OSError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"`model_config_name_or_path` {place}: no configuration of a UNet2DModel: {reason}"
+                f"`model_config_name_or_path` {place}: no configuration of a UNet2DModel: {one_line(error)}"
             ) from error
     return scheduler, UNet2DModel(
         sample_size=settings.resolution,

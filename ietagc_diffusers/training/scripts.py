@@ -101,7 +101,7 @@ class AverageSettings:
 
     ema_inv_gamma: float = setting(
         1.0,
-        "The moving average keeps 1 - (1 + step / inv_gamma)^-power of itself at a step.",
+        "Sets the decay of the moving average: at each step it is 1 - (1 + step / inv_gamma)^-power.",
         resume=Resume.SAME,
         type=float,
         check=lambda gamma: gamma > 0,
