@@ -66,13 +66,16 @@ def environment():
 
 
 def _as_script(environ, argv, output):
-    """In a process of its own: run the training script with these words, its output into files."""
+    """In a process of its own: run a script or a module with these words, its output into files."""
     os.environ.clear()
     os.environ.update(environ)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    if argv[0].endswith(".py"):
+        runpy.run_path(argv[0], run_name="__main__")
+    else:
+        runpy.run_module(argv[0], run_name="__main__")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,13 +85,14 @@ def _forks():
 
 
 def launch(flags, output_dir, processes=1, check=True, during=None, script=SCRIPT, **variables):
-    """Run a training script as its user does, in as many processes as a launcher would start it in.
+    """Run a training script (or another script, or a module) as its user does, in as many processes as a launcher would
+    start it in.
 
-    ``during`` is called with the first process once they have started.
+    ``output_dir``: a training script's, or None. ``during`` is called with the first process once they have started.
 
     Returns the exit code, that of the first process that failed, and the output of all.
     """
-    argv = [str(script), *map(str, flags), f"--output_dir={output_dir}"]
+    argv = [str(script), *map(str, flags), *([] if output_dir is None else [f"--output_dir={output_dir}"])]
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         several = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
