@@ -24,7 +24,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ import yaml
 from datasets import Dataset
 from PIL import Image
 
+from demo.photos import CAPTION, sheet, write_base
 from demo.tiny_sd import fit, to_tensor
 from ietagc_diffusers import testing
 from ietagc_diffusers.data import DataSettings, read_source
@@ -41,15 +41,14 @@ from ietagc_diffusers.eval import benchmark
 from ietagc_diffusers.eval.front import front
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.plots import png
-from ietagc_diffusers.eval.score import load_scores
+from ietagc_diffusers.eval.report import Scored
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "configs" / "photos_runs.yaml"
 SIZE, LATENT_CHANNELS = 32, 16
 NUM_HELDOUT, NUM_REFERENCE = 500, 1000
-CAPTION = "a photo"
 SHEET = ("none", "iet-agc+")
-SHEET_COLUMNS = 12
+FRONT_IMAGES = 200  # held-out ones, which are enough for differences between runs
 
 
 def load_photos(source: str, image_column: str, label_column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -122,24 +121,6 @@ def train_vae(pictures: torch.Tensor, unseen: torch.Tensor, num_steps: int, batc
     return vae, (-10 * error.log10()).mean().item()
 
 
-def write_base(folder: Path, vae, num_classes: int, num_images: int, psnr: float) -> None:
-    """The pipeline that every run starts from."""
-    texts = [
-        text for number in range(num_images) for text in captions(number % num_classes, number, num_classes).values()
-    ]
-    tokenizer = testing.build_tokenizer(texts)
-    torch.manual_seed(0)
-    pipeline = testing.assemble(
-        vae=vae,
-        text_encoder=testing.build_text_encoder(tokenizer).eval(),
-        tokenizer=tokenizer,
-        unet=testing.build_unet((32, 64), in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS),
-        scheduler=testing.build_scheduler(),
-    )
-    pipeline.save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps({"vae_psnr_db": round(psnr, 2)}) + "\n")
-
-
 def prepare(folder: Path, pictures: np.ndarray, labels: np.ndarray, num_images: int, vae_steps: int) -> None:
     """Write what is missing of the sets and the base."""
     num_classes, rows = len(np.unique(labels)), np.arange(len(labels))
@@ -160,8 +141,9 @@ def prepare(folder: Path, pictures: np.ndarray, labels: np.ndarray, num_images: 
         seen = to_tensor(pictures[np.setdiff1d(rows, unseen)])
         vae, psnr = train_vae(seen, to_tensor(pictures[unseen]), vae_steps)
         print(f"VAE: {psnr:.1f} dB on photographs that it has not seen, {time.perf_counter() - started:.0f} s")
-        write_base(folder / "base.part", vae, num_classes, num_images, psnr)
-        (folder / "base.part").replace(folder / "base")
+        numbers = range(max(num_images, num_classes))
+        texts = [text for number in numbers for text in captions(number % num_classes, number, num_classes).values()]
+        write_base(folder / "base", vae, texts)
 
 
 def show(runs: benchmark.Benchmark, folder: Path) -> None:
@@ -173,39 +155,11 @@ def show(runs: benchmark.Benchmark, folder: Path) -> None:
         for name in names
     }
     training, heldout = load_images(folder / "pictures", "folder"), load_images(folder / "heldout", "folder")
-    print(front(folders, training, heldout, folder, control=names[0], batch_size=100).markdown)
-    png(sheet(runs, folder), folder / "sheet.png")
-
-
-def sheet(runs: benchmark.Benchmark, folder: Path) -> plt.Figure:
-    """Training photographs in the first line, and in a line for each model of ``SHEET`` the nearest of its images."""
-    training = load_images(folder / "pictures", "folder")
-    drawn = {}
-    for name in SHEET:
-        cell = benchmark.Cell(name, "none", runs.seeds[0])
-        nearest = load_scores(runs.folder(cell))[1]
-        drawn[name] = (load_images(runs.drawn(cell) / "images", "output"), nearest)
-    first = drawn[SHEET[0]][1]
-    order = np.argsort(first["l2_ratio"], kind="stable")
-    chosen = list(dict.fromkeys(first["nearest"][row] for row in order))[:SHEET_COLUMNS]
-    lines = [[training.image(training.names.index(name)) for name in chosen]]
-    for images, nearest in drawn.values():
-        line = []
-        for name in chosen:
-            rows = [row for row, other in enumerate(nearest["nearest"]) if other == name]
-            best = min(rows, key=lambda row: nearest["l2_ratio"][row], default=None)
-            line.append(None if best is None else images.image(images.names.index(nearest["file_name"][best])))
-        lines.append(line)
-    figure, axes = plt.subplots(len(lines), SHEET_COLUMNS, figsize=(SHEET_COLUMNS, 1.05 * len(lines)), squeeze=False)
-    for label, line, cells in zip(["training", *SHEET], lines, axes, strict=True):
-        for cell, picture in zip(cells, line, strict=True):
-            cell.set_xticks([])
-            cell.set_yticks([])
-            if picture is not None:
-                cell.imshow(np.asarray(picture), interpolation="nearest")
-        cells[0].set_ylabel(label)
-    figure.subplots_adjust(wspace=0.04, hspace=0.04)
-    return figure
+    found = front(folders, training, heldout, folder, control=names[0], max_images=FRONT_IMAGES, batch_size=100)
+    print(found.markdown)
+    cells = [benchmark.Cell(name, "none", runs.seeds[0]) for name in SHEET]
+    scored = [Scored.load(runs.folder(cell), cell.training) for cell in cells]
+    png(sheet(scored, folder / "pictures"), folder / "sheet.png")
 
 
 def main() -> None:
