@@ -12,7 +12,7 @@ The first command writes into runs/photos:
 - ``base``: a VAE, trained once on all photographs but those of ``reference`` that no model sees, and a text encoder and
   a UNet with random weights, from which every run starts.
 
-``--show`` writes the front of all runs, and a sheet of training photographs beside what the models drew.
+``--show`` writes the front of all runs, another with images that the models of some of them drew, and a sheet of training photographs beside what the models drew.
 """
 
 import argparse
@@ -38,16 +38,20 @@ from ietagc_diffusers.data import DataSettings, read_source
 from ietagc_diffusers.data.decoder import to_rgb
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import benchmark
-from ietagc_diffusers.eval.front import front
+from ietagc_diffusers.eval.front import Sampling, front
+from ietagc_diffusers.eval.generate import Settings
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.plots import png
+from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored
+from ietagc_diffusers.eval.score import Tools
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "configs" / "photos_runs.yaml"
 SIZE, LATENT_CHANNELS = 32, 16
 NUM_HELDOUT, NUM_REFERENCE = 500, 1000
 SHEET = ("none", "iet-agc+")
+SAMPLED, SAMPLED_POINTS = ("none", "iet-agc+", "iet, all data"), 6  # runs whose models draw, and how many of each
 FRONT_IMAGES = 200  # held-out ones, which are enough for differences between runs
 
 
@@ -157,6 +161,12 @@ def show(runs: benchmark.Benchmark, folder: Path) -> None:
     training, heldout = load_images(folder / "pictures", "folder"), load_images(folder / "heldout", "folder")
     found = front(folders, training, heldout, folder, control=names[0], max_images=FRONT_IMAGES, batch_size=100)
     print(found.markdown)
+    tools, settings = Tools(Protocol(**runs.score)), Settings(**runs.generate)
+    reference = load_images(folder / "reference", "folder")
+    sampling = Sampling(runs.num_images or 1, settings, tools, reference, folder / "features")
+    drawn = {name: folders[name] for name in SAMPLED}
+    options = {"max_images": FRONT_IMAGES, "batch_size": 100, "points": SAMPLED_POINTS, "sampling": sampling}
+    print(front(drawn, training, heldout, folder / "sampled", control=names[0], **options).markdown)
     cells = [benchmark.Cell(name, "none", runs.seeds[0]) for name in SHEET]
     scored = [Scored.load(runs.folder(cell), cell.training) for cell in cells]
     png(sheet(scored, folder / "pictures"), folder / "sheet.png")
