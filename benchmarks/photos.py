@@ -12,8 +12,8 @@ The first command writes into runs/photos:
 - ``base``: a VAE, trained once on all photographs but those of ``reference`` that no model sees, and a text encoder and
   a UNet with random weights, from which every run starts.
 
-``--show`` writes the front of all runs, another with images that the models of some of them drew, and a sheet of training
-photographs beside what the models drew.
+``--show`` writes the front of all runs, another with images that the models of some of them drew, and a sheet of
+training photographs beside what the models drew.
 """
 
 import argparse
