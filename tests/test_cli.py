@@ -13,7 +13,8 @@ from ietagc_diffusers.arguments import flag_names
 from ietagc_diffusers.cli import COMMANDS, build_parser, common, main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.detect import Detection
-from ietagc_diffusers.eval.generate import DTYPES, SCHEDULERS, Settings
+from ietagc_diffusers.eval.generate import DTYPES, Settings
+from ietagc_diffusers.eval.schedulers import SCHEDULERS
 from ietagc_diffusers.eval.score import Protocol
 from ietagc_diffusers.method.config import read_recipe, recipe_path
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 # Copies of the library's lists, whose modules take seconds to import. A test compares them.
 SCHEDULERS = ["ddim", "ddpm", "dpm", "euler", "pndm"]
+SCHEDULER_HELP = (
+    f"{', '.join(SCHEDULERS)}, perhaps with options of Diffusers' class, as in "
+    "ddim:steps_offset=1,set_alpha_to_one=false; default: the model's own"
+)
 DTYPES = ["float32", "float16", "bfloat16"]
 MAX_SIM_SCORE = 0.5  # of an SSCD descriptor; the similarity from which the papers count a copy
 DTYPE_HELP = "default: float16 on a CUDA device, otherwise float32"
@@ -94,7 +98,7 @@ def add_generation(parser: ArgumentParser) -> None:
     group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
     group.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
     group.add_argument("--resolution", type=int, help=RESOLUTION_HELP)
-    group.add_argument("--scheduler", choices=SCHEDULERS, help="default: the model's own")
+    group.add_argument("--scheduler", metavar="NAME[:OPTIONS]", help=SCHEDULER_HELP)
     group.add_argument("--negative_prompt", help="for every image")
     group.add_argument("--mitigation", metavar="CHAIN", help="mitigations at inference, such as rt:num_words=4+gni")
     group.add_argument("--batch_size", type=int, default=8, help="images drawn at once; default: 8")

@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--points", type=int, help="models of each run, evenly spread; default: all")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
-    parser.add_argument("--scheduler", choices=common.SCHEDULERS, help="default: the model's own")
+    parser.add_argument("--scheduler", metavar="NAME[:OPTIONS]", help=common.SCHEDULER_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the first image; default: 0")
     parser.add_argument("--output", default="front", metavar="DIR", help="default: front")
     common.add_scoring(parser)
