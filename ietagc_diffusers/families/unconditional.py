@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import Batch, ClassLabels, Condition, View
 from ..errors import UsageError, one_line
+from ..files import shipped
 from .base import Family, Image
 from .parts import part_of
 from .pixels import PixelObjective
@@ -21,6 +23,7 @@ from .views import Pixels, PrecisePixels
 WIDTHS = (128, 128, 256, 256, 512, 512)
 DOWN_BLOCKS = ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4
+SMALL_GAIN = 1e-5  # of ``ddpm_weights``
 
 
 class Unconditional(Family):
@@ -135,17 +138,24 @@ def _fresh(settings):
         beta_schedule=settings.ddpm_beta_schedule,
         prediction_type=settings.prediction_type,
     )
+    unet = _new_unet(settings)
+    if settings.weight_init == "ddpm":
+        ddpm_weights(unet)
+    return scheduler, unet
+
+
+def _new_unet(settings):
     classes = {} if settings.class_labels == "none" else {"num_class_embeds": settings.num_classes}
     place = settings.model_config_name_or_path
     if place is not None:
         try:
-            config = UNet2DModel.load_config(place, cache_dir=settings.cache_dir)
-            return scheduler, UNet2DModel.from_config(config, **classes)
+            config = UNet2DModel.load_config(str(shipped(place, ".json")), cache_dir=settings.cache_dir)
+            return UNet2DModel.from_config(config, **classes)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"`model_config_name_or_path` {place}: no configuration of a UNet2DModel: {one_line(error)}"
             ) from error
-    return scheduler, UNet2DModel(
+    return UNet2DModel(
         sample_size=settings.resolution,
         in_channels=3,
         out_channels=3,
@@ -155,6 +165,26 @@ def _fresh(settings):
         up_block_types=UP_BLOCKS,
         **classes,
     )
+
+
+@torch.no_grad()
+def ddpm_weights(unet: UNet2DModel) -> None:
+    """Draw the first weights as the public PyTorch code of DDPM does (that of Ho et al.'s has variances of the same
+    kind): Xavier uniform with zero biases, with gain 1e-5 for the last convolution of each residual block and of the
+    UNet, so that at first blocks pass their input on and the prediction is zero.
+
+    That code also has gain 1e-5 for the last projection of the attention, but then draws it again with gain 1, as part
+    of the residual block that holds it. Embeddings of classes keep Diffusers' weights.
+    """
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            torch.nn.init.xavier_uniform_(module.conv2.weight, gain=SMALL_GAIN)
+    torch.nn.init.xavier_uniform_(unet.conv_out.weight, gain=SMALL_GAIN)
 
 
 def _of_base(settings):

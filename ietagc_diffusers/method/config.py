@@ -4,13 +4,13 @@ import difflib
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UsageError
+from ..files import shipped
 from ..settings import Resume, at_least, check_values, setting
 
 DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when a run names neither epochs nor steps per round
@@ -285,9 +285,7 @@ class MitigationConfig:
 
 def recipe_path(name: str | Path) -> Path:
     """The file of a recipe: the path itself, or, if there is no such file, the recipe of that name in this package."""
-    path = Path(name)
-    shipped = Path(str(files("ietagc_diffusers.configs") / f"{path.stem}.yaml"))
-    return shipped if path.parent == Path() and not path.exists() and shipped.is_file() else path
+    return shipped(name, ".yaml")
 
 
 def read_recipe(path: str | Path, known_keys: Collection[str]) -> dict[str, Any]:

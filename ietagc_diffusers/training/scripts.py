@@ -161,6 +161,11 @@ class UnconditionalScript(
                 "`model_config_name_or_path` and `pretrained_model_name_or_path` were both given: the first trains "
                 "from scratch, the second from a base; give one of them"
             )
+        elif self.weight_init != "diffusers":
+            raise UsageError(
+                f"`weight_init` {self.weight_init}: is for a model from scratch, and `pretrained_model_name_or_path` "
+                "has weights; leave out one of the two"
+            )
         self._check_classes()
         for name in ("caption_mitigation", "embedding_noise", "wen_threshold"):
             if getattr(self.method, name) is not None:
