@@ -67,9 +67,16 @@ class MitigationConfig:
         type=int,
         **at_least(1),
     )
+    shard_data: bool = setting(
+        True,
+        "Give each proxy a shard of its own; off: each trains on all data, in its own order, so that averaging can be "
+        "told apart from sharding. Redistribution has no meaning then, and is off.",
+        resume=Resume.FIXED,
+        type=bool,
+    )
     epochs_per_round: int | None = setting(
         None,
-        "E: epochs a proxy trains on its shard before the proxies are averaged. "
+        "E: epochs a proxy trains on its shard (or on all data, see --shard_data) before the proxies are averaged. "
         f"Default: {DEFAULT_ROUNDS} rounds, or as many as a proxy has steps.",
         resume=Resume.FIXED,
         type=int,
@@ -236,12 +243,23 @@ class MitigationConfig:
         given = {key: value for key, value in overrides.items() if value is not None}
         if given.get("caption_mitigation", "mc") != "mc":
             given.setdefault("caption_mitigation_probability", CAPTION_PROBABILITY)
+        if given.get("shard_data") is False:
+            given.setdefault("redistribute_fraction", 0.0)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
 
     def __post_init__(self):
         check_values(self)
         if self.epochs_per_round is not None and self.steps_per_round is not None:
             raise UsageError("`epochs_per_round` and `steps_per_round` were both given: give one of them")
+        if not self.shard_data and self.num_shards == 1:
+            raise UsageError(
+                "`shard_data` off: one proxy has all data anyway; give `num_shards` over 1, or leave it out"
+            )
+        if not self.shard_data and self.redistribute_fraction:
+            raise UsageError(
+                f"`redistribute_fraction` {self.redistribute_fraction}: without `shard_data` every proxy has all "
+                "samples, and none can move; leave it out"
+            )
         if self.augment_range > 1 and self.skip_threshold == 0:
             raise UsageError(
                 f"`augment_range` {self.augment_range} needs a `skip_threshold` over 0, where augmentation starts"
@@ -257,6 +275,11 @@ class MitigationConfig:
                 f"`caption_mitigation_probability` {self.caption_mitigation_probability}: belongs to "
                 f"`caption_mitigation` rc, rt or cwr{why}"
             )
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts the training set is split: K, or 1 where each proxy has all of it."""
+        return self.num_shards if self.shard_data else 1
 
     @property
     def augments(self) -> bool:
