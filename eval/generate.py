@@ -108,7 +108,8 @@ def load_pipeline(
     if not unprompted and "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
     if unprompted:
-        _check_unprompted(pipeline, settings)
+        check_unprompted(settings)
+        _check_size(pipeline, settings)
     put_on(pipeline, adapters)
     _check_fit(pipeline, settings)
     if settings.scheduler is not None:
@@ -136,12 +137,19 @@ def _check_fit(pipeline: Any, settings: Settings) -> None:
         raise UsageError(f"`resolution` {settings.resolution}: must be a multiple of {multiple} for a {kind}")
 
 
-def _check_unprompted(pipeline: Any, settings: Settings) -> None:
-    """Raise ``UsageError`` for what an unconditional pipeline cannot do; it draws at its own size."""
-    kind, size = type(pipeline).__name__, getattr(pipeline, Unconditional.denoiser_name).config.sample_size
+def check_unprompted(settings: Settings) -> None:
+    """Raise ``UsageError`` for settings that act on prompts, which an unconditional pipeline does not take."""
     for name in ("mitigation", "negative_prompt", "lora"):
-        if value := getattr(settings, name):
-            raise UsageError(f"`{name}` {value}: a {kind} takes no prompt, and this acts on prompts; leave it out")
+        value = getattr(settings, name)
+        if value and value != "none":
+            raise UsageError(
+                f"`{name}` {value}: a {UNPROMPTED[0].__name__} takes no prompt, and this acts on prompts; leave it out"
+            )
+
+
+def _check_size(pipeline: Any, settings: Settings) -> None:
+    """Raise ``UsageError`` for another size than an unconditional pipeline's own."""
+    kind, size = type(pipeline).__name__, getattr(pipeline, Unconditional.denoiser_name).config.sample_size
     if settings.resolution not in (None, size):
         raise UsageError(f"`resolution` {settings.resolution}: a {kind} draws at its own, {size}; leave it out")
 

@@ -201,3 +201,14 @@ class UnconditionalScript(
             "inv_gamma": self.ema_inv_gamma,
             "power": self.ema_power,
         }
+
+
+# Each script by the name that `ietagc train --script` and a benchmark's ``script`` have for it: it is
+# train_NAME_ietagc.py.
+SCRIPTS: dict[str, type[RunSettings]] = {
+    "text_to_image": TrainingSettings,
+    "text_to_image_lora": LoraScript,
+    "text_to_image_sdxl": SdxlScript,
+    "text_to_image_lora_sdxl": LoraSdxlScript,
+    "unconditional": UnconditionalScript,
+}
