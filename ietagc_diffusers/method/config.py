@@ -234,6 +234,15 @@ class MitigationConfig:
         type=float,
         **SHARE,
     )
+    pixel_noise: float | None = setting(
+        None,
+        "Adding noise: standard deviation of Gaussian noise on the training images, whose pixels are from -1 to 1, "
+        "drawn anew at each visit; the paper's variance of 0.1 is 0.316.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda deviation: 0 < deviation < math.inf,
+        wanted="over 0, and finite",
+    )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "MitigationConfig":

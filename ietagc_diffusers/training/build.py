@@ -23,7 +23,7 @@ from ..data.loaders import SeededLoader, StreamLoader
 from ..data.rows import deduplicate, label_values, load_training_rows
 from ..data.samples import TrainingSamples
 from ..errors import UsageError
-from ..families import Family, family_of
+from ..families import Family, NoisyPixels, family_of
 from ..method.augmentation import StrengthRandAugment
 from ..method.config import DEFAULT_ROUNDS, MitigationConfig
 from ..method.control import Control, PlainControl, RandomControl, ThresholdAwareControl, WenControl
@@ -352,7 +352,10 @@ def build_run(
         plan = ShardPlan.whole(len(rows), config.num_shards)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition, settings.decoding)
+    view = family.view(settings)
+    if config.pixel_noise is not None:
+        view = NoisyPixels(view, config.pixel_noise)
+    samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding)
     if settings.cache_latents is not None:
         samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)

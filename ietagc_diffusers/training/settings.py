@@ -118,6 +118,11 @@ class TrainingSettings(
                 "`cache_latents`: without `center_crop` each visit crops the image at another place, and a cache holds "
                 "one; set `center_crop`, or leave `cache_latents` out"
             )
+        if self.cache_latents is not None and self.method.pixel_noise is not None:
+            raise UsageError(
+                "`pixel_noise`: each visit has another noise before the VAE, and `cache_latents` holds one encoding of "
+                "an image; leave out one of the two"
+            )
         if self.non_ema_revision is None:
             self.non_ema_revision = self.revision
 
