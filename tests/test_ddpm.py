@@ -13,13 +13,16 @@ from torch import nn
 
 from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.generate import Settings, load_pipeline
+from ietagc_diffusers.eval.schedulers import parse_scheduler
 from ietagc_diffusers.families.unconditional import Unconditional, ddpm_weights, draw
 from ietagc_diffusers.files import shipped
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path for name in ("cifar10", "cifar100", "afhq_dog") for path in CONFIGS.glob(f"{name}_*.yaml"))
+MATRICES = sorted([*CONFIGS.glob("sweep_*.yaml"), *CONFIGS.glob("benchmark_[ac]*.yaml")])
 PAPERS_DDIM = "ddim:steps_offset=1,set_alpha_to_one=false"
 
 
@@ -289,3 +292,27 @@ def test_weights_are_drawn_for_a_model_from_scratch_only(pictures):
         parse_flags([*flags[:2], "--pretrained_model_name_or_path=b", "--weight_init=ddpm"], UnconditionalScript)
     with pytest.raises(UsageError, match="`model_config_name_or_path` unet_ddpm_23: no configuration"):
         Unconditional.load(parse_flags([*flags, "--model_config_name_or_path=unet_ddpm_23"], UnconditionalScript))
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=lambda path: path.stem)
+def test_matrices_train_each_variant_equally_long(matrix):
+    made = Benchmark(matrix.stem)
+    budgets = {flags["max_train_steps"] for flags in made.effective.values()}
+    assert budgets == {180_000 if "afhq" in matrix.stem else 390_000} and made.num_images == 65_536
+    assert parse_scheduler(made.generate["scheduler"]) == parse_scheduler(PAPERS_DDIM)
+    assert made.score["l2"] == "iet-agc" and made.columns[:3] == [f"mq_0.{n}_count" for n in (4, 5, 6)]
+    used = {row["training"] for table in made.tables.values() for row in table["rows"]}
+    assert used == made.training.keys()
+
+
+def test_the_sweeps_change_one_number_of_the_method():
+    wanted = {"shards": "num_shards", "fraction": "redistribute_fraction", "threshold": "skip_threshold"}
+    for name, changed in wanted.items():
+        made = Benchmark(f"sweep_{name}").effective
+        ours = made["iet-agc+"]
+        for flags in (flags for variant, flags in made.items() if variant not in ("iet-agc+", "none")):
+            assert {key for key in flags if flags[key] != ours[key]} - {"steps_per_round"} == {changed}
+            rounds = flags["max_train_steps"] / flags["num_shards"] / flags["steps_per_round"]
+            assert rounds == 20
+    periods = [flags["steps_per_round"] / 39 for flags in Benchmark("sweep_period").effective.values()]
+    assert periods == [25, 50, 100]
