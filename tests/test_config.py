@@ -64,6 +64,7 @@ def test_single_flags_override_and_none_does_not():
         ({"wen_threshold": math.nan}, "`wen_threshold` nan"),
         ({"embedding_noise": -0.1}, "`embedding_noise` -0.1: must be at least 0"),
         ({"embedding_noise": math.inf}, "`embedding_noise` inf: must be at least 0, and finite"),
+        ({"noisy_data_sigma": math.inf}, "`noisy_data_sigma` inf: must be over 0, and finite"),
         ({"pixel_noise": 0.0}, "`pixel_noise` 0.0: must be over 0"),
         ({"caption_mitigation": "rt", "caption_mitigation_probability": 1.5}, "`caption_mitigation_probability` 1.5"),
         ({"caption_mitigation_probability": 0.5}, "0.5: belongs to `caption_mitigation` rc, rt or cwr"),
@@ -77,7 +78,10 @@ def test_numbers_out_of_range_name_their_flag(flags, message):
 
 
 def test_rivals_are_off_unless_asked_for_and_caption_mitigations_have_their_authors_share():
-    rivals = ("wen_threshold", "embedding_noise", "caption_mitigation", "caption_mitigation_probability", "pixel_noise")
+    rivals = (
+        "wen_threshold", "embedding_noise", "caption_mitigation", "caption_mitigation_probability", "pixel_noise",
+        "noisy_data_sigma",
+    )  # fmt: skip
     default = MitigationConfig.preset("none").to_dict()
     assert {default[name] for name in rivals} == {None}
     shares = {

@@ -1,4 +1,4 @@
-"""Rivals that change the images or the target: Gaussian noise on the images."""
+"""Rivals that change the images or the target: each alone and with the method, and Gaussian noise on the images."""
 
 from contextlib import nullcontext
 
@@ -43,7 +43,7 @@ def trained(flags, folder):
 
 
 @pytest.mark.parametrize("method", [NONE, METHOD], ids=["none", "method"])
-@pytest.mark.parametrize("rival", ["--pixel_noise=0.3"])
+@pytest.mark.parametrize("rival", ["--pixel_noise=0.3", "--noisy_data_sigma=0.5"])
 def test_it_acts_and_a_stopped_run_goes_on_bit_for_bit(config, pictures, tmp_path, method, rival):
     plain = unprompted(config, pictures, *method)
     flags = [*plain, rival]

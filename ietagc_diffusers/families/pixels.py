@@ -1,28 +1,29 @@
 """The objective of models of pixels that predict the noise or the image."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from ..data import Batch
 from .base import Objective, Tensors
 from .draws import DrawnBatch, Draws
+from .noisy_data import Mixture, NoisyData, mean_squared_error, squared_errors
 
 
 @dataclass(frozen=True)
 class Shown:
     """What is the same at each visit of a batch's images.
 
-    images (B, 3, H, W); condition: named tensors (B, ...); share: see ``Batch``.
+    images (B, 3, H, W); condition: named tensors (B, ...); share: see ``Batch``; own: see ``DrawnBatch``.
     """
 
     images: torch.Tensor
     condition: Tensors
     share: tuple[slice, int] | None = None
+    own: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,13 @@ class PixelObjective(Objective):
     Args:
         scheduler: with prediction type ``epsilon`` or ``sample``.
         dtype: of the denoiser's input.
+        noisy_data: ``NoisyData``; None is off.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, dtype: torch.dtype = torch.float32):
-        self.scheduler, self.dtype = scheduler, dtype
+    def __init__(
+        self, scheduler: DDPMScheduler, dtype: torch.dtype = torch.float32, noisy_data: NoisyData | None = None
+    ):
+        self.scheduler, self.dtype, self.noisy_data = scheduler, dtype, noisy_data
 
     @property
     def num_levels(self) -> int:
@@ -71,7 +75,11 @@ class PixelObjective(Objective):
         return inputs
 
     def encode(self, batch: Batch) -> Shown:
-        return Shown(batch.images.to(self.dtype), batch.inputs | batch.told, batch.share)
+        images = batch.images.to(self.dtype)
+        own = {}
+        if self.noisy_data is not None and batch.ids is not None:
+            own["noise"] = self.noisy_data.own_noise(batch.ids, images.shape[1:]).to(images.device)
+        return Shown(images, batch.inputs | batch.told, batch.share, own)
 
     @torch.no_grad()
     def draw(self, encoded: Shown) -> DrawnImages:
@@ -79,7 +87,7 @@ class PixelObjective(Objective):
         draws = Draws(encoded.images, encoded.share)
         noise = draws.normal(*encoded.images.shape[1:], dtype=encoded.images.dtype)
         timesteps = torch.randint(0, self.num_levels, (draws.batch_rows,), device=draws.device)[draws.rows]
-        return DrawnImages(encoded.images, noise, timesteps, encoded.condition)
+        return DrawnImages(encoded.images, noise, timesteps, encoded.condition, own=encoded.own)
 
     def at_levels(self, drawn: DrawnImages, levels: torch.Tensor) -> DrawnImages:
         return replace(drawn, timesteps=levels.to(drawn.timesteps.device))
@@ -89,30 +97,47 @@ class PixelObjective(Objective):
         changed[rows] = images.to(self.dtype)
         return replace(drawn, images=changed)
 
-    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward of the model. Returns prediction and target, both (B, 3, H, W) float32."""
-        noisy = self.scheduler.add_noise(drawn.images, drawn.noise, drawn.timesteps)
+    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor, Mixture | None]:
+        """One forward of the model. Returns prediction and target, both (B, 3, H, W), and what ``NoisyData``
+        makes of the loss.
+        """
+        mixture, noise = None, drawn.noise
+        if "noise" in drawn.own:
+            mixture = self._mixture(drawn)
+            noise = mixture.noise
+        noisy = self.scheduler.add_noise(drawn.images, noise, drawn.timesteps)
         prediction = model(noisy, drawn.timesteps, **drawn.condition, return_dict=False)[0]
-        target = drawn.images if self.predicts_images else drawn.noise
-        return prediction.float(), target.float()
+        target = drawn.images if self.predicts_images else noise
+        return prediction, target, mixture
+
+    def _mixture(self, drawn):
+        assert self.noisy_data is not None
+        alpha_bar = self._alpha_bar(drawn)
+        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return self.noisy_data.mix(
+            drawn.noise, drawn.own["noise"], signal, spread, self.scheduler.config.prediction_type
+        )
+
+    def _alpha_bar(self, drawn):
+        """(B,) float32."""
+        return self.scheduler.alphas_cumprod.to(drawn.timesteps.device)[drawn.timesteps].float()
 
     def losses(self, model: Callable, drawn: DrawnImages) -> torch.Tensor:
         """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
-        return F.mse_loss(*self.predict(model, drawn), reduction="none").flatten(1).mean(dim=1)
+        return squared_errors(*self.predict(model, drawn)).flatten(1).mean(dim=1)
 
     def plain_loss(self, model: Callable, drawn: DrawnImages) -> torch.Tensor:
         """The official script's scalar loss, in its own order of operations: the same bits, hence not
         ``losses().mean()``.
         """
-        prediction, target = self.predict(model, drawn)
-        weights = self.weights(drawn)
+        compared, weights = self.predict(model, drawn), self.weights(drawn)
         if weights is None:
-            return F.mse_loss(prediction, target)
+            return mean_squared_error(*compared)
         weights = weights[:, None, None, None].expand(len(drawn), 1, 1, 1)
-        return (weights * F.mse_loss(prediction, target, reduction="none")).mean()
+        return (weights * squared_errors(*compared)).mean()
 
     def weights(self, drawn: Any) -> torch.Tensor | None:
         if not self.predicts_images:
             return None
-        alpha_bar = self.scheduler.alphas_cumprod.to(drawn.timesteps.device)[drawn.timesteps].float()
+        alpha_bar = self._alpha_bar(drawn)
         return alpha_bar / (1 - alpha_bar)

@@ -14,6 +14,7 @@ from ..data import Batch, ClassLabels, Condition, View
 from ..errors import UsageError, one_line
 from ..files import shipped
 from .base import Family, Image
+from .noisy_data import NoisyData
 from .parts import part_of
 from .pixels import PixelObjective
 from .settings import PipelineSettings, UnconditionalModelSettings
@@ -47,11 +48,12 @@ class Unconditional(Family):
         denoiser: UNet2DModel | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        **objective: Any,
     ):
         self.settings, self.scheduler, self.denoiser = settings, scheduler, denoiser
         self.device, self.dtype = torch.device(device), dtype
         self.text_encoders = {}
-        self.objective = PixelObjective(scheduler, dtype)
+        self.objective = PixelObjective(scheduler, dtype, **objective)
 
     @property
     def parts(self):
@@ -68,7 +70,8 @@ class Unconditional(Family):
                 f"`pretrained_model_name_or_path` {base}: is an unconditional model, which {cls.script} trains"
             )
         make: Any = cls
-        family = make(settings, *(_fresh(settings) if base is None else _of_base(settings)), device, dtype)
+        parts = _fresh(settings) if base is None else _of_base(settings)
+        family = make(settings, *parts, device, dtype, noisy_data=NoisyData.of(config, settings))
         family.denoiser.train()
         _check(family.denoiser, settings)
         return family
@@ -87,7 +90,7 @@ class Unconditional(Family):
     @classmethod
     def of_pipeline(cls, pipeline: Any, **objective: Any) -> Self:
         """The family around a pipeline's parts, which it shares, in float32 on the CPU."""
-        return cls(PipelineSettings(), pipeline.scheduler, pipeline.unet)
+        return cls(PipelineSettings(), pipeline.scheduler, pipeline.unet, **objective)
 
     def load_average(self):
         """A copy: a model from scratch is nowhere else."""

@@ -43,6 +43,7 @@ def bank_buckets(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
+POSITIVE: dict[str, Any] = {"check": lambda value: 0 < value < math.inf, "wanted": "over 0, and finite"}
 SHARE: dict[str, Any] = {"check": lambda value: 0 <= value <= 1, "wanted": "in [0, 1]"}
 
 
@@ -240,8 +241,15 @@ class MitigationConfig:
         "drawn anew at each visit; the paper's variance of 0.1 is 0.316.",
         resume=Resume.SAME,
         type=float,
-        check=lambda deviation: 0 < deviation < math.inf,
-        wanted="over 0, and finite",
+        **POSITIVE,
+    )
+    noisy_data_sigma: float | None = setting(
+        None,
+        "Shah et al.: at noise levels from this on, train on images to which Gaussian noise of this standard deviation "
+        "was added once and for all; theirs is 0.5. Pixels are from -1 to 1, latents have a deviation of about 1.",
+        resume=Resume.SAME,
+        type=float,
+        **POSITIVE,
     )
 
     @classmethod

@@ -123,6 +123,12 @@ class TrainingSettings(
                 "`pixel_noise`: each visit has another noise before the VAE, and `cache_latents` holds one encoding of "
                 "an image; leave out one of the two"
             )
+        for name in ("noise_offset", "input_perturbation", "dream_training"):
+            if self.method.noisy_data_sigma is not None and getattr(self, name):
+                raise UsageError(
+                    f"`noisy_data_sigma`: takes the noise to be standard normal, which `{name}` changes; leave out one "
+                    "of the two"
+                )
         if self.non_ema_revision is None:
             self.non_ema_revision = self.revision
 
