@@ -5,8 +5,7 @@ Each cell runs in a process of its own, so that a failure does not end the other
 
 import json
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.files import read_json, write_json
-from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.sscd import load_descriptor
 
-from .matrix import Benchmark, Cell, named
+from .configuration import named
+from .jobs import run_jobs, train
+from .matrix import Benchmark, Cell
 from .processes import Processes, Stopped
 from .score import SCORES, Protocol
 from .tables import write_tables
@@ -75,18 +75,9 @@ def _fill(benchmark: Benchmark, jobs: int, device: str, cache: Path | None) -> N
         with named(f"`config` {benchmark.path}: score"):
             protocol = Protocol(**benchmark.score)
             protocol.copy_threshold(load_descriptor(protocol.descriptor, protocol.name))
-    processes = Processes()
-    with (
-        tqdm(total=total, desc="Cells") as bar,
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-        processes.ended_by_signals(),
-    ):
-        options = ["--config", benchmark.path, "--device", device, "--feature_cache", cache or "none"]
-        running = [pool.submit(_run_model, benchmark, cells, options, bar, processes) for cells in missing.values()]
-        while wait(running, timeout=1).not_done:
-            bar.refresh()  # its clock
-        for job in running:
-            job.result()
+    options = ["--config", benchmark.path, "--device", device, "--feature_cache", cache or "none"]
+    works = [partial(_run_model, benchmark, cells, options) for cells in missing.values()]
+    run_jobs(works, jobs, total, "Cells")
 
 
 def _run_model(benchmark: Benchmark, cells: list[Cell], options: list[Any], bar: tqdm, processes: Processes) -> None:
@@ -103,7 +94,10 @@ def _run_model(benchmark: Benchmark, cells: list[Cell], options: list[Any], bar:
 def _train_and_score(
     benchmark: Benchmark, cells: list[Cell], options: list[Any], bar: tqdm, processes: Processes
 ) -> None:
-    failed = _train(benchmark, cells[0].training, cells[0].seed, processes)
+    training, seed, failed = cells[0].training, cells[0].seed, None
+    if training in benchmark.effective:  # others are trained already
+        folder = Path(benchmark.model(training, seed))
+        failed = train(benchmark.training_command(training, seed), folder, processes)
     for cell in cells:
         folder = benchmark.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,21 +112,3 @@ def _train_and_score(
             (folder / FAILED).write_text(why)
             tqdm.write(f"{cell.name} failed: {why}")
         bar.update()
-
-
-def _train(benchmark: Benchmark, training: str, seed: int, processes: Processes) -> str | None:
-    """Train a variant unless it is trained already. Returns why it failed, or None."""
-    folder = Path(benchmark.model(training, seed))
-    run = RunFolder(folder)
-    if training not in benchmark.effective or run.is_finished:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    why = processes.call(benchmark.training_command(training, seed), folder / "train.log")
-    if why is None and not run.is_finished:
-        raise Stopped  # after a signal training writes a checkpoint and exits with 0
-    if why is not None:
-        return f"training: {why}"
-    seconds = round(time.perf_counter() - started, 1)
-    write_json(folder / "seconds.json", {"version": __version__, "train": seconds})
-    return None

@@ -2,16 +2,11 @@
 
 import functools
 import hashlib
-import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ietagc_diffusers.arguments import flag_names, parse_flags, recipe_to_argv
 from ietagc_diffusers.errors import UsageError
@@ -19,14 +14,15 @@ from ietagc_diffusers.method.config import check_keys, recipe_path
 from ietagc_diffusers.mitigations import parse_mitigations
 from ietagc_diffusers.training.scripts import SCRIPTS
 
+from .configuration import checked, named, read_configuration, short_hash, slug
 from .generate import Settings, check_unprompted, generate, model_hash
 from .image_sets import ImageSet, load_images, load_training_set
+from .jobs import TRAIN
 from .pipelines import is_unprompted, num_classes
 from .prompts import Prompt, caption_prompts, choose, read_prompts, without_prompts
 from .score import Protocol, Tools, score
 from .tables import COLUMNS
 
-TRAIN = ["-m", "ietagc_diffusers", "train"]
 UNET_CONFIG = "model_config_name_or_path"  # of a model from scratch
 KEYS = {
     "script", "base", "train", "reference", "prompts", "num_images", "output", "seeds", "launcher", "common",
@@ -86,19 +82,7 @@ class Benchmark:
     def __init__(self, path: str | Path):
         self.path, self.content = recipe_path(path), functools.cache(_content)
         where = f"`config` {path}"
-        try:
-            config = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{where}: cannot be read: {' '.join(str(error).split())}") from error
-        config = _checked(config, dict, where)
-        check_keys(config, KEYS, where)
-        for key in sorted(NEEDED - config.keys()):
-            raise UsageError(f"{where}: has no '{key}'")
-
-        def part(key: str, kind: type, default: Any = None) -> Any:
-            value = config.get(key)
-            return default if value is None else _checked(value, kind, f"{where}: {key}")
-
+        part = read_configuration(self.path, KEYS, NEEDED, where)
         script = part("script", str, "text_to_image")
         check_keys([script], SCRIPTS, f"{where}: script")
         self.script, self.kind = script, SCRIPTS[script]
@@ -112,7 +96,7 @@ class Benchmark:
         self.columns = part("columns", list, ["sim_score", "clip_score", "fid"])
         self.tables = part("tables", dict)
         for seed in self.seeds:
-            _checked(seed, int, f"{where}: seeds")
+            checked(seed, int, f"{where}: seeds")
         if self.num_images is not None and self.num_images < 1:
             raise UsageError(f"{where}: num_images {self.num_images}: must be at least 1")
         settings = {field.name for field in fields(Settings)} - {"seed", "mitigation"}
@@ -123,11 +107,11 @@ class Benchmark:
             Settings(**self.generate)
         for name, chain in self.inference.items():
             here = f"{where}: inference {name}"
-            _checked(chain, str, here)
+            checked(chain, str, here)
             with named(here):
                 parse_mitigations(chain)
         self.training = {
-            name: _checked(flags or {}, dict, f"{where}: training {name}")
+            name: checked(flags or {}, dict, f"{where}: training {name}")
             for name, flags in part("training", dict).items()
         }
         # Every flag's effective value, the recipe's included, of the variants that are trained here.
@@ -138,9 +122,9 @@ class Benchmark:
                     self.effective[name] = self._effective(name)
         for name, table in self.tables.items():
             here = f"{where}: table {name}"
-            check_keys(_checked(table, dict, here), {"title", "rows"}, here)
-            for row in _checked(table.get("rows"), list, f"{here}: rows"):
-                check_keys(_checked(row, dict, here), {"label", "training", "inference", "phase"}, here)
+            check_keys(checked(table, dict, here), {"title", "rows"}, here)
+            for row in checked(table.get("rows"), list, f"{here}: rows"):
+                check_keys(checked(row, dict, here), {"label", "training", "inference", "phase"}, here)
                 check_keys([row.get("training")], self.training, f"{here}: training")
                 check_keys([row.get("inference", "none")], self.inference, f"{here}: inference")
         for cell in self.cells:
@@ -191,12 +175,12 @@ class Benchmark:
             model if cell.training in self.effective else self.content(model), self.inference[cell.inference],
             self.generate, self.num_images, self.content(self.prompts), self.train,
         ]  # fmt: skip
-        name = f"{_slug(cell.training)}-{_slug(cell.inference)}-{_hash(conditions)}"
+        name = f"{slug(cell.training)}-{slug(cell.inference)}-{short_hash(conditions)}"
         return self.output / "cells" / name / f"seed-{cell.seed}"
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell's scores."""
-        return self.drawn(cell) / f"scored-{_hash([self.score, self.reference])}"
+        return self.drawn(cell) / f"scored-{short_hash([self.score, self.reference])}"
 
     def flags(self, training: str) -> dict[str, Any]:
         """A variant's training flags, except seed and folder."""
@@ -214,7 +198,7 @@ class Benchmark:
         effective = self.effective[training]
         if config := effective.get(UNET_CONFIG):
             effective = effective | {UNET_CONFIG: self.content(config)}
-        name = f"{_slug(training)}-{_hash([self.content(self.base), self.train, effective])}"
+        name = f"{slug(training)}-{short_hash([self.content(self.base), self.train, effective])}"
         return str(self.output / "trained" / name / f"seed-{seed}")
 
     def training_command(self, training: str, seed: int) -> list[str]:
@@ -251,24 +235,6 @@ class Benchmark:
         return self.effective.get(training, self.common).get("image_column", "image")
 
 
-KINDS = {dict: "keys and values", list: "a list", str: "a text", int: "a whole number"}
-
-
-def _checked(value: Any, kind: type, where: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UsageError(f"{where}: should hold {KINDS[kind]}, holds {json.dumps(value, default=str)[:80]}")
-    return value
-
-
-@contextmanager
-def named(where: str) -> Iterator[None]:
-    """Inside, ``where`` is added to the message of a ``UsageError``."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-
-
 def _content(path: str | None) -> str | None:
     """A hash of a pipeline folder or a file; a Hub id, or None, unchanged."""
     if path is None or not Path(path).exists():
@@ -277,11 +243,3 @@ def _content(path: str | None) -> str | None:
         return model_hash(path)
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name.replace("+", "plus"))
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()
