@@ -28,7 +28,8 @@ class Ratio:
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Ratio":
         """From an entry of emm.json."""
-        return cls(record["memorization_ratio"], *record["memorization_ratio_ci95"], record["step"])
+        low, high = record["memorization_ratio_ci95"]
+        return cls(record["memorization_ratio"], low, high, record["step"])
 
     def __str__(self) -> str:
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"

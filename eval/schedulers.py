@@ -18,7 +18,7 @@ SCHEDULERS = {
 }
 
 
-def parse_scheduler(text: str) -> tuple[type, dict[str, Any]]:
+def parse_scheduler(text: str) -> tuple[Any, dict[str, Any]]:
     """The class and the options that a text such as ``ddim`` or ``ddim:steps_offset=1,set_alpha_to_one=false`` names.
 
     Raises:

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ietagc_diffusers.data import ImageSettings, load_training_rows
 from ietagc_diffusers.data.rows import label_values
-from ietagc_diffusers.data.sources import SAMPLE_ID
+from ietagc_diffusers.data.sources import SAMPLE_ID, stored_column
 from ietagc_diffusers.errors import UsageError
 
 
@@ -44,7 +44,7 @@ def source_rows(settings: ImageSettings) -> tuple[Dataset, np.ndarray | None]:
     """The rows of a training set, and their classes if there is a ``label_column``. Raises ``UsageError``."""
     rows = load_training_rows(settings)
     labels = label_values(rows, settings.label_column)
-    if labels is not None and np.any(np.equal(labels, None) | (labels != labels)):
+    if labels is not None and stored_column(rows, str(settings.label_column)).null_count:
         raise UsageError(f"`label_column` {settings.label_column}: some rows have no class")
     return rows, labels
 

@@ -269,3 +269,13 @@ def test_the_shipped_study_is_valid():
     assert study.flags("unique labels", 20_000)["num_classes"] == 20_000
     assert len({study.folder(name, 1000) for name in study.configurations}) == len(study.configurations)
     assert all(small <= large for (_, small), (_, large) in itertools.pairwise(study.cells))
+
+
+def test_images_without_a_class_are_refused(tmp_path, here):
+    folder = write_folder(tmp_path / "images", 6)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | ({"label": None} if number == 2 else {}) for number, line in enumerate(lines)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="`label_column` label: some rows have no class"):
+        run(write_study(tmp_path, folder))
+    assert not here

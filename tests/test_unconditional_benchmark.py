@@ -16,6 +16,7 @@ from ietagc_diffusers import testing
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import benchmark as module
+from ietagc_diffusers.eval import jobs
 from ietagc_diffusers.eval.benchmark import Benchmark, run
 
 COLUMNS = ["mq_0.4", "mq_0.5_count", "mq_0.6", "memorization_ratio", "frechet_distance", "sim_score", "clip_score"]
@@ -84,7 +85,7 @@ class InThisThread(nullcontext):
 
 def test_the_matrix_trains_draws_and_scores_without_prompts(places, tmp_path, monkeypatch):
     monkeypatch.setattr(module.Processes, "call", call_here)
-    monkeypatch.setattr(module, "ThreadPoolExecutor", InThisThread)
+    monkeypatch.setattr(jobs, "ThreadPoolExecutor", InThisThread)
     path = config(places, tmp_path / "out")
     assert run(path) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "tables.csv").open()))

@@ -24,7 +24,8 @@ def run(args: Namespace) -> int:
 
     device = common.device_of(args)
     if args.cell:
-        Study(args.config).measure(*json.loads(args.cell), device)
+        name, size = json.loads(args.cell)
+        Study(args.config).measure(name, size, device)
         return 0
     failed = run_study(args.config, args.jobs, device, args.results)
     output = Study(args.config).output
