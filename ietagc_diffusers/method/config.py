@@ -17,6 +17,7 @@ DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when a run names neither 
 VISITS_PER_BUCKET = 100
 MIN_BUCKETS = 10
 CAPTION_PROBABILITY = 0.1  # Somepalli et al.'s, for all but MC, which has none
+FURTHER_CORRUPTION = 0.1  # of Ambient Diffusion
 
 _OFF = {"num_shards": 1, "skip_threshold": 0.0, "augment_range": 1.0, "redistribute_fraction": 0.0}
 _AGC, _IET, _TAA, _MSR = (
@@ -244,6 +245,24 @@ class MitigationConfig:
         type=float,
         **POSITIVE,
     )
+    ambient_corruption: float | None = setting(
+        None,
+        "Ambient Diffusion, for unconditional models of pixels: share of the pixels of each training image that is "
+        "never seen; 0.4 in the authors' runs.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda share: 0 < share < 1,
+        wanted="over 0 and under 1",
+    )
+    ambient_further_corruption: float | None = setting(
+        None,
+        "Share of the pixels left by --ambient_corruption that is hidden from the model too, and has to be predicted. "
+        f"Default: {FURTHER_CORRUPTION}, the authors'.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda share: 0 <= share < 1,
+        wanted="in [0, 1)",
+    )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "MitigationConfig":
@@ -253,6 +272,8 @@ class MitigationConfig:
         given = {key: value for key, value in overrides.items() if value is not None}
         if given.get("caption_mitigation", "mc") != "mc":
             given.setdefault("caption_mitigation_probability", CAPTION_PROBABILITY)
+        if "ambient_corruption" in given:
+            given.setdefault("ambient_further_corruption", FURTHER_CORRUPTION)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
 
     def __post_init__(self):
@@ -273,6 +294,16 @@ class MitigationConfig:
             raise UsageError(
                 f"`caption_mitigation_probability` {self.caption_mitigation_probability}: belongs to "
                 f"`caption_mitigation` rc, rt or cwr{why}"
+            )
+
+        if self.ambient_corruption is None and self.ambient_further_corruption is not None:
+            raise UsageError(
+                f"`ambient_further_corruption` {self.ambient_further_corruption}: belongs to `ambient_corruption`; "
+                "give that too"
+            )
+        if self.ambient_corruption is not None and self.noisy_data_sigma is not None:
+            raise UsageError(
+                "`ambient_corruption` and `noisy_data_sigma` are two ways to hide the images: give one of them"
             )
 
     @property

@@ -120,6 +120,11 @@ class TrainingSettings(
                 "`pixel_noise`: each visit has another noise before the VAE, and `cache_latents` holds one encoding of "
                 "an image; leave out one of the two"
             )
+        if self.method.ambient_corruption is not None:
+            raise UsageError(
+                "`ambient_corruption`: hides pixels from models of pixels, which train_unconditional_ietagc.py trains; "
+                "leave it out"
+            )
         for name in ("noise_offset", "input_perturbation", "dream_training"):
             if self.method.noisy_data_sigma is not None and getattr(self, name):
                 raise UsageError(
