@@ -31,6 +31,12 @@ def test_default_has_the_paper_s_laion_numbers():
     assert numbers == (4, 0.8, math.inf, 5.0, 0.8, 5) and c.redistribute_fraction == 0.25
 
 
+def test_without_shards_nothing_is_redistributed():
+    c = MitigationConfig.preset("iet-agc+", shard_data=False)
+    assert (c.num_shards, c.num_parts, c.redistribute_fraction, c.skip_threshold) == (4, 1, 0, 0.8)
+    assert MitigationConfig.preset("iet-agc+").num_parts == 4
+
+
 def test_single_flags_override_and_none_does_not():
     c = MitigationConfig.preset("iet-agc+", num_shards=2, skip_threshold=None)
     assert (c.num_shards, c.skip_threshold) == (2, 0.8)
@@ -49,6 +55,8 @@ def test_single_flags_override_and_none_does_not():
         ({"bank_buckets": 0}, "`bank_buckets` 0"),
         ({"epochs_per_round": 2, "steps_per_round": 3}, "`epochs_per_round` and `steps_per_round` were both given"),
         ({"steps_per_round": 0}, "`steps_per_round` 0"),
+        ({"shard_data": False, "num_shards": 1}, "`shard_data` off: one proxy has all data anyway"),
+        ({"shard_data": False, "redistribute_fraction": 0.1}, "`redistribute_fraction` 0.1: without `shard_data`"),
         ({"randaugment_magnitude": 31}, "`randaugment_magnitude` 31"),
         ({"skip_threshold": 0.0}, "`augment_range` inf needs a `skip_threshold` over 0"),
         ({"random_skip_rate": 0.2}, "`random_skip_rate` and `random_augment_rate` replace"),

@@ -134,6 +134,7 @@ def test_a_run_equals_separate_trainings_averaged_by_hand():
         (1, 7, {"steps_per_round": 3}, [3, 3, 1]),
         (4, 10, {"steps_per_round": 50}, [3]),
         (2, 24, {"epochs_per_round": 2}, [6, 6]),
+        (2, 24, {"epochs_per_round": 1, "shard_data": False}, [6, 6]),
         (3, 75, {}, [1] * 25),
     ],
 )

@@ -42,6 +42,12 @@ def test_groups_stay_together_through_splits_and_moves():
         plan = plan.redistribute(rng.integers(9, size=60), 0.25, seed=round_index)
 
 
+def test_without_sharding_each_proxy_holds_everything():
+    plan = ShardPlan.whole(5, 3)
+    assert [shard.tolist() for shard in plan.shards] == [[0, 1, 2, 3, 4]] * 3
+    assert plan.redistribute(np.arange(5), 0.0) is plan
+
+
 def test_more_shards_than_samples_is_an_error():
     with pytest.raises(UsageError, match="`num_shards` 4: more than the 3 training samples"):
         ShardPlan.split(3, 4, seed=0)

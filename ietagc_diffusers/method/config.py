@@ -69,9 +69,16 @@ class MitigationConfig:
         type=int,
         **at_least(1),
     )
+    shard_data: bool = setting(
+        True,
+        "Give each proxy a shard of its own; off: each trains on all data, in its own order, so that averaging can be "
+        "told apart from sharding. Redistribution has no meaning then, and is off.",
+        resume=Resume.FIXED,
+        type=bool,
+    )
     epochs_per_round: int | None = setting(
         None,
-        "E: epochs a proxy trains on its shard before the proxies are averaged. "
+        "E: epochs a proxy trains on its shard (or on all data, see --shard_data) before the proxies are averaged. "
         f"Default: {DEFAULT_ROUNDS} rounds, or as many as a proxy has steps.",
         resume=Resume.FIXED,
         type=int,
@@ -274,12 +281,23 @@ class MitigationConfig:
             given.setdefault("caption_mitigation_probability", CAPTION_PROBABILITY)
         if "ambient_corruption" in given:
             given.setdefault("ambient_further_corruption", FURTHER_CORRUPTION)
+        if given.get("shard_data") is False:
+            given.setdefault("redistribute_fraction", 0.0)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
 
     def __post_init__(self):
         check_values(self)
         if self.epochs_per_round is not None and self.steps_per_round is not None:
             raise UsageError("`epochs_per_round` and `steps_per_round` were both given: give one of them")
+        if not self.shard_data and self.num_shards == 1:
+            raise UsageError(
+                "`shard_data` off: one proxy has all data anyway; give `num_shards` over 1, or leave it out"
+            )
+        if not self.shard_data and self.redistribute_fraction:
+            raise UsageError(
+                f"`redistribute_fraction` {self.redistribute_fraction}: without `shard_data` every proxy has all "
+                "samples, and none can move; leave it out"
+            )
         if self.augment_range > 1 and self.skip_threshold == 0:
             raise UsageError(
                 f"`augment_range` {self.augment_range} needs a `skip_threshold` over 0, where augmentation starts"
@@ -305,6 +323,11 @@ class MitigationConfig:
             raise UsageError(
                 "`ambient_corruption` and `noisy_data_sigma` are two ways to hide the images: give one of them"
             )
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts the training set is split: K, or 1 where each proxy has all of it."""
+        return self.num_shards if self.shard_data else 1
 
     @property
     def augments(self) -> bool:

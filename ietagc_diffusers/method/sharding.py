@@ -27,6 +27,11 @@ class ShardPlan:
         return len(self.shards)
 
     @classmethod
+    def whole(cls, num_samples: int, num_shards: int) -> "ShardPlan":
+        """K shards that each hold all ids 0..N-1: averaging without sharding."""
+        return cls((np.arange(num_samples),) * num_shards)
+
+    @classmethod
     def split(
         cls,
         num_samples: int,

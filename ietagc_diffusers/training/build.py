@@ -116,7 +116,7 @@ def load_rows(
     logger.info(f"{len(rows)} rows show {num_images} different images")
     if settings.deduplicate:
         rows = deduplicate(rows, hashes)
-        if len(rows) < settings.method.num_shards:
+        if len(rows) < settings.method.num_parts:
             raise UsageError(
                 f"`num_shards` {settings.method.num_shards}: more than the {len(rows)} different images that "
                 "`deduplicate` left"
@@ -345,8 +345,11 @@ def build_run(
         raise ValueError("a run is built from a seed")
     config = settings.method
     layout = Layout(config.num_shards, accelerator.num_processes, accelerator.process_index, accelerator.device)
-    labels = label_values(rows, settings.label_column)
-    plan = ShardPlan.split(len(rows), config.num_shards, settings.seed, labels, groups)
+    if config.shard_data:
+        labels = label_values(rows, settings.label_column)
+        plan = ShardPlan.split(len(rows), config.num_shards, settings.seed, labels, groups)
+    else:
+        plan = ShardPlan.whole(len(rows), config.num_shards)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
     view = family.view(settings)

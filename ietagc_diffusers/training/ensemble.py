@@ -42,7 +42,7 @@ class Rounds:
         if config.steps_per_round is not None:
             steps_per_round = config.steps_per_round
         elif config.epochs_per_round is not None:
-            steps_per_round = math.ceil(config.epochs_per_round * steps_per_epoch / config.num_shards)
+            steps_per_round = math.ceil(config.epochs_per_round * steps_per_epoch / config.num_parts)
         else:
             steps_per_round = math.ceil(steps_per_proxy / default_rounds)
         return cls(config.num_shards, steps_per_proxy, min(steps_per_round, steps_per_proxy))

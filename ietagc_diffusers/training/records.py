@@ -85,7 +85,7 @@ def write_sample_counts(run: IterativeEnsemble, rows: Dataset, folder: RunFolder
     if not run.layout.is_main:
         return
     shard = np.full(len(rows), -1)
-    for k, samples in enumerate(run.plan.shards):
+    for k, samples in enumerate(run.plan.shards if run.config.shard_data else ()):
         shard[samples] = k
     table = {
         SAMPLE_ID: stored_column(rows, SAMPLE_ID),

@@ -134,8 +134,11 @@ def _announce(
     logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {budget.visits_per_step}")
     logger.info(f"  Gradient Accumulation steps = {settings.gradient_accumulation_steps}")
     logger.info(f"  Total optimization steps = {rounds.total_steps}")
+    held = _many(rounds.num_shards, "shard")
+    if not settings.method.shard_data:
+        held = f"each of {rounds.num_shards} proxies"
     logger.info(
-        f"  {settings.method.mitigation}: {num_rows} samples in {_many(rounds.num_shards, 'shard')}, "
+        f"  {settings.method.mitigation}: {num_rows} samples in {held}, "
         f"{_many(rounds.num_rounds, 'round')} of {_many(rounds.steps_per_round, 'step')} per proxy"
     )
     if prior is not None:

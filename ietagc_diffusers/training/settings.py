@@ -37,6 +37,9 @@ class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, RecordS
                 "`hub_token` with `report_to` wandb would store the token in the tracker: use `hf auth login` instead"
             )
         check_values(self)
+        for name in ("save_shards", "group_duplicates"):
+            if getattr(self, name) and not self.method.shard_data:
+                raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
 
