@@ -14,6 +14,7 @@ from . import __version__
 from .errors import UsageError
 from .families import place_name
 from .run_folder import RunFolder
+from .training.privacy import in_words
 from .training.settings import RunSettings
 
 TAGS = ("diffusers", "diffusers-training", "ietagc")
@@ -61,6 +62,12 @@ def write_card(
     if last:
         skipped, augmented = last["skip_rate"], last["augment_rate"]
         outcome = f"In the last round {skipped:.1%} of the samples were skipped and {augmented:.1%} augmented.\n"
+    if last and settings.dp_noise_multiplier is not None:
+        outcome += (
+            f"\nTrained by DP-SGD, noise multiplier {settings.dp_noise_multiplier:g}, each image's gradient clipped to "
+            f"{settings.dp_max_grad_norm:g}: {in_words(last, settings.dp_delta)}. This holds against those who do not "
+            "know the seed, from which the noise was drawn.\n"
+        )
     lora = settings.adapters
     adapter = f"| LoRA rank, alpha | {lora.lora_rank}, {lora.lora_alpha} |\n" if lora else ""
     prior = f"| prior preservation, weight | {settings.prior_loss_weight} |\n" if settings.prior_dir else ""

@@ -338,8 +338,12 @@ class MitigationConfig:
         """Whether steps and order of samples are the official training's: whether all samples are kept as they are.
         Captions and their embeddings may differ.
         """
-        decides = self.skip_threshold or self.random_skip_rate or self.random_augment_rate or self.wen_threshold
-        return self.num_shards == 1 and not decides
+        return self.num_shards == 1 and self.keeps_all
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no sample is ever skipped or augmented."""
+        return not (self.skip_threshold or self.random_skip_rate or self.random_augment_rate or self.wen_threshold)
 
     def resolve_bank_buckets(self, visits_per_shard: int, num_timesteps: int) -> int:
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""
