@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ietagc_diffusers import UsageError, testing
+from eval.generate import Settings, load_pipeline
+from ietagc_diffusers import UsageError, hub, testing
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.families.ambient import Ambient
 from ietagc_diffusers.families.unconditional import draw
@@ -121,6 +122,17 @@ def test_it_draws_as_a_model_that_sees_all():
         for pipeline in (masked, plain)
     )
     assert all(map(np.array_equal, one, other))
+
+
+def test_the_commands_draw_with_it_and_the_card_says_so(tmp_path):
+    pipeline_with_mask().save_pretrained(tmp_path / "model")
+    pipeline = load_pipeline(tmp_path / "model", Settings(num_inference_steps=2))
+    assert draw(pipeline, torch.Generator().manual_seed(0), 1, 2)[0].size == (16, 16)
+    flags = ["--train_data_dir=d", "--ambient_corruption=0.4", f"--output_dir={tmp_path}"]
+    hub.write_card(parse_flags(flags, UnconditionalScript), "me/hidden", [], [])
+    card = (tmp_path / "README.md").read_text()
+    assert "ietagc generate --model hidden" in card and "pipeline()" not in card
+    assert "`ambient_further_corruption` | 0.1" in card
 
 
 def test_bases_must_fit(tmp_path):

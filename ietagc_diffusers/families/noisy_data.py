@@ -100,5 +100,5 @@ class NoisyData:
         fresh, own = noise.float(), own.float()
         mixed = k.sqrt() * own + (1 - k).sqrt() * fresh
         apart = (1 - k).sqrt() * own - k.sqrt() * fresh
-        unit = {"epsilon": -a / b, "sample": 1.0, "v_prediction": -1 / b}[predicts]
+        unit = {"epsilon": -a / b, "sample": torch.ones_like(a), "v_prediction": -1 / b}[predicts]
         return Mixture(mixed.to(noise.dtype), 1 - k, unit * own_sigma * (1 - k).sqrt() * apart)

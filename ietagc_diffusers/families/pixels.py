@@ -131,7 +131,7 @@ class PixelObjective(Objective):
         kind = self.scheduler.config.prediction_type
         return self.noisy_data.mix(drawn.noise, drawn.own["noise"], *self._scales(drawn), kind)
 
-    def _scales(self, drawn):
+    def _scales(self, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
         """Signal and noise of each sample, both (B,)."""
         alpha_bar = self._alpha_bar(drawn)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

@@ -64,8 +64,8 @@ class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, Privacy
                 "`dp_noise_multiplier`: does not account for images that are skipped, augmented or moved because of "
                 "others, or that several proxies see; give `mitigation` none or iet, and leave those flags out"
             )
-        refused = {"channels_last": False, "compile": False, "gradient_checkpointing": False, "prior_dir": None}
-        refused |= {"train_text_encoder": False, "use_dora": False, "on_bad_sample": "error"}
+        refused: dict[str, Any] = {"channels_last": False, "compile": False, "gradient_checkpointing": False}
+        refused |= {"prior_dir": None, "train_text_encoder": False, "use_dora": False, "on_bad_sample": "error"}
         for name, usual in refused.items():
             if getattr(self, name, usual) != usual:
                 raise UsageError(f"`{name}`: cannot be combined with `dp_noise_multiplier`; leave out one of the two")
