@@ -43,7 +43,7 @@ def trained(flags, folder):
 
 
 @pytest.mark.parametrize("method", [NONE, METHOD], ids=["none", "method"])
-@pytest.mark.parametrize("rival", ["--pixel_noise=0.3", "--noisy_data_sigma=0.5"])
+@pytest.mark.parametrize("rival", ["--pixel_noise=0.3", "--noisy_data_sigma=0.5", "--ambient_corruption=0.4"])
 def test_it_acts_and_a_stopped_run_goes_on_bit_for_bit(config, pictures, tmp_path, method, rival):
     plain = unprompted(config, pictures, *method)
     flags = [*plain, rival]

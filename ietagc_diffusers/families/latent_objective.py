@@ -12,7 +12,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from ..data import Batch
 from .base import TOKEN_IDS, Objective, Tensors
 from .draws import DrawnBatch, Draws
-from .noisy_data import Mixture, NoisyData, mean_squared_error, squared_errors
+from .noisy_data import Mixture, NoisyData
+from .rules import mean_squared_error, squared_errors
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,17 @@
 Models using Ambient Diffusion", ICML 2025.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..method.config import MitigationConfig
+from .rules import drawn_once, squared_errors
 
 NOISE = 2  # tells these draws from others of the same seed and image
-
-
-def drawn_once(
-    ids: Sequence[int], seed: int, kind: int, draw: Callable[[np.random.Generator], np.ndarray]
-) -> torch.Tensor:
-    """What belongs to each image for the whole training, (B, ...): ``draw`` from a generator of (seed, kind, id). It
-    is drawn again at each visit instead of stored, and is the same on every device, process and resumed run.
-
-    ids: B integers, the images' ``sample_id``.
-    """
-    generators = (np.random.default_rng([seed, kind, number % 2**64]) for number in ids)
-    return torch.from_numpy(np.stack([draw(generator) for generator in generators]))
 
 
 @dataclass(frozen=True)
@@ -42,24 +30,9 @@ class Mixture:
         ratio compares like with like, and the log compares with plain training. Their gradient is that of
         ((1 - k) (f - target) - shift)^2, which is what is trained.
         """
-        prediction, target = prediction.float(), target.float()
-        errors = F.mse_loss(prediction.detach(), target, reduction="none")
-        trained = F.mse_loss(self.kept * prediction, self.kept * target + self.shift, reduction="none")
+        errors = squared_errors(prediction.detach(), target)
+        trained = squared_errors(self.kept * prediction.float(), self.kept * target.float() + self.shift)
         return errors + (trained - trained.detach())
-
-
-def squared_errors(prediction: torch.Tensor, target: torch.Tensor, mixture: Mixture | None) -> torch.Tensor:
-    """(B, ...) float32, of each element."""
-    if mixture is not None:
-        return mixture.losses(prediction, target)
-    return F.mse_loss(prediction.float(), target.float(), reduction="none")
-
-
-def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor, mixture: Mixture | None) -> torch.Tensor:
-    """Their mean (), by the official scripts' call: the same bits."""
-    if mixture is not None:
-        return mixture.losses(prediction, target).mean()
-    return F.mse_loss(prediction.float(), target.float(), reduction="mean")
 
 
 @dataclass(frozen=True)
@@ -127,5 +100,5 @@ class NoisyData:
         fresh, own = noise.float(), own.float()
         mixed = k.sqrt() * own + (1 - k).sqrt() * fresh
         apart = (1 - k).sqrt() * own - k.sqrt() * fresh
-        unit = {"epsilon": -a / b, "sample": 1.0, "v_prediction": -1 / b}[predicts]
+        unit = {"epsilon": -a / b, "sample": torch.ones_like(a), "v_prediction": -1 / b}[predicts]
         return Mixture(mixed.to(noise.dtype), 1 - k, unit * own_sigma * (1 - k).sqrt() * apart)

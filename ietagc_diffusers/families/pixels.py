@@ -8,9 +8,11 @@ import torch
 from diffusers import DDPMScheduler
 
 from ..data import Batch
+from .ambient import Ambient, Counted, with_mask
 from .base import Objective, Tensors
 from .draws import DrawnBatch, Draws
-from .noisy_data import Mixture, NoisyData, mean_squared_error, squared_errors
+from .noisy_data import NoisyData
+from .rules import Rule, mean_squared_error, squared_errors
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,17 @@ class PixelObjective(Objective):
         scheduler: with prediction type ``epsilon`` or ``sample``.
         dtype: of the denoiser's input.
         noisy_data: ``NoisyData``; None is off.
+        ambient: ``Ambient``; None is off.
     """
 
     def __init__(
-        self, scheduler: DDPMScheduler, dtype: torch.dtype = torch.float32, noisy_data: NoisyData | None = None
+        self,
+        scheduler: DDPMScheduler,
+        dtype: torch.dtype = torch.float32,
+        noisy_data: NoisyData | None = None,
+        ambient: Ambient | None = None,
     ):
-        self.scheduler, self.dtype, self.noisy_data = scheduler, dtype, noisy_data
+        self.scheduler, self.dtype, self.noisy_data, self.ambient = scheduler, dtype, noisy_data, ambient
 
     @property
     def num_levels(self) -> int:
@@ -76,9 +83,12 @@ class PixelObjective(Objective):
 
     def encode(self, batch: Batch) -> Shown:
         images = batch.images.to(self.dtype)
-        own = {}
+        own: Tensors = {}
         if self.noisy_data is not None and batch.ids is not None:
-            own["noise"] = self.noisy_data.own_noise(batch.ids, images.shape[1:]).to(images.device)
+            own["noise"] = self.noisy_data.own_noise(batch.ids, images.shape[1:])
+        if self.ambient is not None and batch.ids is not None:
+            own |= self.ambient.masks(batch.ids, images.shape[2:])
+        own = {name: tensor.to(images.device) for name, tensor in own.items()}
         return Shown(images, batch.inputs | batch.told, batch.share, own)
 
     @torch.no_grad()
@@ -97,26 +107,34 @@ class PixelObjective(Objective):
         changed[rows] = images.to(self.dtype)
         return replace(drawn, images=changed)
 
-    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor, Mixture | None]:
-        """One forward of the model. Returns prediction and target, both (B, 3, H, W), and what ``NoisyData``
-        makes of the loss.
+    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor, Rule | None]:
+        """One forward of the model. Returns prediction and target, both (B, 3, H, W), and how they are compared if not
+        by their squared error.
         """
-        mixture, noise = None, drawn.noise
+        rule: Any = None
+        noise, shown = drawn.noise, drawn.own.get("shown")
         if "noise" in drawn.own:
-            mixture = self._mixture(drawn)
-            noise = mixture.noise
+            rule = self._mixture(drawn)
+            noise = rule.noise
         noisy = self.scheduler.add_noise(drawn.images, noise, drawn.timesteps)
-        prediction = model(noisy, drawn.timesteps, **drawn.condition, return_dict=False)[0]
         target = drawn.images if self.predicts_images else noise
-        return prediction, target, mixture
+        if shown is not None:
+            noisy, rule = noisy * shown.to(noisy.dtype), Counted(drawn.own["counted"])
+            if not self.predicts_images:
+                signal, spread = (scale[:, None, None, None] for scale in self._scales(drawn))
+                target = torch.where(shown > 0, noise, -signal / spread * drawn.images)
+        prediction = model(with_mask(model, noisy, shown), drawn.timesteps, **drawn.condition, return_dict=False)[0]
+        return prediction, target, rule
 
     def _mixture(self, drawn):
         assert self.noisy_data is not None
+        kind = self.scheduler.config.prediction_type
+        return self.noisy_data.mix(drawn.noise, drawn.own["noise"], *self._scales(drawn), kind)
+
+    def _scales(self, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signal and noise of each sample, both (B,)."""
         alpha_bar = self._alpha_bar(drawn)
-        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        return self.noisy_data.mix(
-            drawn.noise, drawn.own["noise"], signal, spread, self.scheduler.config.prediction_type
-        )
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def _alpha_bar(self, drawn):
         """(B,) float32."""

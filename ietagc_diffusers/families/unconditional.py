@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..data import Batch, ClassLabels, Condition, View
 from ..errors import UsageError, one_line
 from ..files import shipped
+from .ambient import Ambient, takes_mask, with_mask
 from .base import Family, Image
 from .noisy_data import NoisyData
 from .parts import part_of
@@ -70,10 +71,12 @@ class Unconditional(Family):
                 f"`pretrained_model_name_or_path` {base}: is an unconditional model, which {cls.script} trains"
             )
         make: Any = cls
-        parts = _fresh(settings) if base is None else _of_base(settings)
-        family = make(settings, *parts, device, dtype, noisy_data=NoisyData.of(config, settings))
+        masked = config is not None and config.ambient_corruption is not None
+        parts = _fresh(settings, masked) if base is None else _of_base(settings)
+        rivals = {"noisy_data": NoisyData.of(config, settings), "ambient": Ambient.of(config, settings)}
+        family = make(settings, *parts, device, dtype, **rivals)
         family.denoiser.train()
-        _check(family.denoiser, settings)
+        _check(family.denoiser, settings, masked)
         return family
 
     @classmethod
@@ -134,33 +137,34 @@ class Unconditional(Family):
             self.denoiser.train(was_training)
 
 
-def _fresh(settings):
-    """(scheduler, UNet) with weights from torch's stream."""
+def _fresh(settings, masked):
+    """(scheduler, UNet) with weights from torch's stream; ``masked``: whether the UNet takes a mask (``Ambient``)."""
     scheduler = DDPMScheduler(
         num_train_timesteps=settings.ddpm_num_steps,
         beta_schedule=settings.ddpm_beta_schedule,
         prediction_type=settings.prediction_type,
     )
-    unet = _new_unet(settings)
+    unet = _new_unet(settings, masked)
     if settings.weight_init == "ddpm":
         ddpm_weights(unet)
     return scheduler, unet
 
 
-def _new_unet(settings):
+def _new_unet(settings, masked):
     classes = {} if settings.class_labels == "none" else {"num_class_embeds": settings.num_classes}
     place = settings.model_config_name_or_path
     if place is not None:
         try:
             config = UNet2DModel.load_config(str(shipped(place, ".json")), cache_dir=settings.cache_dir)
-            return UNet2DModel.from_config(config, **classes)
+            own = {"in_channels": config.get("in_channels", 3) + 1} if masked else {}
+            return UNet2DModel.from_config(config, **classes, **own)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"`model_config_name_or_path` {place}: no configuration of a UNet2DModel: {one_line(error)}"
             ) from error
     return UNet2DModel(
         sample_size=settings.resolution,
-        in_channels=3,
+        in_channels=3 + masked,
         out_channels=3,
         layers_per_block=2,
         block_out_channels=WIDTHS,
@@ -210,10 +214,17 @@ def _of_base(settings):
     return scheduler, part_of(UNet2DModel, base, "unet", **files)
 
 
-def _check(unet, settings):
+def _check(unet, settings, masked):
     """Raise ``UsageError`` where model, images and labels do not fit one another."""
     config, size = unet.config, settings.resolution
-    if (config.in_channels, config.out_channels) != (3, 3):
+    if config.out_channels == 3 and masked != takes_mask(unet):
+        why = (
+            "takes no mask of the pixels that it is shown; train from scratch"
+            if masked
+            else ("takes such a mask; give the value that it was trained with")
+        )
+        raise UsageError(f"`ambient_corruption`: the base {why}")
+    if (config.in_channels, config.out_channels) != (3 + masked, 3):
         raise UsageError(
             f"the UNet takes {config.in_channels} channels and predicts {config.out_channels}; images have 3, for both"
         )
@@ -239,7 +250,7 @@ def draw(
     labels: Sequence[int] | None = None,
 ) -> list[Image]:
     """PIL images from noise: what a ``DDPMPipeline`` draws, also with other schedulers, and with class labels, which
-    it does not take.
+    it does not take. A model that takes a mask (Ambient Diffusion) is told that it sees all pixels.
 
     Args:
         generator: of all images, or one for each.
@@ -249,7 +260,7 @@ def draw(
     unet, scheduler = pipeline.unet, pipeline.scheduler
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (number, unet.config.in_channels, height, width)
+    shape = (number, unet.config.out_channels, height, width)
     images = randn_tensor(shape, generator=generator, device=unet.device, dtype=unet.dtype)
     scheduler.set_timesteps(steps)
     images = images * scheduler.init_noise_sigma
@@ -257,7 +268,7 @@ def draw(
     random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     unet.eval()
     for step in scheduler.timesteps:
-        predicted = unet(scheduler.scale_model_input(images, step), step, **told).sample
+        predicted = unet(with_mask(unet, scheduler.scale_model_input(images, step)), step, **told).sample
         images = scheduler.step(predicted, step, images, **random).prev_sample
     shown = (images / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
     return pipeline.numpy_to_pil(shown)

@@ -7,7 +7,7 @@ from ..data.settings import ImageSettings
 from ..errors import UsageError
 from ..families.settings import UnconditionalModelSettings
 from ..settings import Resume, at_least, declared, not_negative, setting
-from .groups import HubSettings, OptimizationSettings, RecordSettings
+from .groups import HubSettings, OptimizationSettings, PrivacySettings, RecordSettings
 from .settings import RunSettings, TrainingSettings
 
 
@@ -128,6 +128,7 @@ class UnconditionalScript(
         "model": UnconditionalModelSettings,
         "data": PreciseImageSettings,
         "training": OptimizationSettings,
+        "differential privacy (DP-SGD)": PrivacySettings,
         "moving average": AverageSettings,
         "checkpoints and records": RecordSettings,
         "along the training": EpochSettings,
