@@ -329,13 +329,17 @@ def _location(images: ImageSet) -> str:
 
 
 def _metadata_columns(images: ImageSet) -> dict[str, Any]:
-    """File name, prompt and seed of each image; values of another type than expected, from other tools, are null."""
+    """File name, prompt, seed and, if there are any, label of each image; values of another type than expected, from
+    other tools, are null.
+    """
 
     def column(key, kind):
         values = [row.get(key) for row in images.rows]
         return [value if type(value) is kind and (kind is str or value in INT64) else None for value in values]
 
+    labels = column("label", int)
     return {
+        **({"label": pa.array(labels, pa.int64())} if any(label is not None for label in labels) else {}),
         "file_name": images.names,
         "text": pa.array(images.texts, pa.string()),
         "seed": pa.array(column("seed", int), pa.int64()),
