@@ -174,13 +174,13 @@ def untrained(runs: dict[str, list[Path]], models: list[SavedModel], output: Pat
     """
     starts = {}
     configs = {(model.run, model.replicate): model.folder for model in models}
-    for (name, number), unet in configs.items():
+    for (name, number), weights in configs.items():
         folder = runs[name][number]
         settings = RunFolder(folder).config()
         base = settings.get("pretrained_model_name_or_path")
         if base is not None:
             raise UsageError(f"`run` {folder}: was trained from {base}, and others from scratch; give `base`")
-        made = Unconditional.untrained(settings, unet)
+        made = Unconditional.untrained(settings, weights)
         parts = (made.denoiser.config, made.scheduler.config)
         key = hashlib.blake2b(json.dumps([settings["seed"], *map(str, parts)]).encode(), digest_size=4).hexdigest()
         starts[name, number] = output / key

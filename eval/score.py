@@ -168,7 +168,7 @@ def _describe(
     """Compute the features of all images."""
     protocol = tools.protocol
     describe = functools.partial(embed, cache=cache, batch_size=protocol.batch_size)
-    pixels = Pixels(protocol.pixels or _common_edge(generated, describe))
+    pixels = Pixels(protocol.pixels or common_edge(generated, describe))
     extractors = tools.extractors(pixels)
     small = {} if heldout is None else small_views()
     of_training = extractors | tools.training_extractors(pixels)
@@ -223,7 +223,7 @@ def _marks(images: Embedded, names: list[str]) -> list[bytes]:
     return [content_hash(b"".join(row.tobytes() for row in vectors)) for vectors in rows]
 
 
-def _common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
+def common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
     """The small edge that most images have, at most 64; of two equally frequent ones the smaller."""
     sizes = describe(images, {"size": Size()}, desc="Measuring generated images").features["size"]
     edges, counts = sizes.amin(dim=1).clamp(max=LARGEST_L2_EDGE).int().unique(return_counts=True)
