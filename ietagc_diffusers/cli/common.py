@@ -176,11 +176,12 @@ def add_heldout(parser: ArgumentParser | _ArgumentGroup) -> None:
 
 
 def check_positive(args: Namespace, *settings: str) -> None:
-    """Raise ``UsageError`` unless each of these that was given is over 0 and finite."""
+    """Raise ``UsageError`` unless each of these that was given, or each of its values, is over 0 and finite."""
     for name in settings:
-        value = getattr(args, name, None)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"`{name}` {value}: must be more than 0, and finite")
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"`{name}` {value}: must be more than 0, and finite")
 
 
 def check_range(args: Namespace, low: float, high: float, *settings: str) -> None:

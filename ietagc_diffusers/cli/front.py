@@ -18,9 +18,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a run's folder, or several of one kind with other seeds; repeat the flag for other runs",
     )
     parser.add_argument("--control", help="name of the plain run; default: the first")
-    parser.add_argument("--heldout", required=True, metavar="DIR|ID", help="captioned images that were not trained on")
+    parser.add_argument(
+        "--heldout",
+        required=True,
+        metavar="DIR|ID",
+        help="images that were not trained on, captioned or labelled as the others",
+    )
     common.add_training_images(parser, required=False)
-    parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from")
+    parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from, if any")
     parser.add_argument("--resolution", type=int, help="default: the first run's")
     parser.add_argument("--max_images", type=int, default=1000, help="of each set; default: 1000")
     parser.add_argument("--draws", type=int, default=3, help="noise draws for each image; default: 3")
@@ -49,10 +54,11 @@ def run(args: Namespace) -> None:
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     first = next(iter(runs.values()))[0]
-    RunFolder(first).config()  # a run has settings
+    config = RunFolder(first).config()
     common.check_apart(args, "train", "heldout", "reference", model=first)
     training = common.training_set(args, first).images
     columns = {"image_column": args.image_column, "text_column": args.caption_column}
+    columns["label_column"] = config.get("label_column")
     columns = {name: column for name, column in columns.items() if column is not None}
     sampling = None
     if args.sample:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -95,6 +96,22 @@ class Unconditional(Family):
         """The family around a pipeline's parts, which it shares, in float32 on the CPU."""
         return cls(PipelineSettings(), pipeline.scheduler, pipeline.unet, **objective)
 
+    @classmethod
+    def untrained(cls, settings: dict[str, Any], config: Path) -> Self:
+        """The model that a run from scratch started from.
+
+        Args:
+            settings: of the run, by name.
+            config: folder of the configuration of its UNet.
+        """
+        model = UnconditionalModelSettings(
+            model_config_name_or_path=str(config),
+            **{name: settings[name] for name in ("ddpm_num_steps", "ddpm_beta_schedule", "prediction_type")},
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings["seed"])
+            return cls(model, *_fresh(model))
+
     def load_average(self):
         """A copy: a model from scratch is nowhere else."""
         return copy.deepcopy(self.denoiser).to("cpu")
@@ -115,9 +132,12 @@ class Unconditional(Family):
         precise = getattr(settings, "preserve_input_precision", False)
         return (PrecisePixels if precise else Pixels).of(settings)
 
-    def batch(self, images, texts):
+    def batch(self, images, told):
+        labels = [label for label in told if isinstance(label, int)]
+        if len(labels) == len(told):
+            return Batch(images, {"class_labels": torch.tensor(labels)})
         if self.denoiser is not None and self.denoiser.config.num_class_embeds is not None:
-            raise UsageError("losses of a model of classes need the labels of the images, which are not known here")
+            raise UsageError("losses of a model of classes need the label of each image")
         return Batch(images)
 
     def pipeline(self):
