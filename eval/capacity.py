@@ -81,9 +81,9 @@ Curves = dict[str, dict[int, list[Ratio]]]  # {configuration: {size: ratios of t
 def markdown(curves: Curves, threshold: float, notes: Sequence[str] = ()) -> str:
     """The capacities and the ratios behind them, as Markdown."""
     lines = [
-        f"Effective model memorization: the largest training set of which a model still reproduces: at least "
-        f"{threshold:.0%} of its images are memorized (distance to the nearest training image under 1/3 of that to the "
-        "second nearest), at this size and all smaller ones.",
+        "Effective model memorization: the largest training set that a model still memorizes. At this size and all "
+        f"smaller ones at least {100 * threshold:g}% of the images that it draws are memorized: their distance to the "
+        "nearest training image is under 1/3 of that to the second nearest.",
         "",
         "| configuration | " + " | ".join(STATISTICS.values()) + " |",
         "|---|" + "---|" * len(STATISTICS),
@@ -132,7 +132,7 @@ def _plot(axes: Axes, curves: Curves, statistic: str, threshold: float) -> None:
         axes.errorbar(
             list(sizes), values, errors, color=colour, marker="o", markersize=4, capsize=3, label=as_label(name)
         )
-    axes.axhline(threshold, color=GREY, linestyle=":", label=f"threshold {threshold:.0%}")
+    axes.axhline(threshold, color=GREY, linestyle=":", label=f"threshold {100 * threshold:g}%")
     measured = sorted({size for sizes in curves.values() for size in sizes})
     axes.set_xscale("log")
     axes.set_xticks(measured, [f"{size:,}" for size in measured], rotation=45, minor=False)

@@ -55,6 +55,7 @@ NOT_OF_A_CONFIGURATION = {
     "train_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps",
     "num_train_epochs", "num_epochs", "max_train_samples", "save_rounds", "pretrained_model_name_or_path",
 }  # fmt: skip
+OF_NO_RECIPE = ("dataset_name", "max_train_samples", "pretrained_model_name_or_path")
 OF_THE_SOURCE = ("image_column", "label_column", "dataset_config_name", "dataset_split", "alpha")
 NUM_IMAGES, THRESHOLD, SNAPSHOTS = 10_000, 0.9, 10  # the first two are Gu et al.'s
 FAILED = "failed.txt"
@@ -71,7 +72,7 @@ class Study:
             Diffusers' ``UNet2DModel`` in place of those of ``model_config_name_or_path``, and ``sizes`` of its own.
             With ``class_labels: unique`` there are as many classes as images, unless ``num_classes`` says otherwise.
         common: flags of all configurations; with ``config``, a recipe's too.
-        epochs, steps: how long each model is trained, one of the two.
+        epochs, steps: how long each model is trained, one of the two; epochs of one process a shard.
         snapshots: how many models along a run are looked at, evenly spread, the last among them; the first of several
             is left out, as by Gu et al. A configuration without ``steps_per_round`` and ``epochs_per_round`` has so
             many rounds.
@@ -148,12 +149,16 @@ class Study:
             flags.pop(key, None)
         if flags.get("class_labels") == "unique":
             flags.setdefault("num_classes", size)
-        length = {"num_train_epochs": self.epochs} if self.steps is None else {"max_train_steps": self.steps}
-        flags |= {"train_data_dir": str(self.subset(size)), "seed": self.seed, "save_rounds": True} | length
+        flags |= {"train_data_dir": str(self.subset(size)), "seed": self.seed, "save_rounds": True}
         settings = _parsed(flags)
+        for key in OF_NO_RECIPE:
+            if getattr(settings, key) is not None:
+                raise UsageError(f"`{key}` {getattr(settings, key)}: a study has images of its own; leave it out")
+        # In steps, which a recipe may say too, and which its epochs would not override.
+        steps = self.steps or self.epochs * Budget.of(settings, size, group_size=1).steps_per_epoch
+        flags["max_train_steps"] = steps
         if settings.method.steps_per_round is None and settings.method.epochs_per_round is None:
-            steps = Budget.of(settings, size, group_size=1).total_steps / settings.method.num_shards
-            flags["steps_per_round"] = math.ceil(steps / self.snapshots)
+            flags["steps_per_round"] = math.ceil(steps / settings.method.num_shards / self.snapshots)
         return flags
 
     def folder(self, name: str, size: int) -> Path:

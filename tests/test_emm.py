@@ -208,12 +208,16 @@ def test_a_model_that_failed_is_named_and_tried_again(noise, tmp_path, here, mon
 def test_runs_differ_in_what_the_study_says(noise, tmp_path):
     study = Study(write_study(tmp_path, noise))
     none, ours = study.flags("none", 12), study.flags("ours", 12)
-    assert none["num_train_epochs"] == 4 and none["steps_per_round"] == 6  # 12 steps in 2 snapshots
+    assert none["max_train_steps"] == ours["max_train_steps"] == 12  # 4 epochs of 3 batches, at 6 images of 2
+    assert study.flags("none", 6)["max_train_steps"] == 8 and none["steps_per_round"] == 6
     assert study.flags("none", 6)["steps_per_round"] == 4 and "steps_per_round" not in ours
     assert (ours["num_classes"], study.flags("ours", 6)["num_classes"]) == (12, 6)
     assert none["save_rounds"] and none["train_data_dir"].endswith("size-12")
-    steps = Study(write_study(tmp_path, noise, epochs=None, steps=10)).flags("none", 12)
-    assert steps["max_train_steps"] == 10 and "num_train_epochs" not in steps
+    assert Study(write_study(tmp_path, noise, epochs=None, steps=10)).flags("none", 12)["max_train_steps"] == 10
+    # A recipe has its own length, and rounds; of these the study keeps the rounds.
+    recipe = {"config": "cifar10_iet_agc", "unet": {"dropout": 0}}
+    flags = Study(write_study(tmp_path, noise, configurations={"a": recipe})).flags("a", 12)
+    assert flags["max_train_steps"] == 12 and "steps_per_round" not in flags
     command = study.training_command("none", 12)
     assert "--resume_from_checkpoint=latest" in command and "--script=unconditional" in command
     (config,) = (word.split("=")[1] for word in command if word.startswith("--model_config_name_or_path"))
@@ -246,10 +250,13 @@ def test_runs_differ_in_what_the_study_says(noise, tmp_path):
             "configurations a: `class_labels` random: say how many",
         ),
         ({"configurations": {"a": {"unet": {"widths": 3}}}}, "configurations a: unet: unknown key 'widths'"),
+        ({"configurations": {"a": {"config": "{recipe}"}}}, "configurations a: `max_train_samples` 5: a study has"),
         ({"common": {}, "configurations": {"a": {"unet": {"dropout": 0}}}}, "configurations a: unet: options are"),
     ],
 )
 def test_a_wrong_study_is_named_before_anything_runs(noise, tmp_path, changes, message):
+    (tmp_path / "recipe.yaml").write_text("max_train_samples: 5\n")
+    changes = json.loads(json.dumps(changes).replace("{recipe}", str(tmp_path / "recipe.yaml")))
     with pytest.raises(UsageError, match=message):
         Study(write_study(tmp_path, noise, **changes))
 
