@@ -18,6 +18,7 @@ from ietagc_diffusers.eval.generate import Settings, load_pipeline
 from ietagc_diffusers.eval.schedulers import parse_scheduler
 from ietagc_diffusers.families.unconditional import Unconditional, ddpm_weights, draw
 from ietagc_diffusers.files import shipped
+from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -284,6 +285,16 @@ def test_recipes_train(recipe, pictures, tmp_path):
     assert pipeline.unet.config.sample_size == 16 and isinstance(pipeline.scheduler, DDPMScheduler)
     # The last layer began almost at zero, so that it is what Adam's first steps made of it.
     assert 0 < pipeline.unet.conv_out.weight.abs().max() < 1e-3
+
+
+def test_the_untrained_model_of_a_run_is_where_it_started(pictures, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(narrow("unet_ddpm_32", 8) | {"norm_num_groups": 4}))
+    flags = ["--config=cifar10_none", f"--train_data_dir={pictures}", f"--model_config_name_or_path={tmp_path}"]
+    flags += ["--resolution=16", "--train_batch_size=4", "--seed=1", "--report_to=none", "--max_train_steps=1"]
+    out = train_here([*flags, "--learning_rate=0"], tmp_path / "out", kind=UnconditionalScript)
+    start = Unconditional.untrained(RunFolder(out).config(), out / "unet").denoiser.state_dict()
+    trained = UNet2DModel.from_pretrained(out, subfolder="unet").state_dict()
+    assert start.keys() == trained.keys() and all(torch.equal(start[name], trained[name]) for name in start)
 
 
 def test_weights_are_drawn_for_a_model_from_scratch_only(pictures):

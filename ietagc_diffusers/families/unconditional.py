@@ -106,11 +106,12 @@ class Unconditional(Family):
         """
         model = UnconditionalModelSettings(
             model_config_name_or_path=str(config),
+            weight_init=settings.get("weight_init", "diffusers"),  # earlier runs do not say
             **{name: settings[name] for name in ("ddpm_num_steps", "ddpm_beta_schedule", "prediction_type")},
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings["seed"])
-            return cls(model, *_fresh(model))
+            return cls(model, *_fresh(model, masked=False))  # its configuration has the mask's channel, if any
 
     def load_average(self):
         """A copy: a model from scratch is nowhere else."""
