@@ -5,6 +5,7 @@ Every flag of the official script works as there; ``--mitigation none`` is that 
 """
 
 from ietagc_diffusers.cli.train import main
+from ietagc_diffusers.training.settings import TrainingSettings
 
 if __name__ == "__main__":
-    main()
+    main(kind=TrainingSettings)

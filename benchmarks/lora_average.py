@@ -19,7 +19,7 @@ import numpy as np
 
 from demo.pictures import write_sets
 from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.eval.losses import Losses, captioned
+from ietagc_diffusers.eval.losses import Losses, shown
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +57,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         write_sets(scratch)
-        sets = [captioned(load_images(scratch / name, name), 32, 300) for name in ("pictures", "heldout")]
+        sets = [shown(load_images(scratch / name, name), 32, 300) for name in ("pictures", "heldout")]
         losses = Losses(BASE, *sets)
         base_train, base_heldout = losses.of_base()
         print(f"base: training loss {base_train:.4f}, held-out loss {base_heldout:.4f}\n", flush=True)

@@ -9,7 +9,8 @@ from PIL import Image
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json
 
-from .generate import SCHEDULERS, SETTINGS_FILE
+from .generate import SETTINGS_FILE
+from .schedulers import describe
 
 RECORDED = (
     "model", "lora", "num_inference_steps", "guidance_scale", "mitigation", "negative_prompt", "dtype", "num_images",
@@ -56,9 +57,9 @@ def _prompts(rows):
 
 
 def _scheduler(given: str | None, model: str | Path | None) -> str | None:
-    """The scheduler's class: the given one's, or the model's own if its folder is on this machine."""
-    if given in SCHEDULERS:
-        return SCHEDULERS[given]
+    """The scheduler's class: the given one's, with options, or the model's own if its folder is on this machine."""
+    if given is not None:
+        return describe(given)
     path = Path(str(model)) / "scheduler" / "scheduler_config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.families import family_of
+from ietagc_diffusers.families import Unconditional, family_of
 from ietagc_diffusers.files import read_json, write_text
 from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.single_file import folder_of
@@ -22,11 +22,13 @@ from ietagc_diffusers.single_file import folder_of
 from .curves import FrontPoint, table
 from .generate import Settings, generate, model_hash, trained_resolution
 from .image_sets import BadImage, ImageSet, content_hash, load_images
-from .losses import Losses, Measured, captioned, measure, saved_models, weights_hash
+from .losses import Losses, Measured, measure, saved_models, shown, untrained, weights_hash
 from .metrics import METRICS, measured_distances
+from .pipelines import num_classes
 from .plots import plot_front, plot_sampled, png
-from .prompts import Prompt, caption_prompts, choose
+from .prompts import Prompt, caption_prompts, choose, without_prompts
 from .score import SCORES, Tools, score
+from .told import told_by
 
 # Columns of front.csv: scores that runs are compared by, and the two distances.
 COMPARED = {
@@ -70,8 +72,9 @@ class Front:
 class Sampling:
     """Images that each model on the front draws, and how they are scored.
 
-    num_images: captions of training images that are drawn; settings: a resolution of None is what the first run was
-    trained at; reference: images for the Fréchet distance, None is the training images; cache: folder of features.
+    num_images: captions of training images that are drawn, or images without prompts; settings: a resolution of None
+    is what the first run was trained at; reference: images for the Fréchet distance, None is the training images;
+    cache: folder of features.
     """
 
     num_images: int
@@ -103,30 +106,41 @@ def front(
 
     Args:
         runs: {name: run folders, one a seed}.
-        training, heldout: images with captions; held-out ones come from the same distribution.
-        base: the pipeline that all runs started from; None is what the first run recorded.
+        training, heldout: images with captions, or with the classes that the runs' models are told of; held-out ones
+            come from the same distribution.
+        base: the pipeline that all runs started from; None is what the first run recorded. Runs from scratch have none,
+            and each starts from the untrained model of its seed.
         control: the name of the plain run; None is the first.
         resolution: of the images; None is the first run's.
         max_images: of each set; draws: of noise an image; batch_size: images at once, which changes no draw.
         points: models of a run, evenly spread, the last among them; None is all.
 
     Raises:
-        UsageError: a run without models, an unknown control, fewer than two images with captions, or a base that does
-            not load.
+        UsageError: a run without models, an unknown control, fewer than two images with captions, images without the
+            class that models are told of, or a base that does not load.
     """
     control = next(iter(runs)) if control is None else control
     if control not in runs:
         raise UsageError(f"`control` {control}: is none of the runs {', '.join(runs)}")
     first = next(iter(runs.values()))[0]
     config = RunFolder(first).config()
-    base = folder_of(base or config["pretrained_model_name_or_path"], setting="base")
+    base = base or config.get("pretrained_model_name_or_path")
     edge = resolution or config.get("resolution", 512)
     output.mkdir(parents=True, exist_ok=True)
-    models = saved_models(runs, family_of(base, setting="base").denoiser_name, points)
+    starts = None
+    if base is None:
+        models = saved_models(runs, Unconditional.denoiser_name, points)
+        starts = untrained(runs, models, output / "untrained")
+        base = str(next(iter(starts.values())))
+    else:
+        base = folder_of(base, setting="base")
+        models = saved_models(runs, family_of(base, setting="base").denoiser_name, points)
+    unprompted = family_of(base, setting="base") is Unconditional
+    told = told_by(config, base)
     losses = Losses(
         base,
-        captioned(training, edge, max_images),
-        captioned(heldout, edge, max_images, setting="heldout"),
+        shown(training, edge, max_images, told=told),
+        shown(heldout, edge, max_images, setting="heldout", told=told),
         memory=output / "losses.jsonl",
         prediction_type=config.get("prediction_type"),
         device=device,
@@ -134,11 +148,14 @@ def front(
         seed=seed,
         batch_size=batch_size,
     )
-    measured = measure(losses, models)
+    measured = measure(losses, models, starts)
     if sampling is not None:
         settings = sampling.settings
-        settings = replace(settings, resolution=settings.resolution or resolution or trained_resolution(first))
-        prompts = choose(caption_prompts(training, "train"), sampling.num_images, seed)
+        if unprompted:
+            prompts = without_prompts(sampling.num_images, num_classes(base), seed)
+        else:
+            settings = replace(settings, resolution=settings.resolution or resolution or trained_resolution(first))
+            prompts = choose(caption_prompts(training, "train"), sampling.num_images, seed)
         measured = _sampled(measured, base, prompts, training, replace(sampling, settings=settings), output, device)
     result = Front([point for point, _ in measured], control)
     result.write(output)

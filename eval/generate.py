@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -25,14 +24,8 @@ from .adapters import Adapter, base_of_run, find_adapter, put_on
 from .pipelines import check_pipeline, is_unprompted, pipeline_folder
 from .prompts import Prompt
 from .record import recorded_training
+from .schedulers import parse_scheduler
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-}
 DTYPES = ("float32", "float16", "bfloat16")
 HASHED = {".safetensors", ".bin", ".json", ".txt", ".model"}
 # Keys of configurations that say where a model was saved and by which version, not what it is.
@@ -52,7 +45,7 @@ class Settings:
         seed: of the first image; image i has the seed ``seed + i``.
         resolution: height and width in pixels, a multiple of 8. None is what the model was trained at, see
             ``trained_resolution``, or else the pipeline's own.
-        scheduler: a key of ``SCHEDULERS``; None is the model's own.
+        scheduler: see ``parse_scheduler``; None is the model's own.
         negative_prompt: for every image.
         mitigation: a chain such as ``rt:num_words=2+gni``.
         dtype: one of ``DTYPES``.
@@ -78,8 +71,8 @@ class Settings:
             raise UsageError(f"`resolution` {self.resolution}: must be a multiple of 8")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"`seed` {self.seed}: must be in 0 to 2^63 - 1")
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise UsageError(f"`scheduler` {self.scheduler}: must be one of {', '.join(SCHEDULERS)}")
+        if self.scheduler is not None:
+            parse_scheduler(self.scheduler)
         if self.dtype not in DTYPES:
             raise UsageError(f"`dtype` {self.dtype}: must be one of {', '.join(DTYPES)}")
 
@@ -115,12 +108,13 @@ def load_pipeline(
     if not unprompted and "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UsageError(f"`model` {model}: a {type(pipeline).__name__} takes no prompt")
     if unprompted:
-        _check_unprompted(pipeline, settings)
+        check_unprompted(settings)
+        _check_size(pipeline, settings)
     put_on(pipeline, adapters)
     _check_fit(pipeline, settings)
     if settings.scheduler is not None:
-        scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler])
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        scheduler, options = parse_scheduler(settings.scheduler)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
     pipeline.set_progress_bar_config(disable=True)
     pipeline = pipeline.to(device)
     if settings.mitigation:
@@ -143,12 +137,19 @@ def _check_fit(pipeline: Any, settings: Settings) -> None:
         raise UsageError(f"`resolution` {settings.resolution}: must be a multiple of {multiple} for a {kind}")
 
 
-def _check_unprompted(pipeline: Any, settings: Settings) -> None:
-    """Raise ``UsageError`` for what an unconditional pipeline cannot do; it draws at its own size."""
-    kind, size = type(pipeline).__name__, getattr(pipeline, Unconditional.denoiser_name).config.sample_size
+def check_unprompted(settings: Settings) -> None:
+    """Raise ``UsageError`` for settings that act on prompts, which an unconditional pipeline does not take."""
     for name in ("mitigation", "negative_prompt", "lora"):
-        if value := getattr(settings, name):
-            raise UsageError(f"`{name}` {value}: a {kind} takes no prompt, and this acts on prompts; leave it out")
+        value = getattr(settings, name)
+        if value and value != "none":
+            raise UsageError(
+                f"`{name}` {value}: a {UNPROMPTED[0].__name__} takes no prompt, and this acts on prompts; leave it out"
+            )
+
+
+def _check_size(pipeline: Any, settings: Settings) -> None:
+    """Raise ``UsageError`` for another size than an unconditional pipeline's own."""
+    kind, size = type(pipeline).__name__, getattr(pipeline, Unconditional.denoiser_name).config.sample_size
     if settings.resolution not in (None, size):
         raise UsageError(f"`resolution` {settings.resolution}: a {kind} draws at its own, {size}; leave it out")
 

@@ -46,7 +46,8 @@ class ImageSet:
         source: the folder or dataset, for messages and records.
         names: a name for each image: its path in the folder, or ``row 17``.
         texts: the caption of each image (the first of several), or None.
-        rows: the rest of each image's metadata: dicts; ``sample_id`` is its row in the dataset, as in training.
+        rows: the rest of each image's metadata: dicts; ``sample_id`` is its row in the dataset, as in training. Of a
+            dataset only the column of labels, if it was named.
         skipped: [name, reason] of each file or row that could not be used.
         columns: what ``load_again`` needs: options of ``load_images``, or settings of ``training_images``.
         alpha: how transparent parts are shown, see ``data.decoder.to_rgb``.
@@ -163,7 +164,7 @@ def training_images(settings: DataSettings, setting: str = "train", text_column:
         settings.dataset_name or str(settings.train_data_dir),
         names,
         _texts(rows, texts),
-        [{SAMPLE_ID: row} for row in ids],
+        _rows(rows, ids, settings.label_column),
         lambda index: _read(rows, settings.image_column, index),
         source.skipped,
         options | {"text_column": texts},
@@ -205,13 +206,27 @@ def _read(rows: datasets.Dataset, column: str, index: int) -> bytes:
     return encoded
 
 
+def _rows(rows: datasets.Dataset, ids: Iterable[int], label_column: str | None) -> list[dict[str, Any]]:
+    """Number and, if there is such a column, label of each row."""
+    if label_column is None or label_column not in rows.column_names:
+        return [{SAMPLE_ID: number} for number in ids]
+    labels = stored_column(rows, label_column).to_pylist()
+    return [{SAMPLE_ID: number, label_column: label} for number, label in zip(ids, labels, strict=True)]
+
+
 def _texts(rows: datasets.Dataset, column: str) -> list[str | None]:
     if column not in rows.column_names:
         return [None] * len(rows)
     return [_caption(value) for value in stored_column(rows, column).to_pylist()]
 
 
-def load_images(source: str | Path, setting: str, image_column: str = "image", text_column: str = "text") -> ImageSet:
+def load_images(
+    source: str | Path,
+    setting: str,
+    image_column: str = "image",
+    text_column: str = "text",
+    label_column: str | None = None,
+) -> ImageSet:
     """A set of images from a folder of image files (with ``metadata.jsonl`` or not), or from anything that
     ``datasets`` loads: a folder of Parquet files, a folder that ``save_to_disk`` wrote, a Hub id.
 
@@ -220,7 +235,7 @@ def load_images(source: str | Path, setting: str, image_column: str = "image", t
     Args:
         setting: the setting that names the source, for messages.
         image_column: a dataset's column of images.
-        text_column: column of captions, in a dataset or in metadata.
+        text_column: column of captions, in a dataset or in metadata; label_column: of classes.
 
     Raises:
         UsageError: there is no such source or no image in it.
@@ -234,11 +249,12 @@ def load_images(source: str | Path, setting: str, image_column: str = "image", t
         if any(map(is_picture, listing.names)):
             images = _from_folder(folder, read_folder(listing, name), text_column)
         elif any(suffix_of(file) == ".parquet" for file in listing.names):
-            images = _from_rows(source, name, of_parquet(listing, name, None), image_column, text_column)
+            found = of_parquet(listing, name, None)
+            images = _from_rows(source, name, found, image_column, text_column, label_column)
         else:
             raise UsageError(f"{name}: no images in this folder (.png, .jpg, .webp or others)")
     if images is None:
-        images = _from_rows(source, name, _load(folder, source, name), image_column, text_column)
+        images = _from_rows(source, name, _load(folder, source, name), image_column, text_column, label_column)
     images.columns = {"image_column": image_column, "text_column": text_column}
     return images
 
@@ -280,7 +296,14 @@ def _load(folder: Path, source: str | Path, name: str) -> datasets.Dataset:
     return rows
 
 
-def _from_rows(source: str | Path, name: str, rows: datasets.Dataset, image_column: str, text_column: str) -> ImageSet:
+def _from_rows(
+    source: str | Path,
+    name: str,
+    rows: datasets.Dataset,
+    image_column: str,
+    text_column: str,
+    label_column: str | None,
+) -> ImageSet:
     if image_column not in rows.column_names:
         raise UsageError(f"{name}: has no column '{image_column}', only {', '.join(rows.column_names)}")
     rows = with_images(rows, image_column, os.path.abspath(source) if Path(source).is_dir() else None)
@@ -289,4 +312,5 @@ def _from_rows(source: str | Path, name: str, rows: datasets.Dataset, image_colu
     ids = stored_column(rows, SAMPLE_ID).to_pylist() if SAMPLE_ID in rows.column_names else range(len(rows))
     names = [f"row {number}" for number in range(len(rows))]
     texts = _texts(rows, text_column)
-    return ImageSet(source, names, texts, [{SAMPLE_ID: i} for i in ids], lambda index: _read(rows, image_column, index))
+    known = _rows(rows, ids, label_column)
+    return ImageSet(source, names, texts, known, lambda index: _read(rows, image_column, index))

@@ -5,13 +5,14 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ietagc_diffusers.data import image_transform
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.families import family_of
+from ietagc_diffusers.families import Unconditional, family_of
 from ietagc_diffusers.files import read_json_lines
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 from ietagc_diffusers.training.fixed_losses import FixedLosses
@@ -20,34 +21,35 @@ from .curves import FrontPoint
 from .generate import model_hash
 from .image_sets import BadImage, ImageSet, to_tensor
 from .prompts import choose
+from .told import CAPTIONS, Told
 
-Captioned = tuple[torch.Tensor, list[str]]  # images and their texts
+Shown = tuple[torch.Tensor, list[Any]]  # images, and what models are told of them
 
 
-def captioned(images: ImageSet, resolution: int, max_images: int, seed: int = 0, setting: str = "train") -> Captioned:
-    """Images that have a caption, as the training transform with a centre crop shows them, and their captions.
+def shown(
+    images: ImageSet, resolution: int, max_images: int, seed: int = 0, setting: str = "train", told: Told = CAPTIONS
+) -> Shown:
+    """Images as the training transform with a centre crop shows them, and what models are told of them. Those of which
+    there is nothing to tell, and those that do not decode, are left out.
 
-    Images that do not decode are left out. ``setting`` names the source in messages.
+    ``setting`` names the source in messages: ``train`` or ``heldout``.
 
     Returns:
-        uint8 (N, 3, resolution, resolution), and N strings.
+        uint8 (N, 3, resolution, resolution), and N captions, labels or None.
     """
     transform = image_transform(resolution, True, False, "bilinear").transforms[:2]  # resize, crop
-    captions = images.captions()
-    pixels, texts = [], []
-    for index, text in choose(captions, min(max_images, len(captions)), seed) if captions else []:
+    values = (told.of_heldout if setting == "heldout" else told.of_training)(images)
+    pixels, chosen = [], []
+    for index, value in choose(values, min(max_images, len(values)), seed) if values else []:
         with suppress(BadImage):
             image = images.image(index)
             for step in transform:
                 image = step(image)
             pixels.append(to_tensor(image))
-            texts.append(text)
+            chosen.append(value)
     if len(pixels) < 2:
-        raise UsageError(
-            f"`{setting}` {images.source}: the front needs at least two images with captions (a metadata.jsonl with "
-            "text)"
-        )
-    return torch.stack(pixels), texts
+        raise UsageError(f"`{setting}` {images.source}: the front needs at least two images{told.needed}")
+    return torch.stack(pixels), chosen
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Losses:
 
     Args:
         base: the pipeline that all runs started from.
-        training, heldout: pairs (images, texts), see ``FixedLosses``.
+        training, heldout: images and what models are told of them, see ``FixedLosses``.
         memory: JSON-lines file, or None.
         prediction_type: of the runs, if not the base's.
         draws, seed, batch_size: see ``FixedLosses``.
@@ -96,8 +98,8 @@ class Losses:
     def __init__(
         self,
         base: str | Path,
-        training: Captioned,
-        heldout: Captioned,
+        training: Shown,
+        heldout: Shown,
         memory: Path | None = None,
         prediction_type: str | None = None,
         device: str = "cpu",
@@ -112,10 +114,10 @@ class Losses:
         self.sets = self.fix()
         origin = model_hash(base) if Path(base).is_dir() else str(base)
         digest = hashlib.blake2b(json.dumps([origin, prediction_type, device, draws, seed]).encode())
-        for images, texts in sets:
+        for images, told in sets:
             for image in images:
                 digest.update(image.numpy().tobytes())
-            digest.update(json.dumps(texts).encode())
+            digest.update(json.dumps(told).encode())
         self.conditions = digest.hexdigest()[:16]
         rows = [] if memory is None else read_json_lines(memory)
         self.known = {key: tuple(losses) for key, *losses in rows}
@@ -160,14 +162,50 @@ def weights_hash(folder: Path) -> str:
 
 
 Measured = list[tuple[FrontPoint, Path | None]]
+Starts = dict[tuple[str, int], Path]
 
 
-def measure(losses: Losses, models: list[SavedModel]) -> Measured:
-    """Each point of the front with the folder of its denoiser, which is None for the base, every run's first point."""
-    start = losses.of_base()
-    difficulty = start[1] - start[0]
+def untrained(runs: dict[str, list[Path]], models: list[SavedModel], output: Path) -> Starts:
+    """The pipelines that runs from scratch started from, {(run, replicate): folder}, written into ``output``: their
+    weights are those that the run's seed draws.
+
+    Raises:
+        UsageError: a run that started from a base.
+    """
+    starts = {}
+    configs = {(model.run, model.replicate): model.folder for model in models}
+    for (name, number), weights in configs.items():
+        folder = runs[name][number]
+        settings = RunFolder(folder).config()
+        base = settings.get("pretrained_model_name_or_path")
+        if base is not None:
+            raise UsageError(f"`run` {folder}: was trained from {base}, and others from scratch; give `base`")
+        made = Unconditional.untrained(settings, weights)
+        parts = (made.denoiser.config, made.scheduler.config)
+        key = hashlib.blake2b(json.dumps([settings["seed"], *map(str, parts)]).encode(), digest_size=4).hexdigest()
+        starts[name, number] = output / key
+        if not (starts[name, number] / "model_index.json").is_file():
+            made.save_pipeline(starts[name, number])
+    return starts
+
+
+def measure(losses: Losses, models: list[SavedModel], starts: Starts | None = None) -> Measured:
+    """Each point of the front with the folder of its denoiser, which is None for the base, every run's first point.
+
+    Args:
+        starts: what runs from scratch started from instead. How much more difficult one of the two sets is can only be
+            measured with a model that has seen neither of them and yet others like them; an untrained one says nothing
+            about it, so that of such runs nothing is subtracted from the gap.
+    """
     seeds = dict.fromkeys((model.run, model.replicate) for model in models)
-    measured: Measured = [(FrontPoint(run, 0, *start, 0.0, replicate), None) for run, replicate in seeds]
+    difficulty = 0.0
+    if starts is None:
+        start = losses.of_base()
+        difficulty = start[1] - start[0]
+        measured: Measured = [(FrontPoint(run, 0, *start, 0.0, replicate), None) for run, replicate in seeds]
+    else:
+        folders = {seed: starts[seed] / losses.family.denoiser_name for seed in seeds}
+        measured = [(FrontPoint(run, 0, *losses(folders[run, n]), 0.0, n), folders[run, n]) for run, n in seeds]
     for model in tqdm(models, desc="Front"):
         train_loss, heldout_loss = losses(model.folder)
         gap = heldout_loss - train_loss - difficulty

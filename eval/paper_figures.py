@@ -21,11 +21,12 @@ from ietagc_diffusers.training.fixed_losses import FixedLosses
 from .adapters import base_of_run
 from .features import Pixels, embed
 from .image_sets import BadImage, ImageSet
-from .losses import captioned
+from .losses import shown
 from .neighbours import nearest_l2
 from .plots import COLOURS, GREY, as_label, plot_similarities, png
 from .report import Scored, same_prompt_and_seed
 from .score import images_of
+from .told import told_by
 
 GROUP = 256  # images in a group of Figs. 3 and 8
 LEVELS = 20  # noise levels in Fig. 3
@@ -78,14 +79,15 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
 
     Up to 256 of each; the same noise for all. With fewer than 512 training images, a quarter of them each.
     """
-    resolution = RunFolder(run).config().get("resolution", 512)
+    config = RunFolder(run).config()
+    resolution, told = config.get("resolution", 512), told_by(config, run)
     closest: dict[str, float] = {}
     for name, similarity in zip(scored.nearest["nearest"], scored.nearest["similarity"], strict=True):
         closest[name] = max(similarity, closest.get(name, -1))
-    order = sorted((i for i, text in training.captions()), key=lambda i: -closest.get(training.names[i], -1))
+    order = sorted((i for i, _ in told.of_training(training)), key=lambda i: -closest.get(training.names[i], -1))
     size = min(GROUP, len(order) // 4)
     if size < 2:
-        raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images with captions")
+        raise UsageError(f"`train` {training.source}: Fig. 3 needs at least 8 images{told.needed}")
     others = np.random.default_rng(0).choice(order[len(order) // 2 :], size, replace=False).tolist()
     base = base_of_run(run)  # of a run that left an adapter
     family = family_of(base or run, setting="run").load_frozen(str(base or run), device=device, setting="run")
@@ -93,11 +95,11 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
     denoiser = denoiser.to(device).eval()
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for label, rows, colour in (("memorized", order[:size], COLOURS[0]), ("not memorized", others, COLOURS[1])):
-        images, texts = captioned(training.select(rows), resolution, size)
+        images, values = shown(training.select(rows), resolution, size, told=told)
         with family.text_adapted(run) if base else nullcontext():
-            losses = FixedLosses(family, images, texts, draws=LEVELS, sweep=True)
-        values = losses.by_draw(denoiser).numpy()
-        mean, error = values.mean(axis=1), values.std(axis=1) / len(rows) ** 0.5
+            losses = FixedLosses(family, images, values, draws=LEVELS, sweep=True)
+        by_level = losses.by_draw(denoiser).numpy()
+        mean, error = by_level.mean(axis=1), by_level.std(axis=1) / len(rows) ** 0.5
         levels = losses.levels[:, 0]
         axes.plot(levels, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
         axes.fill_between(levels, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
@@ -117,8 +119,8 @@ def fig6(scored: list[Scored]) -> Figure:
 
 
 def fig7(scored: list[Scored]) -> Figure:
-    """Training images, and the images that each model drew for the same prompt and seed, where the first model copies
-    most.
+    """Training images, and the images that each model drew for the same prompt (or label) and seed, where the first
+    model copies most.
     """
     by_training_image: dict[str, list] = {}
     for _, drawn in same_prompt_and_seed(scored):

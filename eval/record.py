@@ -227,7 +227,8 @@ def _compared(
         found = contents(rows.select(used), settings.image_column, (settings.caption_column,))
         if record.agrees(found):
             warnings: tuple[str, ...] = ()
-            if found.captions != record.settings.get("captions_hash"):
+            has_captions = "caption_column" in record.settings  # unlike models without prompts
+            if has_captions and found.captions != record.settings.get("captions_hash"):
                 warnings = (f"{_trained_on(record)} Its captions were others than those of {images.source}.",)
             return TrainingSet(images.select(used), record, warnings, _of_selection(used, rows, images))
     what = f"The images of {source} are others" if source is not None else f"Since then, {images.source} has changed"
@@ -271,7 +272,9 @@ def _same_place(recorded: str | None, source: str) -> bool:
 
 def _settings(record: TrainingRecord, source: str | None, given: dict[str, str | None]) -> _Settings:
     """The settings by which training would read the whole set. ``given``: what takes the place of the record."""
-    recorded = {key: record.settings.get(key) for key in (*given, "caption_lines")} | {"alpha": record.alpha}
+    recorded = {key: record.settings.get(key) for key in (*given, "caption_lines", "label_column")} | {
+        "alpha": record.alpha
+    }
     places: dict[str, str | None] = dict(record.places)
     if source is not None and not any(_same_place(place, source) for place in places.values()):
         places = _places(source)

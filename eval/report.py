@@ -184,13 +184,20 @@ def _pairs(index: int, model: Scored, max_pairs: int, pictures: Pictures) -> lis
     return pairs
 
 
-def same_prompt_and_seed(scored: list[Scored]) -> list[tuple[tuple[str, int], list[tuple[Scored, int]]]]:
-    """[((prompt, seed), [(model, row of its table)])] of the images that every model with seeds drew. Those where the
-    first of these models is most similar to a training image come first.
+Key = tuple[str | None, int, int | None]  # prompt, seed and label
+
+
+def same_prompt_and_seed(scored: list[Scored]) -> list[tuple[Key, list[tuple[Scored, int]]]]:
+    """[(key, [(model, row of its table)])] of the images that every model with seeds drew. Those where the first of
+    these models is most similar to a training image come first.
+
+    Labels count where all models were told some.
     """
     tables = []
+    labelled = all("label" in model.nearest for model in scored)
     for model in scored:
-        keys = zip(model.nearest["text"], model.nearest["seed"], strict=True)
+        labels = model.nearest["label"] if labelled else [None] * len(model.nearest["seed"])
+        keys = zip(model.nearest["text"], model.nearest["seed"], labels, strict=True)
         rows = {key: row for row, key in enumerate(keys) if key[1] is not None}
         if rows:
             tables.append((model, rows))
@@ -215,7 +222,8 @@ def _compare(scored: list[Scored], pictures: Pictures) -> list[dict[str, Any]]:
             cells.append({"model": model.name, "image": image, "similarity": similarity})
         first, row = drawn[0]
         training = pictures.add(first.scores, "train", first.nearest["nearest"][row])
-        compared.append({"text": key[0], "seed": key[1], "training": training, "cells": cells})
+        text = key[0] if key[2] is None else f"class {key[2]}"
+        compared.append({"text": text, "seed": key[1], "training": training, "cells": cells})
     return compared
 
 

@@ -168,7 +168,7 @@ def _describe(
     """Compute the features of all images."""
     protocol = tools.protocol
     describe = functools.partial(embed, cache=cache, batch_size=protocol.batch_size)
-    pixels = Pixels(protocol.pixels or _common_edge(generated, describe))
+    pixels = Pixels(protocol.pixels or common_edge(generated, describe))
     extractors = tools.extractors(pixels)
     small = {} if heldout is None else small_views()
     of_training = extractors | tools.training_extractors(pixels)
@@ -223,7 +223,7 @@ def _marks(images: Embedded, names: list[str]) -> list[bytes]:
     return [content_hash(b"".join(row.tobytes() for row in vectors)) for vectors in rows]
 
 
-def _common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
+def common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:
     """The small edge that most images have, at most 64; of two equally frequent ones the smaller."""
     sizes = describe(images, {"size": Size()}, desc="Measuring generated images").features["size"]
     edges, counts = sizes.amin(dim=1).clamp(max=LARGEST_L2_EDGE).int().unique(return_counts=True)
@@ -329,13 +329,17 @@ def _location(images: ImageSet) -> str:
 
 
 def _metadata_columns(images: ImageSet) -> dict[str, Any]:
-    """File name, prompt and seed of each image; values of another type than expected, from other tools, are null."""
+    """File name, prompt, seed and, if there are any, label of each image; values of another type than expected, from
+    other tools, are null.
+    """
 
     def column(key, kind):
         values = [row.get(key) for row in images.rows]
         return [value if type(value) is kind and (kind is str or value in INT64) else None for value in values]
 
+    labels = column("label", int)
     return {
+        **({"label": pa.array(labels, pa.int64())} if any(label is not None for label in labels) else {}),
         "file_name": images.names,
         "text": pa.array(images.texts, pa.string()),
         "seed": pa.array(column("seed", int), pa.int64()),

@@ -16,7 +16,7 @@ from .metrics import METRICS, Metric
 from .score import different_versions
 
 if TYPE_CHECKING:
-    from .benchmark import Benchmark
+    from .matrix import Benchmark
 
 
 COLUMNS = {name: metric for name, metric in METRICS.items() if metric.lower is not None}

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from .errors import UsageError, with_flags
 from .method.config import MitigationConfig, read_recipe
 from .settings import declared
+from .training.scripts import SCRIPTS
 from .training.settings import RunSettings, TrainingSettings
 
 CONFIG_HELP = "YAML recipe with flags as keys; the command line wins."
@@ -31,7 +32,8 @@ def build_parser(kind: type[RunSettings] = TrainingSettings) -> FlagParser:
     """The flags of a settings class, in its groups, with the method's first."""
     parser = FlagParser(
         prog=program(),
-        description="Fine-tune a diffusion model without memorizing the training set (IET-AGC+).",
+        description="Train a diffusion model without memorizing the training set (IET-AGC+).\n"
+        f"`ietagc train --script NAME` has the flags of train_NAME_ietagc.py; NAME: {', '.join(SCRIPTS)}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help=CONFIG_HELP)
@@ -73,7 +75,7 @@ def flag_names(kind: type[RunSettings] = TrainingSettings) -> list[str]:
 
 def known_names(kind: type[RunSettings] = TrainingSettings) -> set[str]:
     """The names that messages show as flags: ours, and the launcher's that we speak of."""
-    return {*flag_names(kind), "config", "num_processes"}
+    return {*flag_names(kind), "config", "num_processes", "script"}
 
 
 def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:

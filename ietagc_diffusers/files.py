@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from .errors import UsageError
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/ietagc``, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ietagc"
+
+
+def shipped(name: str | Path, suffix: str) -> Path:
+    """The file ``name`` itself or, if there is none and it is no path, the file of this name, with this suffix, among
+    those that come with the package.
+    """
+    path = Path(name)
+    inside = Path(str(files("ietagc_diffusers.configs") / f"{path.stem}{suffix}"))
+    return inside if path.parent == Path() and not path.exists() and inside.is_file() else path
 
 
 def check_output(path: str | Path, setting: str, file: bool = False) -> None:

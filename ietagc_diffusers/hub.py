@@ -14,6 +14,7 @@ from . import __version__
 from .errors import UsageError
 from .families import place_name
 from .run_folder import RunFolder
+from .training.privacy import in_words
 from .training.settings import RunSettings
 
 TAGS = ("diffusers", "diffusers-training", "ietagc")
@@ -61,11 +62,13 @@ def write_card(
     if last:
         skipped, augmented = last["skip_rate"], last["augment_rate"]
         outcome = f"In the last round {skipped:.1%} of the samples were skipped and {augmented:.1%} augmented.\n"
-    call = f"pipeline({(settings.drawn or ['a photo'])[0]!r})" if settings.prompted else "pipeline()"
+    if last and settings.dp_noise_multiplier is not None:
+        outcome += (
+            f"\nTrained by DP-SGD, noise multiplier {settings.dp_noise_multiplier:g}, each image's gradient clipped to "
+            f"{settings.dp_max_grad_norm:g}: {in_words(last, settings.dp_delta)}. This holds against those who do not "
+            "know the seed, from which the noise was drawn.\n"
+        )
     lora = settings.adapters
-    load = f'pipeline = DiffusionPipeline.from_pretrained("{base if lora else repo_id}", torch_dtype=torch.float16)'
-    if lora:
-        load += f'\npipeline.load_lora_weights("{repo_id}")'
     adapter = f"| LoRA rank, alpha | {lora.lora_rank}, {lora.lora_alpha} |\n" if lora else ""
     prior = f"| prior preservation, weight | {settings.prior_loss_weight} |\n" if settings.prior_dir else ""
     source = settings.dataset_name or "an image folder"
@@ -78,13 +81,7 @@ against memorization of the training images ([IET-AGC+](https://github.com/liuxi
 {gallery}
 ## Use
 
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-{load}
-image = {call}.images[0]
-```
+{_usage(settings, repo_id, base)}
 
 ## Mitigation
 
@@ -116,6 +113,29 @@ image = {call}.images[0]
     )
     tags = [*tags, *(OF_ADAPTERS if lora else ()), *TAGS]
     populate_model_card(card, tags=tags).save(folder.card_file)
+
+
+def _usage(settings, repo_id, base):
+    """How to draw with the model, as Markdown."""
+    if settings.method.ambient_corruption is not None:
+        return f"""The UNet takes a mask as a fourth channel, which `DDPMPipeline` does not give it. Download it, then:
+
+```bash
+pip install ietagc-diffusers
+ietagc generate --model {repo_id.rpartition("/")[2]} --num_images 16 --output images
+```"""
+    call = f"pipeline({(settings.drawn or ['a photo'])[0]!r})" if settings.prompted else "pipeline()"
+    start = base if settings.adapters else repo_id
+    load = f'pipeline = DiffusionPipeline.from_pretrained("{start}", torch_dtype=torch.float16)'
+    if settings.adapters:
+        load += f'\npipeline.load_lora_weights("{repo_id}")'
+    return f"""```python
+import torch
+from diffusers import DiffusionPipeline
+
+{load}
+image = {call}.images[0]
+```"""
 
 
 def upload(settings: RunSettings, repo_id: str) -> None:

@@ -112,7 +112,7 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The settings that the run recorded. Raises ``UsageError`` if there are none that can be read."""
         if not self.config_file.is_file():
-            raise UsageError(f"{self.path}: has no ietagc/config.yaml: not a run of train_text_to_image_ietagc.py")
+            raise UsageError(f"{self.path}: has no ietagc/config.yaml: not the folder of a training run")
         try:
             config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -9,12 +9,15 @@ import yaml
 from ietagc_diffusers.arguments import flag_names, parse_args
 from ietagc_diffusers.method.config import MitigationConfig
 from ietagc_diffusers.settings import declared
+from ietagc_diffusers.training.scripts import UnconditionalScript
 from ietagc_diffusers.training.settings import TrainingSettings
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(
-    path for path in CONFIGS.glob("*.yaml") if "tables" not in yaml.safe_load(path.read_text())
+    path
+    for path in CONFIGS.glob("*.yaml")
+    if not {"tables", "configurations"} & yaml.safe_load(path.read_text()).keys()
 )  # of one run
 
 # The flags of Diffusers' train_text_to_image.py and their defaults.
@@ -104,9 +107,12 @@ def test_recipe_values_are_checked_like_flags(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_repository_parse(path):
-    args = parse_args([*NEEDED, f"--config={path}"])
-    defaults = parse_args(NEEDED)
-    for key in yaml.safe_load(path.read_text()):
+    recipe = yaml.safe_load(path.read_text())
+    unconditional = "model_config_name_or_path" in recipe
+    kind, needed = (UnconditionalScript, NEEDED[1:]) if unconditional else (TrainingSettings, NEEDED)
+    args = parse_args([*needed, f"--config={path}"], kind)
+    defaults = parse_args(needed, kind)
+    for key in recipe:
         same_as_default = args.values()[key] == defaults.values()[key]
         assert not same_as_default, f"{key} is the default: it says nothing"
 

@@ -19,7 +19,7 @@ from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import benchmark as module
-from ietagc_diffusers.eval import processes
+from ietagc_diffusers.eval import jobs, processes
 from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
 from ietagc_diffusers.eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 
@@ -154,7 +154,7 @@ def test_an_interruption_ends_what_runs_and_begins_no_more(base, pictures, tmp_p
     call = module.Processes.call
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Processes, "call", long)
-        patch.setattr(module, "Processes", lambda: running)
+        patch.setattr(jobs, "Processes", lambda: running)
         threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         started = time.monotonic()
         module._fill(made, 1, "cpu", None)

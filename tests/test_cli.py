@@ -10,10 +10,13 @@ from conftest import ROOT, environment
 
 import ietagc_diffusers
 from ietagc_diffusers.arguments import flag_names
-from ietagc_diffusers.cli import COMMANDS, build_parser, common, main
+from ietagc_diffusers.cli import COMMANDS, build_parser, common, main, mq
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.detect import Detection
-from ietagc_diffusers.eval.generate import DTYPES, SCHEDULERS, Settings
+from ietagc_diffusers.eval.generate import DTYPES, Settings
+from ietagc_diffusers.eval.metrics.l2 import THRESHOLDS
+from ietagc_diffusers.eval.mq import PROTOCOLS
+from ietagc_diffusers.eval.schedulers import SCHEDULERS
 from ietagc_diffusers.eval.score import Protocol
 from ietagc_diffusers.method.config import read_recipe, recipe_path
 
@@ -23,6 +26,7 @@ NEEDED = {
     "generate": ["--model", "m", "--output", "o"],
     "score": ["--generated", "g", "--train", "t", "--output", "o"],
     "front": ["--run", "a=b", "--heldout", "h"],
+    "mq": ["--generated", "g", "--train", "t"],
     "detect": ["--model", "m"],
 }  # flags without defaults
 
@@ -123,6 +127,7 @@ def test_choices_and_defaults_are_the_library_s():
         assert common.settings_of(args, "cuda:1").dtype == "float16"
     for command in ("audit", "score", "front"):
         assert common.protocol_of(parse(command), "cpu") == Protocol()
+    assert list(PROTOCOLS) == mq.PROTOCOLS and tuple(parse("mq").thresholds) == THRESHOLDS
     args = vars(parse("detect"))
     args["lora"] = tuple(args["lora"])
     assert {name: args[name] for name in defaults(Detection)} == defaults(Detection)

@@ -64,6 +64,11 @@ def test_single_flags_override_and_none_does_not():
         ({"wen_threshold": math.nan}, "`wen_threshold` nan"),
         ({"embedding_noise": -0.1}, "`embedding_noise` -0.1: must be at least 0"),
         ({"embedding_noise": math.inf}, "`embedding_noise` inf: must be at least 0, and finite"),
+        ({"noisy_data_sigma": math.inf}, "`noisy_data_sigma` inf: must be over 0, and finite"),
+        ({"ambient_corruption": 1.0}, "`ambient_corruption` 1.0: must be over 0 and under 1"),
+        ({"ambient_further_corruption": 0.1}, "`ambient_further_corruption` 0.1: belongs to `ambient_corruption`"),
+        ({"ambient_corruption": 0.4, "noisy_data_sigma": 0.5}, "are two ways to hide the images"),
+        ({"pixel_noise": 0.0}, "`pixel_noise` 0.0: must be over 0"),
         ({"caption_mitigation": "rt", "caption_mitigation_probability": 1.5}, "`caption_mitigation_probability` 1.5"),
         ({"caption_mitigation_probability": 0.5}, "0.5: belongs to `caption_mitigation` rc, rt or cwr"),
         ({"caption_mitigation": "mc", "caption_mitigation_probability": 1.0}, "mc draws a caption at every visit"),
@@ -76,9 +81,12 @@ def test_numbers_out_of_range_name_their_flag(flags, message):
 
 
 def test_rivals_are_off_unless_asked_for_and_caption_mitigations_have_their_authors_share():
-    rivals = ("wen_threshold", "embedding_noise", "caption_mitigation", "caption_mitigation_probability")
+    rivals = (
+        "wen_threshold", "embedding_noise", "caption_mitigation", "caption_mitigation_probability", "pixel_noise",
+        "noisy_data_sigma", "ambient_corruption", "ambient_further_corruption",
+    )  # fmt: skip
     default = MitigationConfig.preset("none").to_dict()
-    assert [default[name] for name in rivals] == [None] * 4
+    assert {default[name] for name in rivals} == {None}
     shares = {
         name: MitigationConfig.preset("none", caption_mitigation=name).caption_mitigation_probability
         for name in ("mc", "rc", "rt", "cwr")

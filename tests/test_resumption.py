@@ -25,7 +25,7 @@ OTHER = {
     "augment_range": 1.2, "augment_decay": 3.0, "randaugment_magnitude": 9, "randaugment_num_ops": 1,
     "randaugment_operations": "graded", "redistribute_fraction": 0.5, "redistribute_mode": "copy",
     "redistribute_by": "random", "redistribute_counts": "total", "optimizer_state": "reset", "wen_threshold": 3.0,
-    "embedding_noise": 0.2,
+    "embedding_noise": 0.2, "pixel_noise": 0.2, "noisy_data_sigma": 0.2,
     "caption_mitigation": "rt", "caption_mitigation_probability": 0.3, "random_skip_rate": 0.1,
     "random_augment_rate": 0.1, "random_augment_strength": 0.2, "variant": None, "revision": "r",
     "non_ema_revision": "r", "pretrained_model_name_or_path": None, "image_column": None, "resolution": 24,

@@ -18,7 +18,10 @@ METHOD = [
 ]  # fmt: skip
 NONE = ["--mitigation=none", "--max_train_steps=9"]
 WEN = "--wen_threshold=0.08"  # some of the tiny model's magnitudes are below it
-ALL = [WEN, "--embedding_noise=0.1", "--caption_mitigation=cwr", "--caption_mitigation_probability=0.5"]
+ALL = [
+    WEN, "--embedding_noise=0.1", "--caption_mitigation=cwr", "--caption_mitigation_probability=0.5",
+    "--pixel_noise=0.1", "--noisy_data_sigma=2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,7 @@ def counts(folder):
         (NONE, ["--caption_mitigation=rc", "--caption_mitigation_probability=0.5"]),
         (METHOD, ["--caption_mitigation=rt", "--caption_mitigation_probability=0.5"]),
         (NONE, ["--caption_mitigation=cwr", "--caption_mitigation_probability=0.5", "--dataloader_num_workers=2"]),
+        (METHOD, ["--noisy_data_sigma=1"]),
         (METHOD, ALL),
     ],
     ids=lambda flags: flags[0].strip("-"),

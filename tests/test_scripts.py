@@ -7,7 +7,9 @@ from test_families import write_index
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.arguments import build_parser, parse_args
+from ietagc_diffusers.cli import main, train
 from ietagc_diffusers.run_folder import ADAPTER_FILE
+from ietagc_diffusers.training import scripts
 from ietagc_diffusers.training.scripts import LoraScript, LoraSdxlScript, SdxlScript
 
 # What each official script has other than train_text_to_image.py: flags and defaults.
@@ -78,3 +80,19 @@ def test_a_base_of_another_kind_is_refused(script, tmp_path, capsys):
 def test_the_help_says_the_default_of_the_script():
     text = run("train_text_to_image_lora_ietagc.py", ["--help"], "out", COLUMNS="200").stdout
     assert "Default: 4." in text and ADAPTER_FILE not in text
+
+
+@pytest.mark.parametrize("name", scripts.SCRIPTS)
+def test_the_command_trains_as_the_script_that_it_is_told(name, monkeypatch):
+    kind, settings = scripts.SCRIPTS[name], []
+    assert f"main(kind={kind.__name__})" in (ROOT / f"train_{name}_ietagc.py").read_text()
+    monkeypatch.setattr(train, "train", lambda given, say: settings.append(given))
+    needed = ["--train_data_dir=d", "--pretrained_model_name_or_path=m"]
+    assert main(["train", *needed, f"--script={name}"]) == 0 and type(settings[0]) is kind
+    assert main(["train", *needed]) == 0 and type(settings[1]) is scripts.TrainingSettings
+
+
+def test_a_script_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--script", "video"])
+    assert end.value.code == 2 and "--script: invalid choice: 'video'" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_what_it_cannot_do_is_one_line(model, tmp_path, capsys, more, message):
     assert message.format(model=model) in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_an_audit_finds_copies_of_a_run(tmp_path):
+def test_an_audit_finds_copies_of_a_run(tmp_path, capsys):
     """The training set and what was shown of it are those that the run recorded."""
     train = write_folder(tmp_path / "train", 6)
     testing.random_unconditional_pipeline().unet.save_config(tmp_path / "config")
@@ -95,6 +95,7 @@ def test_an_audit_finds_copies_of_a_run(tmp_path):
     run = train_here(flags, tmp_path / "run", kind=UnconditionalScript)
     audit = ["audit", "--model", str(run), *STEPS, "--num_images", "4", "--descriptor", "pixel"]
     assert main([*audit, "--output", str(tmp_path / "first")]) == 0
+    assert "warning" not in capsys.readouterr().err  # the folder's captions, which the model was not told, do not count
     scores = json.loads((tmp_path / "first" / "scores.json").read_text())
     assert scores["num_train"] == 6 and scores["num_prompts"] == scores["num_generated"] == 4
     assert "Drawn without prompts: 4 images, 2 steps" in (tmp_path / "first" / "summary.md").read_text()

@@ -119,6 +119,13 @@ class Metric:
         return " ± ".join(f"{number * self.per:,.{self.digits}{'%' if self.percent else 'f'}}" for number in numbers)
 
 
+def prompt_numbers(texts: Iterable[str | None]) -> np.ndarray:
+    """Each text's number, int64 (N,). Case and spacing make no other prompt; no text is a prompt of its own."""
+    numbers: dict[Any, int] = {}
+    plain = [" ".join((text or "").split()).casefold() for text in texts]
+    return np.array([numbers.setdefault(text or index, len(numbers)) for index, text in enumerate(plain)])
+
+
 @dataclass(frozen=True)
 class ImageSets:
     """The features of the sets of images that metrics compare.
@@ -144,12 +151,8 @@ class ImageSets:
 
     @property
     def prompts(self) -> np.ndarray:
-        """The number of the prompt of each generated image, int64 (N,). Case and spacing make no other prompt; an image
-        without a prompt has one of its own.
-        """
-        numbers: dict[Any, int] = {}
-        texts = [" ".join((text or "").split()).casefold() for text in self.generated.images.texts]
-        return np.array([numbers.setdefault(text or index, len(numbers)) for index, text in enumerate(texts)])
+        """The number of the prompt of each generated image, int64 (N,)."""
+        return prompt_numbers(self.generated.images.texts)
 
 
 @dataclass(frozen=True)

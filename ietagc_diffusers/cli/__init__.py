@@ -19,12 +19,14 @@ COMMANDS = {
     "audit": "draw images, compare them with the training set, report; exit with 3 above the limits, 4 if in doubt",
     "generate": "draw images, each from its own seed; continues where it was interrupted",
     "score": "compare generated images with the training set",
+    "mq": "count memorized images (MQ, Gu et al.'s ratio) under every definition in print",
     "report": "write one HTML file about one or more scored models",
     "front": "compare runs with plain training stopped at any point: held-out loss and memorization",
     "figures": "draw the paper's Figs. 3, 6, 7, 8 and 9, as far as the given inputs allow",
     "calibrate": "measure from which similarity an image counts as a copy, on pictures of your own kind",
     "detect": "find memorized prompts without the training images (Wen et al.)",
     "benchmark": "train and score a matrix of runs, and write the paper's tables",
+    "emm": "measure the largest training set that a model still memorizes (Gu et al.), by configuration",
 }
 TRAIN = "train"  # has its own parser, which also reads recipes
 WRONG_USE, INTERRUPTED = 2, 130

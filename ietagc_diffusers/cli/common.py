@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 # Copies of the library's lists, whose modules take seconds to import. A test compares them.
 SCHEDULERS = ["ddim", "ddpm", "dpm", "euler", "pndm"]
+SCHEDULER_HELP = (
+    f"{', '.join(SCHEDULERS)}, perhaps with options of Diffusers' class, as in "
+    "ddim:steps_offset=1,set_alpha_to_one=false; default: the model's own"
+)
 DTYPES = ["float32", "float16", "bfloat16"]
 MAX_SIM_SCORE = 0.5  # of an SSCD descriptor; the similarity from which the papers count a copy
 DTYPE_HELP = "default: float16 on a CUDA device, otherwise float32"
@@ -94,7 +98,7 @@ def add_generation(parser: ArgumentParser) -> None:
     group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
     group.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
     group.add_argument("--resolution", type=int, help=RESOLUTION_HELP)
-    group.add_argument("--scheduler", choices=SCHEDULERS, help="default: the model's own")
+    group.add_argument("--scheduler", metavar="NAME[:OPTIONS]", help=SCHEDULER_HELP)
     group.add_argument("--negative_prompt", help="for every image")
     group.add_argument("--mitigation", metavar="CHAIN", help="mitigations at inference, such as rt:num_words=4+gni")
     group.add_argument("--batch_size", type=int, default=8, help="images drawn at once; default: 8")
@@ -172,11 +176,12 @@ def add_heldout(parser: ArgumentParser | _ArgumentGroup) -> None:
 
 
 def check_positive(args: Namespace, *settings: str) -> None:
-    """Raise ``UsageError`` unless each of these that was given is over 0 and finite."""
+    """Raise ``UsageError`` unless each of these that was given, or each of its values, is over 0 and finite."""
     for name in settings:
-        value = getattr(args, name, None)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"`{name}` {value}: must be more than 0, and finite")
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"`{name}` {value}: must be more than 0, and finite")
 
 
 def check_range(args: Namespace, low: float, high: float, *settings: str) -> None:

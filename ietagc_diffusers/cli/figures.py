@@ -24,7 +24,8 @@ def run(args: Namespace) -> None:
     from ietagc_diffusers.eval.paper_figures import draw_all
     from ietagc_diffusers.eval.report import Scored
 
-    training = common.training_set(args).images if args.train else None
+    run = args.run if args.run and Path(args.run).is_dir() else None  # which says how its training images are read
+    training = common.training_set(args, run).images if args.train else None
     device = common.device_of(args)
     scored = [Scored.load(folder, name) for name, folder in scores]
     folder, output = Path(args.run) if args.run else None, Path(args.output)

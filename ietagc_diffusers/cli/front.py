@@ -18,9 +18,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a run's folder, or several of one kind with other seeds; repeat the flag for other runs",
     )
     parser.add_argument("--control", help="name of the plain run; default: the first")
-    parser.add_argument("--heldout", required=True, metavar="DIR|ID", help="captioned images that were not trained on")
+    parser.add_argument(
+        "--heldout",
+        required=True,
+        metavar="DIR|ID",
+        help="images that were not trained on, captioned or labelled as the others",
+    )
     common.add_training_images(parser, required=False)
-    parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from")
+    parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from, if any")
     parser.add_argument("--resolution", type=int, help="default: the first run's")
     parser.add_argument("--max_images", type=int, default=1000, help="of each set; default: 1000")
     parser.add_argument("--draws", type=int, default=3, help="noise draws for each image; default: 3")
@@ -31,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--points", type=int, help="models of each run, evenly spread; default: all")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
-    parser.add_argument("--scheduler", choices=common.SCHEDULERS, help="default: the model's own")
+    parser.add_argument("--scheduler", metavar="NAME[:OPTIONS]", help=common.SCHEDULER_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the first image; default: 0")
     parser.add_argument("--output", default="front", metavar="DIR", help="default: front")
     common.add_scoring(parser)
@@ -49,10 +54,11 @@ def run(args: Namespace) -> None:
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     first = next(iter(runs.values()))[0]
-    RunFolder(first).config()  # a run has settings
+    config = RunFolder(first).config()
     common.check_apart(args, "train", "heldout", "reference", model=first)
     training = common.training_set(args, first).images
     columns = {"image_column": args.image_column, "text_column": args.caption_column}
+    columns["label_column"] = config.get("label_column")
     columns = {name: column for name, column in columns.items() if column is not None}
     sampling = None
     if args.sample:

@@ -1,18 +1,25 @@
-"""``ietagc train``, and the training scripts: fine-tune a model."""
+"""``ietagc train``, and the training scripts."""
 
 import sys
 from collections.abc import Sequence
 
-from ..arguments import fail, known_names, parse_args
+from ..arguments import FlagParser, fail, known_names, parse_args
 from ..errors import UsageError, with_flags
 from ..training.callbacks import Ended
 from ..training.run import train
-from ..training.settings import RunSettings, TrainingSettings
+from ..training.scripts import SCRIPTS
+from ..training.settings import RunSettings
 
 
-def main(argv: Sequence[str] | None = None, kind: type[RunSettings] = TrainingSettings) -> None:
-    """Train as the command line says. Wrong use exits with 2, a run that cannot continue with 1."""
-    settings = parse_args(argv, kind)
+def main(argv: Sequence[str] | None = None, kind: type[RunSettings] | None = None) -> None:
+    """Train as the command line says. Wrong use exits with 2, a run that cannot continue with 1.
+
+    ``kind``: of the script that was called; None: ``ietagc train``, whose ``--script`` says which.
+    """
+    words = sys.argv[1:] if argv is None else [*argv]
+    if kind is None:
+        kind, words = _chosen(words)
+    settings = parse_args(words, kind)
     names = known_names(kind)
     try:
         train(settings, say=lambda text: print(with_flags(text, names), flush=True))
@@ -20,3 +27,14 @@ def main(argv: Sequence[str] | None = None, kind: type[RunSettings] = TrainingSe
         fail(error, kind)
     except Ended as error:
         sys.exit(with_flags(str(error), names))
+
+
+def _chosen(words: list[str]) -> tuple[type[RunSettings], list[str]]:
+    """The kind of the script that ``--script`` names, text-to-image by default, and the other words."""
+    parser = FlagParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--script", choices=SCRIPTS, default="text_to_image")
+    try:
+        known, others = parser.parse_known_args(words)
+    except UsageError as error:
+        fail(error)
+    return SCRIPTS[known.script], others

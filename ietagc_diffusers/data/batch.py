@@ -18,6 +18,8 @@ class Batch:
         samples: int64 (B,), their numbers among the training rows; empty where they are none of them.
         seeds: B integers on the host, of whatever is drawn for a sample later (augmentation); None in the official
             order, which draws from the process's streams.
+        ids: B integers on the host, the samples' ``sample_id``, of which is drawn what an image keeps for the whole
+            training; None where they keep nothing.
         bad: [row, reason] of each row that was replaced.
         encoded_images, encoded_inputs: what the objective's ``encode_images`` and ``encode_inputs`` would give of them,
             from a cache. With the first, ``images`` are decoded when they are asked for.
@@ -30,6 +32,7 @@ class Batch:
     inputs: Tensors = field(default_factory=dict)
     samples: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     seeds: list[int] | None = None
+    ids: list[int] | None = None
     bad: list = field(default_factory=list)
     share: tuple[slice, int] | None = None
     encoded_images: Tensors | None = None

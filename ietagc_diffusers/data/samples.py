@@ -16,6 +16,7 @@ from ..errors import UsageError
 from .batch import Batch, Tensors
 from .conditions import Condition
 from .rows import decode
+from .sources import SAMPLE_ID, stored_column
 
 REPLACEMENTS = 1000  # tries to find a good row in place of a bad one
 Key = int | tuple[int, int]
@@ -90,6 +91,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.transform: Any = transform
         self.condition = condition
         self.alpha = alpha
+        self.ids = stored_column(rows, SAMPLE_ID).to_numpy() if SAMPLE_ID in rows.column_names else None
         self.pool = np.arange(len(rows))
 
     def of_shard(self, shard_samples: np.ndarray) -> "TrainingSamples":
@@ -172,5 +174,6 @@ class TrainingSamples(torch.utils.data.Dataset):
             **self._images(shown, drawn),
             samples=torch.tensor(rows),
             seeds=seeds,
+            ids=None if self.ids is None else self.ids[list(rows)].tolist(),
             bad=[entry for entries in bad for entry in entries],
         )

@@ -11,6 +11,7 @@ from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
 from .unconditional import Unconditional
+from .views import NoisyPixels
 
 INDEX = DiffusionPipeline.config_name  # model_index.json
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Unconditional)
@@ -63,6 +64,7 @@ __all__ = [
     "FAMILIES",
     "WEIGHTS_FILE",
     "Family",
+    "NoisyPixels",
     "Objective",
     "StableDiffusion",
     "StableDiffusion3",

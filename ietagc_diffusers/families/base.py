@@ -253,8 +253,10 @@ class Family(ABC):
         """What one visit shows of a PIL image: float32 (3, H, W) in [-1, 1], and what the model is told of the view."""
 
     @abstractmethod
-    def batch(self, images: torch.Tensor, texts: list[str]) -> Batch:
-        """Images, float32 (B, 3, H, W) in [-1, 1], and their texts as the objective takes them."""
+    def batch(self, images: torch.Tensor, told: list[Any]) -> Batch:
+        """Images, float32 (B, 3, H, W) in [-1, 1], and what the model is told of each as the objective takes them: its
+        caption, its class (an integer), or nothing (None).
+        """
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:

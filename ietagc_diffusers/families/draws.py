@@ -1,19 +1,27 @@
 """Random draws for a batch, and a batch with everything random drawn."""
 
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import torch
 
 
+@dataclass(frozen=True)
 class DrawnBatch:
-    """The base of dataclasses whose fields are tensors (B, ...), or dicts of such tensors: rows and devices of them."""
+    """The base of dataclasses whose fields are tensors (B, ...), or dicts of such tensors: rows and devices of them.
+    ``levels`` (B,) are the noise levels.
+
+    own: what each image keeps for the whole training, named tensors (B, ...).
+    """
+
+    own: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
     def __getitem__(self, rows: Any) -> Self:
         return self._map(lambda tensor: tensor[rows])
 
     def __len__(self) -> int:
-        return len(getattr(self, self._names()[0]))
+        of_dataclass: Any = self
+        return len(of_dataclass.levels)
 
     def to(self, device: torch.device | str) -> Self:
         return self._map(lambda tensor: tensor.to(device))

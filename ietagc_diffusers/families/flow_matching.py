@@ -72,6 +72,7 @@ class FlowMatchingObjective(LatentObjective):
     """
 
     EMBEDDINGS = ("encoder_hidden_states", "pooled_projections")
+    prediction_type = "v_prediction"
     scheduler: FlowMatchEulerDiscreteScheduler
 
     def __init__(
@@ -100,7 +101,7 @@ class FlowMatchingObjective(LatentObjective):
         uniform, density = self.density.draw(draws.batch_rows, noise.device)
         levels, steps = (self._index(values)[draws.rows] for values in (uniform, density))
         condition = self.noisy_condition(encoded.condition, draws)
-        return FlowDrawn(latents, posterior_noise, noise, condition, levels, steps)
+        return FlowDrawn(latents, posterior_noise, noise, condition, levels, steps, own=encoded.own)
 
     def _index(self, values):
         """The place in a table of ``num_levels`` that numbers in [0, 1] point to."""
@@ -114,6 +115,10 @@ class FlowMatchingObjective(LatentObjective):
     def sigmas(self, drawn: FlowDrawn) -> torch.Tensor:
         """The noise level s of each sample, float32 (B,) in (0, 1]."""
         return self.sigma_table[drawn.steps]
+
+    def scales(self, drawn: FlowDrawn) -> tuple[torch.Tensor, torch.Tensor]:
+        sigmas = self.sigmas(drawn)
+        return 1 - sigmas, sigmas
 
     def noisy_and_target(self, model: Callable, drawn: FlowDrawn) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = self.sigmas(drawn).view(-1, 1, 1, 1).to(drawn.latents.dtype)

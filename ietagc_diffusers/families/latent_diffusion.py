@@ -15,6 +15,7 @@ from ..method.config import MitigationConfig
 from ..settings import declared
 from .base import Family, Image, Tensors
 from .latent_objective import LatentObjective
+from .noisy_data import NoisyData
 from .parts import Reader, Tokenize, cast, mark_of, mark_of_tokenizer, part_of, scheduler_of
 from .settings import BaseModelSettings
 from .views import Pixels
@@ -123,6 +124,7 @@ class LatentDiffusion(Family):
         )
         options = cls.objective_options(settings, scheduler)
         options["embedding_noise"] = (config and config.embedding_noise) or 0.0
+        options["noisy_data"] = NoisyData.of(config, settings)
         options["trains_text"] = getattr(settings, "train_text_encoder", False)
         make: Any = cls
         family = make(

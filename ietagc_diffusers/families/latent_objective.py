@@ -2,30 +2,33 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..data import Batch
 from .base import TOKEN_IDS, Objective, Tensors
 from .draws import DrawnBatch, Draws
+from .noisy_data import Mixture, NoisyData
+from .rules import mean_squared_error, squared_errors
 
 
 @dataclass(frozen=True)
 class Encoded:
     """What is the same at each visit of a batch's images.
 
-    mean, std (B, C, h, w): of the VAE's posterior; condition: named tensors (B, ...); share: see ``Batch``.
+    mean, std (B, C, h, w): of the VAE's posterior; condition: named tensors (B, ...); share: see ``Batch``; own: see
+    ``DrawnBatch``.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     condition: Tensors
     share: tuple[slice, int] | None = None
+    own: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class LatentObjective(Objective):
             token ids, tensors (1, ...).
         stored_latents: latents are float32 and contiguous, as the official script of Stable Diffusion XL reads them
             from its cache; otherwise they have ``dtype`` and the memory layout that the VAE gives.
+        noisy_data: ``NoisyData``, on latents; None is off.
         trains_text: see ``Objective``; conditions then have token ids, which each forward encodes.
     """
 
@@ -72,6 +76,7 @@ class LatentObjective(Objective):
         unconditional: Tensors | None = None,
         stored_latents: bool = False,
         trains_text: bool = False,
+        noisy_data: NoisyData | None = None,
     ):
         self.vae = vae
         self.encode_text = encode_text
@@ -81,6 +86,7 @@ class LatentObjective(Objective):
         self.unconditional = unconditional
         self.stored_latents = stored_latents
         self.trains_text = trains_text
+        self.noisy_data = noisy_data
 
     @property
     def num_levels(self) -> int:
@@ -91,7 +97,10 @@ class LatentObjective(Objective):
         moments = batch.encoded_images or self.encode_images(batch.images)
         posterior = DiagonalGaussianDistribution(moments["moments"])
         condition = batch.encoded_inputs or self.encode_inputs(batch.inputs)
-        return Encoded(posterior.mean, posterior.std, condition | batch.told, batch.share)
+        own = {}
+        if self.noisy_data is not None and batch.ids is not None:
+            own["noise"] = self.noisy_data.own_noise(batch.ids, posterior.mean.shape[1:]).to(posterior.mean.device)
+        return Encoded(posterior.mean, posterior.std, condition | batch.told, batch.share, own)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> Tensors:
@@ -146,15 +155,39 @@ class LatentObjective(Objective):
     def call(self, model: Callable, noisy: torch.Tensor, drawn: Any, condition: Tensors) -> torch.Tensor:
         """The model's prediction (B, C, h, w), to compare with the target."""
 
-    def predict(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward of the model. Returns prediction and target, both (B, C, h, w)."""
+    @abstractmethod
+    def scales(self, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signal and noise in the noisy latents of each sample: a and b, (B,), of a latents + b noise."""
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """``epsilon``, ``v_prediction`` or ``sample``."""
+
+    def with_noise(self, drawn: Any, noise: torch.Tensor) -> Any:
+        """``drawn`` with this noise in the place of its own."""
+        return replace(drawn, noise=noise)
+
+    def prepare(self, drawn: Any) -> tuple[Any, Mixture | None]:
+        """``drawn`` as a forward takes it, with captions as embeddings, and what ``NoisyData`` makes of the loss."""
         drawn = replace(drawn, condition=self.embedded(drawn.condition))
+        if "noise" not in drawn.own:
+            return drawn, None
+        assert self.noisy_data is not None
+        mixture = self.noisy_data.mix(drawn.noise, drawn.own["noise"], *self.scales(drawn), self.prediction_type)
+        return self.with_noise(drawn, mixture.noise), mixture
+
+    def predict(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor, Mixture | None]:
+        """One forward of the model. Returns prediction and target, both (B, C, h, w), and what ``NoisyData`` makes of
+        the loss.
+        """
+        drawn, mixture = self.prepare(drawn)
         noisy, target = self.noisy_and_target(model, drawn)
-        return self.call(model, noisy, drawn, drawn.condition), target
+        return self.call(model, noisy, drawn, drawn.condition), target, mixture
 
     def losses(self, model: Callable, drawn: Any) -> torch.Tensor:
         """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
-        return _mean_squared_errors(*self.predict(model, drawn))
+        return _of_samples(squared_errors(*self.predict(model, drawn)))
 
     def losses_and_magnitudes(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """``losses``, and the magnitude of the text-conditional noise || eps(z_t, c) - eps(z_t, "") ||_2 of each
@@ -165,7 +198,7 @@ class LatentObjective(Objective):
         """
         if self.unconditional is None:
             raise ValueError("losses_and_magnitudes needs `unconditional`")
-        drawn = replace(drawn, condition=self.embedded(drawn.condition))
+        drawn, mixture = self.prepare(drawn)
         noisy, target = self.noisy_and_target(model, drawn)
         prediction = self.call(model, noisy, drawn, drawn.condition)
         with torch.no_grad():
@@ -175,19 +208,18 @@ class LatentObjective(Objective):
             }
             unconditional = self.call(model, noisy, drawn, drawn.condition | nothing)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
-        return _mean_squared_errors(prediction, target), magnitudes
+        return _of_samples(squared_errors(prediction, target, mixture)), magnitudes
 
     def plain_loss(self, model: Callable, drawn: Any) -> torch.Tensor:
         """The official script's scalar loss, in its own order of operations: the same bits, hence not
         ``losses().mean()``.
         """
-        prediction, target = self.predict(model, drawn)
-        weights = self.weights(drawn)
+        compared, weights = self.predict(model, drawn), self.weights(drawn)
         if weights is None:
-            return F.mse_loss(prediction.float(), target.float(), reduction="mean")
-        losses = F.mse_loss(prediction.float(), target.float(), reduction="none")
+            return mean_squared_error(*compared)
+        losses = squared_errors(*compared)
         return (losses.mean(dim=list(range(1, losses.ndim))) * weights).mean()
 
 
-def _mean_squared_errors(prediction, target):
-    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+def _of_samples(errors):
+    return errors.flatten(1).mean(dim=1)

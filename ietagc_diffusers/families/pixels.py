@@ -1,28 +1,31 @@
 """The objective of models of pixels that predict the noise or the image."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from ..data import Batch
+from .ambient import Ambient, Counted, with_mask
 from .base import Objective, Tensors
 from .draws import DrawnBatch, Draws
+from .noisy_data import NoisyData
+from .rules import Rule, mean_squared_error, squared_errors
 
 
 @dataclass(frozen=True)
 class Shown:
     """What is the same at each visit of a batch's images.
 
-    images (B, 3, H, W); condition: named tensors (B, ...); share: see ``Batch``.
+    images (B, 3, H, W); condition: named tensors (B, ...); share: see ``Batch``; own: see ``DrawnBatch``.
     """
 
     images: torch.Tensor
     condition: Tensors
     share: tuple[slice, int] | None = None
+    own: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,18 @@ class PixelObjective(Objective):
     Args:
         scheduler: with prediction type ``epsilon`` or ``sample``.
         dtype: of the denoiser's input.
+        noisy_data: ``NoisyData``; None is off.
+        ambient: ``Ambient``; None is off.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, dtype: torch.dtype = torch.float32):
-        self.scheduler, self.dtype = scheduler, dtype
+    def __init__(
+        self,
+        scheduler: DDPMScheduler,
+        dtype: torch.dtype = torch.float32,
+        noisy_data: NoisyData | None = None,
+        ambient: Ambient | None = None,
+    ):
+        self.scheduler, self.dtype, self.noisy_data, self.ambient = scheduler, dtype, noisy_data, ambient
 
     @property
     def num_levels(self) -> int:
@@ -71,7 +82,14 @@ class PixelObjective(Objective):
         return inputs
 
     def encode(self, batch: Batch) -> Shown:
-        return Shown(batch.images.to(self.dtype), batch.inputs | batch.told, batch.share)
+        images = batch.images.to(self.dtype)
+        own: Tensors = {}
+        if self.noisy_data is not None and batch.ids is not None:
+            own["noise"] = self.noisy_data.own_noise(batch.ids, images.shape[1:])
+        if self.ambient is not None and batch.ids is not None:
+            own |= self.ambient.masks(batch.ids, images.shape[2:])
+        own = {name: tensor.to(images.device) for name, tensor in own.items()}
+        return Shown(images, batch.inputs | batch.told, batch.share, own)
 
     @torch.no_grad()
     def draw(self, encoded: Shown) -> DrawnImages:
@@ -79,7 +97,7 @@ class PixelObjective(Objective):
         draws = Draws(encoded.images, encoded.share)
         noise = draws.normal(*encoded.images.shape[1:], dtype=encoded.images.dtype)
         timesteps = torch.randint(0, self.num_levels, (draws.batch_rows,), device=draws.device)[draws.rows]
-        return DrawnImages(encoded.images, noise, timesteps, encoded.condition)
+        return DrawnImages(encoded.images, noise, timesteps, encoded.condition, own=encoded.own)
 
     def at_levels(self, drawn: DrawnImages, levels: torch.Tensor) -> DrawnImages:
         return replace(drawn, timesteps=levels.to(drawn.timesteps.device))
@@ -89,30 +107,55 @@ class PixelObjective(Objective):
         changed[rows] = images.to(self.dtype)
         return replace(drawn, images=changed)
 
-    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward of the model. Returns prediction and target, both (B, 3, H, W) float32."""
-        noisy = self.scheduler.add_noise(drawn.images, drawn.noise, drawn.timesteps)
-        prediction = model(noisy, drawn.timesteps, **drawn.condition, return_dict=False)[0]
-        target = drawn.images if self.predicts_images else drawn.noise
-        return prediction.float(), target.float()
+    def predict(self, model: Callable, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor, Rule | None]:
+        """One forward of the model. Returns prediction and target, both (B, 3, H, W), and how they are compared if not
+        by their squared error.
+        """
+        rule: Any = None
+        noise, shown = drawn.noise, drawn.own.get("shown")
+        if "noise" in drawn.own:
+            rule = self._mixture(drawn)
+            noise = rule.noise
+        noisy = self.scheduler.add_noise(drawn.images, noise, drawn.timesteps)
+        target = drawn.images if self.predicts_images else noise
+        if shown is not None:
+            noisy, rule = noisy * shown.to(noisy.dtype), Counted(drawn.own["counted"])
+            if not self.predicts_images:
+                signal, spread = (scale[:, None, None, None] for scale in self._scales(drawn))
+                target = torch.where(shown > 0, noise, -signal / spread * drawn.images)
+        prediction = model(with_mask(model, noisy, shown), drawn.timesteps, **drawn.condition, return_dict=False)[0]
+        return prediction, target, rule
+
+    def _mixture(self, drawn):
+        assert self.noisy_data is not None
+        kind = self.scheduler.config.prediction_type
+        return self.noisy_data.mix(drawn.noise, drawn.own["noise"], *self._scales(drawn), kind)
+
+    def _scales(self, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signal and noise of each sample, both (B,)."""
+        alpha_bar = self._alpha_bar(drawn)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def _alpha_bar(self, drawn):
+        """(B,) float32."""
+        return self.scheduler.alphas_cumprod.to(drawn.timesteps.device)[drawn.timesteps].float()
 
     def losses(self, model: Callable, drawn: DrawnImages) -> torch.Tensor:
         """Unweighted mean squared error of each sample (eq. 2): (B,) float32."""
-        return F.mse_loss(*self.predict(model, drawn), reduction="none").flatten(1).mean(dim=1)
+        return squared_errors(*self.predict(model, drawn)).flatten(1).mean(dim=1)
 
     def plain_loss(self, model: Callable, drawn: DrawnImages) -> torch.Tensor:
         """The official script's scalar loss, in its own order of operations: the same bits, hence not
         ``losses().mean()``.
         """
-        prediction, target = self.predict(model, drawn)
-        weights = self.weights(drawn)
+        compared, weights = self.predict(model, drawn), self.weights(drawn)
         if weights is None:
-            return F.mse_loss(prediction, target)
+            return mean_squared_error(*compared)
         weights = weights[:, None, None, None].expand(len(drawn), 1, 1, 1)
-        return (weights * F.mse_loss(prediction, target, reduction="none")).mean()
+        return (weights * squared_errors(*compared)).mean()
 
     def weights(self, drawn: Any) -> torch.Tensor | None:
         if not self.predicts_images:
             return None
-        alpha_bar = self.scheduler.alphas_cumprod.to(drawn.timesteps.device)[drawn.timesteps].float()
+        alpha_bar = self._alpha_bar(drawn)
         return alpha_bar / (1 - alpha_bar)

@@ -54,9 +54,17 @@ class UnconditionalModelSettings(PipelineSettings):
 
     model_config_name_or_path: str | None = setting(
         None,
-        "Train from scratch a UNet of this configuration: a folder with a config.json, or a Hub id. Default, without a "
-        "base: the official script's UNet.",
+        "Train from scratch a UNet of this configuration: a folder with a config.json, such a file, a Hub id, or one "
+        "of the package's: unet_ddpm_32 (DDPM's for CIFAR-10), unet_ddpm_64 (the same with a fifth level), unet_emm_32 "
+        "(like Gu et al.'s). Default, without a base: the official script's UNet.",
         resume=Resume.SAME,
+    )
+    weight_init: str = setting(
+        "diffusers",
+        "First weights of a UNet from scratch: as Diffusers draws them, as the official script does, or 'ddpm': Xavier "
+        "uniform, biases zero, and almost zero where a residual block and the UNet end.",
+        resume=Resume.SAME,
+        choices=["diffusers", "ddpm"],
     )
     prediction_type: str | None = setting(
         None,

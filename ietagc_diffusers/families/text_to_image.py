@@ -118,7 +118,7 @@ class TextToImageObjective(LatentObjective):
             added_noise = noise + self.input_perturbation * draws.normal(*shape, dtype=dtype, layout=layout)
         timesteps = self._timesteps(draws.batch_rows, noise.device)[draws.rows]
         condition = self.noisy_condition(encoded.condition, draws)
-        return Drawn(latents, posterior_noise, noise, condition, added_noise, timesteps)
+        return Drawn(latents, posterior_noise, noise, condition, added_noise, timesteps, own=encoded.own)
 
     def _timesteps(self, number, device):
         if self.timestep_weights is None:
@@ -127,6 +127,13 @@ class TextToImageObjective(LatentObjective):
 
     def at_levels(self, drawn: Drawn, levels: torch.Tensor) -> Drawn:
         return replace(drawn, timesteps=levels.to(drawn.timesteps.device))
+
+    def scales(self, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha_bar = self.scheduler.alphas_cumprod.to(drawn.timesteps.device)[drawn.timesteps]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def with_noise(self, drawn: Drawn, noise: torch.Tensor) -> Drawn:
+        return replace(drawn, noise=noise, added_noise=noise)
 
     def noisy_and_target(self, model: Callable, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
         noisy = self.scheduler.add_noise(drawn.latents, drawn.added_noise, drawn.timesteps).to(self.dtype)

@@ -3,15 +3,20 @@
 import copy
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import Batch, ClassLabels, Condition, View
 from ..errors import UsageError, one_line
+from ..files import shipped
+from .ambient import Ambient, takes_mask, with_mask
 from .base import Family, Image
+from .noisy_data import NoisyData
 from .parts import part_of
 from .pixels import PixelObjective
 from .settings import PipelineSettings, UnconditionalModelSettings
@@ -21,6 +26,7 @@ from .views import Pixels, PrecisePixels
 WIDTHS = (128, 128, 256, 256, 512, 512)
 DOWN_BLOCKS = ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4
+SMALL_GAIN = 1e-5  # of ``ddpm_weights``
 
 
 class Unconditional(Family):
@@ -44,11 +50,12 @@ class Unconditional(Family):
         denoiser: UNet2DModel | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        **objective: Any,
     ):
         self.settings, self.scheduler, self.denoiser = settings, scheduler, denoiser
         self.device, self.dtype = torch.device(device), dtype
         self.text_encoders = {}
-        self.objective = PixelObjective(scheduler, dtype)
+        self.objective = PixelObjective(scheduler, dtype, **objective)
 
     @property
     def parts(self):
@@ -65,9 +72,12 @@ class Unconditional(Family):
                 f"`pretrained_model_name_or_path` {base}: is an unconditional model, which {cls.script} trains"
             )
         make: Any = cls
-        family = make(settings, *(_fresh(settings) if base is None else _of_base(settings)), device, dtype)
+        masked = config is not None and config.ambient_corruption is not None
+        parts = _fresh(settings, masked) if base is None else _of_base(settings)
+        rivals = {"noisy_data": NoisyData.of(config, settings), "ambient": Ambient.of(config, settings)}
+        family = make(settings, *parts, device, dtype, **rivals)
         family.denoiser.train()
-        _check(family.denoiser, settings)
+        _check(family.denoiser, settings, masked)
         return family
 
     @classmethod
@@ -84,7 +94,24 @@ class Unconditional(Family):
     @classmethod
     def of_pipeline(cls, pipeline: Any, **objective: Any) -> Self:
         """The family around a pipeline's parts, which it shares, in float32 on the CPU."""
-        return cls(PipelineSettings(), pipeline.scheduler, pipeline.unet)
+        return cls(PipelineSettings(), pipeline.scheduler, pipeline.unet, **objective)
+
+    @classmethod
+    def untrained(cls, settings: dict[str, Any], config: Path) -> Self:
+        """The model that a run from scratch started from.
+
+        Args:
+            settings: of the run, by name.
+            config: folder of the configuration of its UNet.
+        """
+        model = UnconditionalModelSettings(
+            model_config_name_or_path=str(config),
+            weight_init=settings.get("weight_init", "diffusers"),  # earlier runs do not say
+            **{name: settings[name] for name in ("ddpm_num_steps", "ddpm_beta_schedule", "prediction_type")},
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings["seed"])
+            return cls(model, *_fresh(model, masked=False))  # its configuration has the mask's channel, if any
 
     def load_average(self):
         """A copy: a model from scratch is nowhere else."""
@@ -106,9 +133,12 @@ class Unconditional(Family):
         precise = getattr(settings, "preserve_input_precision", False)
         return (PrecisePixels if precise else Pixels).of(settings)
 
-    def batch(self, images, texts):
+    def batch(self, images, told):
+        labels = [label for label in told if isinstance(label, int)]
+        if len(labels) == len(told):
+            return Batch(images, {"class_labels": torch.tensor(labels)})
         if self.denoiser is not None and self.denoiser.config.num_class_embeds is not None:
-            raise UsageError("losses of a model of classes need the labels of the images, which are not known here")
+            raise UsageError("losses of a model of classes need the label of each image")
         return Batch(images)
 
     def pipeline(self):
@@ -128,26 +158,34 @@ class Unconditional(Family):
             self.denoiser.train(was_training)
 
 
-def _fresh(settings):
-    """(scheduler, UNet) with weights from torch's stream."""
+def _fresh(settings, masked):
+    """(scheduler, UNet) with weights from torch's stream; ``masked``: whether the UNet takes a mask (``Ambient``)."""
     scheduler = DDPMScheduler(
         num_train_timesteps=settings.ddpm_num_steps,
         beta_schedule=settings.ddpm_beta_schedule,
         prediction_type=settings.prediction_type,
     )
+    unet = _new_unet(settings, masked)
+    if settings.weight_init == "ddpm":
+        ddpm_weights(unet)
+    return scheduler, unet
+
+
+def _new_unet(settings, masked):
     classes = {} if settings.class_labels == "none" else {"num_class_embeds": settings.num_classes}
     place = settings.model_config_name_or_path
     if place is not None:
         try:
-            config = UNet2DModel.load_config(place, cache_dir=settings.cache_dir)
-            return scheduler, UNet2DModel.from_config(config, **classes)
+            config = UNet2DModel.load_config(str(shipped(place, ".json")), cache_dir=settings.cache_dir)
+            own = {"in_channels": config.get("in_channels", 3) + 1} if masked else {}
+            return UNet2DModel.from_config(config, **classes, **own)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"`model_config_name_or_path` {place}: no configuration of a UNet2DModel: {one_line(error)}"
             ) from error
-    return scheduler, UNet2DModel(
+    return UNet2DModel(
         sample_size=settings.resolution,
-        in_channels=3,
+        in_channels=3 + masked,
         out_channels=3,
         layers_per_block=2,
         block_out_channels=WIDTHS,
@@ -155,6 +193,26 @@ def _fresh(settings):
         up_block_types=UP_BLOCKS,
         **classes,
     )
+
+
+@torch.no_grad()
+def ddpm_weights(unet: UNet2DModel) -> None:
+    """Draw the first weights as the public PyTorch code of DDPM does (that of Ho et al.'s has variances of the same
+    kind): Xavier uniform with zero biases, with gain 1e-5 for the last convolution of each residual block and of the
+    UNet, so that at first blocks pass their input on and the prediction is zero.
+
+    That code also has gain 1e-5 for the last projection of the attention, but then draws it again with gain 1, as part
+    of the residual block that holds it. Embeddings of classes keep Diffusers' weights.
+    """
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            torch.nn.init.xavier_uniform_(module.conv2.weight, gain=SMALL_GAIN)
+    torch.nn.init.xavier_uniform_(unet.conv_out.weight, gain=SMALL_GAIN)
 
 
 def _of_base(settings):
@@ -177,10 +235,17 @@ def _of_base(settings):
     return scheduler, part_of(UNet2DModel, base, "unet", **files)
 
 
-def _check(unet, settings):
+def _check(unet, settings, masked):
     """Raise ``UsageError`` where model, images and labels do not fit one another."""
     config, size = unet.config, settings.resolution
-    if (config.in_channels, config.out_channels) != (3, 3):
+    if config.out_channels == 3 and masked != takes_mask(unet):
+        why = (
+            "takes no mask of the pixels that it is shown; train from scratch"
+            if masked
+            else ("takes such a mask; give the value that it was trained with")
+        )
+        raise UsageError(f"`ambient_corruption`: the base {why}")
+    if (config.in_channels, config.out_channels) != (3 + masked, 3):
         raise UsageError(
             f"the UNet takes {config.in_channels} channels and predicts {config.out_channels}; images have 3, for both"
         )
@@ -206,7 +271,7 @@ def draw(
     labels: Sequence[int] | None = None,
 ) -> list[Image]:
     """PIL images from noise: what a ``DDPMPipeline`` draws, also with other schedulers, and with class labels, which
-    it does not take.
+    it does not take. A model that takes a mask (Ambient Diffusion) is told that it sees all pixels.
 
     Args:
         generator: of all images, or one for each.
@@ -216,7 +281,7 @@ def draw(
     unet, scheduler = pipeline.unet, pipeline.scheduler
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (number, unet.config.in_channels, height, width)
+    shape = (number, unet.config.out_channels, height, width)
     images = randn_tensor(shape, generator=generator, device=unet.device, dtype=unet.dtype)
     scheduler.set_timesteps(steps)
     images = images * scheduler.init_noise_sigma
@@ -224,7 +289,7 @@ def draw(
     random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     unet.eval()
     for step in scheduler.timesteps:
-        predicted = unet(scheduler.scale_model_input(images, step), step, **told).sample
+        predicted = unet(with_mask(unet, scheduler.scale_model_input(images, step)), step, **told).sample
         images = scheduler.step(predicted, step, images, **random).prev_sample
     shown = (images / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
     return pipeline.numpy_to_pil(shown)

@@ -8,7 +8,7 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from ..data import ImageSettings, fixed_transforms, image_transform
+from ..data import ImageSettings, View, fixed_transforms, image_transform
 from .base import Image, Tensors
 
 Shown = tuple[torch.Tensor, Tensors]  # float32 (3, H, W) in [-1, 1], and named tensors
@@ -46,6 +46,24 @@ class Pixels:
     def draw(self, rng: Any = random) -> int:
         """Which of the fixed views a visit shows, by the draw that the transform makes."""
         return int(torch.rand(1) < 0.5) if len(self.fixed) > 1 else 0
+
+
+@dataclass(frozen=True)
+class NoisyPixels:
+    """Another view with Gaussian noise on its pixels, drawn after all else of the view from torch's stream. Pixels may
+    leave [-1, 1].
+    """
+
+    view: View
+    deviation: float
+    fixed: tuple[Untold, ...] = ()
+
+    def __call__(self, image: Image, rng: Any = random) -> Shown:
+        pixels, told = self.view(image, rng)
+        return pixels + self.deviation * torch.randn_like(pixels), told
+
+    def draw(self, rng: Any = random) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

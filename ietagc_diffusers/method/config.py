@@ -4,19 +4,20 @@ import difflib
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UsageError
+from ..files import shipped
 from ..settings import Resume, at_least, check_values, setting
 
 DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when a run names neither epochs nor steps per round
 VISITS_PER_BUCKET = 100
 MIN_BUCKETS = 10
 CAPTION_PROBABILITY = 0.1  # Somepalli et al.'s, for all but MC, which has none
+FURTHER_CORRUPTION = 0.1  # of Ambient Diffusion
 
 _OFF = {"num_shards": 1, "skip_threshold": 0.0, "augment_range": 1.0, "redistribute_fraction": 0.0}
 _AGC, _IET, _TAA, _MSR = (
@@ -43,6 +44,7 @@ def bank_buckets(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
+POSITIVE: dict[str, Any] = {"check": lambda value: 0 < value < math.inf, "wanted": "over 0, and finite"}
 SHARE: dict[str, Any] = {"check": lambda value: 0 <= value <= 1, "wanted": "in [0, 1]"}
 
 
@@ -234,6 +236,40 @@ class MitigationConfig:
         type=float,
         **SHARE,
     )
+    pixel_noise: float | None = setting(
+        None,
+        "Adding noise: standard deviation of Gaussian noise on the training images, whose pixels are from -1 to 1, "
+        "drawn anew at each visit; the paper's variance of 0.1 is 0.316.",
+        resume=Resume.SAME,
+        type=float,
+        **POSITIVE,
+    )
+    noisy_data_sigma: float | None = setting(
+        None,
+        "Shah et al.: at noise levels from this on, train on images to which Gaussian noise of this standard deviation "
+        "was added once and for all; theirs is 0.5. Pixels are from -1 to 1, latents have a deviation of about 1.",
+        resume=Resume.SAME,
+        type=float,
+        **POSITIVE,
+    )
+    ambient_corruption: float | None = setting(
+        None,
+        "Ambient Diffusion, for unconditional models of pixels: share of the pixels of each training image that is "
+        "never seen; 0.4 in the authors' runs.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda share: 0 < share < 1,
+        wanted="over 0 and under 1",
+    )
+    ambient_further_corruption: float | None = setting(
+        None,
+        "Share of the pixels left by --ambient_corruption that is hidden from the model too, and has to be predicted. "
+        f"Default: {FURTHER_CORRUPTION}, the authors'.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda share: 0 <= share < 1,
+        wanted="in [0, 1)",
+    )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "MitigationConfig":
@@ -243,6 +279,8 @@ class MitigationConfig:
         given = {key: value for key, value in overrides.items() if value is not None}
         if given.get("caption_mitigation", "mc") != "mc":
             given.setdefault("caption_mitigation_probability", CAPTION_PROBABILITY)
+        if "ambient_corruption" in given:
+            given.setdefault("ambient_further_corruption", FURTHER_CORRUPTION)
         if given.get("shard_data") is False:
             given.setdefault("redistribute_fraction", 0.0)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
@@ -276,6 +314,16 @@ class MitigationConfig:
                 f"`caption_mitigation` rc, rt or cwr{why}"
             )
 
+        if self.ambient_corruption is None and self.ambient_further_corruption is not None:
+            raise UsageError(
+                f"`ambient_further_corruption` {self.ambient_further_corruption}: belongs to `ambient_corruption`; "
+                "give that too"
+            )
+        if self.ambient_corruption is not None and self.noisy_data_sigma is not None:
+            raise UsageError(
+                "`ambient_corruption` and `noisy_data_sigma` are two ways to hide the images: give one of them"
+            )
+
     @property
     def num_parts(self) -> int:
         """Into how many parts the training set is split: K, or 1 where each proxy has all of it."""
@@ -290,8 +338,12 @@ class MitigationConfig:
         """Whether steps and order of samples are the official training's: whether all samples are kept as they are.
         Captions and their embeddings may differ.
         """
-        decides = self.skip_threshold or self.random_skip_rate or self.random_augment_rate or self.wen_threshold
-        return self.num_shards == 1 and not decides
+        return self.num_shards == 1 and self.keeps_all
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no sample is ever skipped or augmented."""
+        return not (self.skip_threshold or self.random_skip_rate or self.random_augment_rate or self.wen_threshold)
 
     def resolve_bank_buckets(self, visits_per_shard: int, num_timesteps: int) -> int:
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""
@@ -308,9 +360,7 @@ class MitigationConfig:
 
 def recipe_path(name: str | Path) -> Path:
     """The file of a recipe: the path itself, or, if there is no such file, the recipe of that name in this package."""
-    path = Path(name)
-    shipped = Path(str(files("ietagc_diffusers.configs") / f"{path.stem}.yaml"))
-    return shipped if path.parent == Path() and not path.exists() and shipped.is_file() else path
+    return shipped(name, ".yaml")
 
 
 def read_recipe(path: str | Path, known_keys: Collection[str]) -> dict[str, Any]:

@@ -84,6 +84,22 @@ class PlainControl(Control):
         return Controlled(loss, nothing, nothing, nonfinite, ratio, loss.detach() * len(drawn), all_finite)
 
 
+class SummedControl(Control):
+    """Keeps every sample, and sums their weighted losses, so that the gradient of each can be told (DP-SGD). A loss
+    that is not finite stays in the sum.
+    """
+
+    def step(self, model, objective, batch):
+        drawn = objective.draw(objective.encode(batch))
+        losses, weights = objective.losses(model, drawn), objective.weights(drawn)
+        finite = losses.detach().isfinite()
+        nothing = torch.zeros_like(finite)
+        loss = (losses if weights is None else losses * weights).sum()
+        ratio = torch.full_like(nothing, torch.inf, dtype=torch.float32)
+        total_loss = torch.where(finite, losses.detach(), 0.0).sum()
+        return Controlled(loss, nothing, nothing, ~finite, ratio, total_loss, bool(finite.all()))
+
+
 class DecidingControl(Control):
     """The step of every control that skips and augments; subclasses say which samples, in ``decide``."""
 

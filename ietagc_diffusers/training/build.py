@@ -23,10 +23,10 @@ from ..data.loaders import SeededLoader, StreamLoader
 from ..data.rows import deduplicate, label_values, load_training_rows
 from ..data.samples import TrainingSamples
 from ..errors import UsageError
-from ..families import Family, family_of
+from ..families import Family, NoisyPixels, family_of
 from ..method.augmentation import StrengthRandAugment
 from ..method.config import DEFAULT_ROUNDS, MitigationConfig
-from ..method.control import Control, PlainControl, RandomControl, ThresholdAwareControl, WenControl
+from ..method.control import Control, PlainControl, RandomControl, SummedControl, ThresholdAwareControl, WenControl
 from ..method.memory_bank import LossMemoryBank
 from ..method.sharding import ShardPlan
 from ..run_folder import RunFolder
@@ -37,6 +37,7 @@ from .groups import OptimizationSettings
 from .layout import Layout
 from .lora import LoraWeights, add_adapter
 from .prior import Prior, PriorSet
+from .privacy import PrivateGradients
 from .proxy import Proxy
 from .settings import RunSettings
 from .streams import RandomStreams
@@ -176,8 +177,12 @@ def optimizer_factory(
     )
 
 
-def build_control(config: MitigationConfig, num_levels: int, visits_per_shard: int, layout: Layout) -> Control:
-    """The control of one shard."""
+def build_control(
+    config: MitigationConfig, num_levels: int, visits_per_shard: int, layout: Layout, private: bool = False
+) -> Control:
+    """The control of one shard; ``private``: for DP-SGD."""
+    if private:
+        return SummedControl()
     if config.is_plain and layout.size == 1:
         return PlainControl()
     control = _method_control(config, num_levels, visits_per_shard, layout)
@@ -272,6 +277,7 @@ class ProxyBuilder:
         # The official training runs on the process's own streams; everything else on its shard's, which no layout
         # changes.
         self.official = settings.method.is_plain and layout.num_processes == 1
+        self.private = PrivateGradients.of(settings, weights.family.denoiser, budget.visits_per_step, layout)
 
     def __call__(self, shard: int) -> Proxy:
         settings, visits = self.settings, self.rounds.steps_per_proxy * self.budget.visits_per_step
@@ -279,13 +285,14 @@ class ProxyBuilder:
         proxy = Proxy(
             shard,
             self._loader(shard),
-            build_control(settings.method, self.num_levels, visits, self.layout),
+            build_control(settings.method, self.num_levels, visits, self.layout, self.private is not None),
             optimizer,
             self._schedule(optimizer),
             len(self.samples),
             settings.gradient_accumulation_steps,
-            settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
+            math.inf if self.private else settings.max_grad_norm or math.inf,  # 0 is off, as elsewhere in the field
             self._prior_of(shard),
+            self.private,
         )
         if not self.official:
             proxy.streams_state = self.streams.fresh([self.seed, shard])
@@ -352,7 +359,10 @@ def build_run(
         plan = ShardPlan.whole(len(rows), config.num_shards)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    samples = TrainingSamples(rows, settings.image_column, family.view(settings), condition, settings.decoding)
+    view = family.view(settings)
+    if config.pixel_noise is not None:
+        view = NoisyPixels(view, config.pixel_noise)
+    samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding)
     if settings.cache_latents is not None:
         samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)

@@ -1,5 +1,8 @@
 """Denoising losses under fixed noise and noise levels: precise enough to compare models, and free of sampling."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -15,7 +18,8 @@ class FixedLosses:
 
     Args:
         family: what the models share, see ``Family.load_frozen``.
-        images: float32 (N, 3, H, W) in [-1, 1], or uint8; texts: N strings.
+        images: float32 (N, 3, H, W) in [-1, 1], or uint8.
+        told: what the models are told of each of the N images, see ``Family.batch``.
         draws: noise draws for each image, each at another noise level.
         seed: of the noise.
         batch_size: images at once; the draws do not depend on it.
@@ -29,7 +33,7 @@ class FixedLosses:
         self,
         family: Family,
         images: torch.Tensor,
-        texts: list[str],
+        told: Sequence[Any],
         draws: int = 3,
         seed: int = 0,
         batch_size: int = 100,
@@ -39,7 +43,7 @@ class FixedLosses:
         chunks = torch.arange(len(images)).split(DRAWN_TOGETHER)
         encoded = []
         for rows in chunks:
-            batch = family.batch(_centred(images[rows]), [texts[row] for row in rows])
+            batch = family.batch(_centred(images[rows]), [told[row] for row in rows])
             encoded.append(self.objective.encode(batch.to(self.device)))
         self.levels = (_swept if sweep else _spread)(draws, len(images), self.objective.num_levels)
         self.batches = []

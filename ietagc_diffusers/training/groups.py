@@ -1,5 +1,6 @@
 """Settings of a training by group: optimization, checkpoints and records, validation, adapters, the Hub."""
 
+import math
 from dataclasses import dataclass
 
 from ..settings import Resume, at_least, not_negative, setting
@@ -272,6 +273,38 @@ class LoraSettings:
     )
     save_merged: bool = setting(
         False, "Save a whole pipeline with the adapter merged in, beside the adapter.", resume=Resume.FREE, type=bool
+    )
+
+
+@dataclass(kw_only=True)
+class PrivacySettings:
+    """DP-SGD: each image's gradient is clipped by itself, and noise added."""
+
+    dp_noise_multiplier: float | None = setting(
+        None,
+        "Train by DP-SGD (package opacus): noise on the summed gradients of a step, of this many times "
+        "--dp_max_grad_norm as standard deviation; about 1 for privacy, 0 for clipping only. Needs --mitigation none "
+        "or iet. The epsilon that is reached is in the log, in rounds.jsonl and on the model card.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda multiplier: 0 <= multiplier < math.inf,
+        wanted="0 or more, and finite",
+    )
+    dp_max_grad_norm: float | None = setting(
+        None,
+        "Norm to which DP-SGD clips the gradient of each image; --max_grad_norm does not act then. Default: 1.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda norm: 0 < norm < math.inf,
+        wanted="over 0, and finite",
+    )
+    dp_delta: float | None = setting(
+        None,
+        "Delta of the epsilon that is told; well under 1 over the number of images. Default: 1e-5.",
+        resume=Resume.FREE,
+        type=float,
+        check=lambda delta: 0 < delta < 1,
+        wanted="over 0 and under 1",
     )
 
 

@@ -94,6 +94,7 @@ class Prior:
         """The weighted mean loss () of the next batch, and [None, reason] of each replaced row."""
         number = self.loader.taken
         batch, _ = self.loader.next()
+        batch = replace(batch, ids=None)  # mitigations are for the user's own pictures
         bad = [[None, f"{self.name}: {reason}"] for _, reason in batch.bad]
         with self.streams.seeded([*self.seed, NOISE, number]):
             loss = objective.plain_loss(model, objective.draw(objective.encode(batch.to(device))))

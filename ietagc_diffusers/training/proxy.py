@@ -11,6 +11,7 @@ from ..method.control import Control, Controlled
 from .layout import Layout
 from .moments import put, scalars
 from .prior import Prior
+from .privacy import PrivateGradients
 from .streams import RandomStreams
 
 # What a proxy counts over a round, on the device; "overflows": steps left out, since the gradient was not finite.
@@ -35,6 +36,7 @@ class Proxy:
         accumulation: micro-batches a step.
         max_grad_norm: of the gradient clipping; 0: none.
         prior: ``Prior``, whose loss is added; None: none.
+        private: ``PrivateGradients``, which the proxies of a process share; None: off. ``control`` then sums losses.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Proxy:
         accumulation: int = 1,
         max_grad_norm: float = 1.0,
         prior: Prior | None = None,
+        private: PrivateGradients | None = None,
     ):
         self.shard = shard
         self.loader = loader
@@ -57,6 +60,7 @@ class Proxy:
         self.accumulation = accumulation
         self.max_grad_norm = max_grad_norm
         self.prior = prior
+        self.private = private
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the last step: samples and mean loss of each batch
         self.steps = 0
@@ -111,6 +115,8 @@ class Proxy:
         finite = True
         if self.prior is not None:
             finite = self._add_prior(model, objective, layout, scaler, scale, bad)
+        if self.private is not None:
+            self.private.release()
         for parameter in self.parameters:
             if parameter.grad is None:  # nothing was kept
                 parameter.grad = torch.zeros_like(parameter)
@@ -149,7 +155,9 @@ class Proxy:
             bad += batch.bad
             batch = batch.to(self.device)
             controlled = self.control.step(model, objective, batch)
-            if self.accumulation > 1 and controlled.kept is not None:
+            if self.private is not None:
+                loss = controlled.loss
+            elif self.accumulation > 1 and controlled.kept is not None:
                 full = full or self.accumulation * layout.size * len(batch)
                 kept = kept + controlled.kept
                 loss = controlled.loss * (controlled.kept / full)
@@ -157,6 +165,8 @@ class Proxy:
                 loss = controlled.loss / self.accumulation
             if loss.requires_grad:
                 (scaler.scale(loss) if scaler else loss).backward()
+            if self.private is not None:
+                self.private.collect(batch.samples)
             self._count(batch, controlled)
             self.seen.append((batch.samples, controlled.total_loss / len(batch)))
             if not controlled.all_finite:

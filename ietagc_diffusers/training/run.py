@@ -33,6 +33,7 @@ from .callbacks import (
     Checkpoints,
     FileLosses,
     NonFinite,
+    PrivacySpent,
     Progress,
     RoundRecords,
     SavedEpochs,
@@ -45,6 +46,7 @@ from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
 from .lock import locked
 from .prior import PriorSet
+from .privacy import PrivacyAccount, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import RunSettings
 
@@ -215,6 +217,9 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
         records.write_config(settings, folder)
         records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder))
     _announce(settings, run, budget, len(rows), prior)
+    account = PrivacyAccount.of(settings, budget.visits_per_step, run.plan.shards)
+    if account is not None:
+        logger.info(f"  DP-SGD will end at {in_words(account.spent(run.rounds.steps_per_proxy), account.delta)}")
     cost = cost_of(settings, family, run.layout, isinstance(run.weights.place, Disk))
     logger.info(f"  {describe(cost, run.rounds, settings.checkpointing_steps, settings.checkpoints_total_limit)}")
     validation, (per_prompt, every) = None, settings.validation
@@ -233,6 +238,7 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
         *([FileLosses(accelerator, file_names(rows, settings.image_column))] if settings.debug_loss else []),
         NonFinite(sample_ids, settings.max_nonfinite),
         BadSamples(folder, sample_ids, None if settings.replaces_bad_samples else signals.stop),
+        *([PrivacySpent(accelerator, account)] if account else []),
         RoundRecords(folder),
         *([validation] if validation else []),
         *([SavedRounds(folder)] if settings.save_rounds else []),

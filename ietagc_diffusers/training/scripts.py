@@ -7,7 +7,7 @@ from ..data.settings import ImageSettings
 from ..errors import UsageError
 from ..families.settings import UnconditionalModelSettings
 from ..settings import Resume, at_least, declared, not_negative, setting
-from .groups import HubSettings, OptimizationSettings, RecordSettings
+from .groups import HubSettings, OptimizationSettings, PrivacySettings, RecordSettings
 from .settings import RunSettings, TrainingSettings
 
 
@@ -128,6 +128,7 @@ class UnconditionalScript(
         "model": UnconditionalModelSettings,
         "data": PreciseImageSettings,
         "training": OptimizationSettings,
+        "differential privacy (DP-SGD)": PrivacySettings,
         "moving average": AverageSettings,
         "checkpoints and records": RecordSettings,
         "along the training": EpochSettings,
@@ -160,6 +161,11 @@ class UnconditionalScript(
             raise UsageError(
                 "`model_config_name_or_path` and `pretrained_model_name_or_path` were both given: the first trains "
                 "from scratch, the second from a base; give one of them"
+            )
+        elif self.weight_init != "diffusers":
+            raise UsageError(
+                f"`weight_init` {self.weight_init}: is for a model from scratch, and `pretrained_model_name_or_path` "
+                "has weights; leave out one of the two"
             )
         self._check_classes()
         for name in ("caption_mitigation", "embedding_noise", "wen_threshold"):
@@ -196,3 +202,14 @@ class UnconditionalScript(
             "inv_gamma": self.ema_inv_gamma,
             "power": self.ema_power,
         }
+
+
+# Each script by the name that `ietagc train --script` and a benchmark's ``script`` have for it: it is
+# train_NAME_ietagc.py.
+SCRIPTS: dict[str, type[RunSettings]] = {
+    "text_to_image": TrainingSettings,
+    "text_to_image_lora": LoraScript,
+    "text_to_image_sdxl": SdxlScript,
+    "text_to_image_lora_sdxl": LoraSdxlScript,
+    "unconditional": UnconditionalScript,
+}

@@ -8,11 +8,18 @@ from ..errors import UsageError
 from ..families.settings import BaseModelSettings, CaptionSettings, ObjectiveSettings, PipelineSettings
 from ..method.config import MitigationConfig
 from ..settings import Resume, check_values, declared
-from .groups import HubSettings, LoraSettings, OptimizationSettings, RecordSettings, ValidationSettings
+from .groups import (
+    HubSettings,
+    LoraSettings,
+    OptimizationSettings,
+    PrivacySettings,
+    RecordSettings,
+    ValidationSettings,
+)
 
 
 @dataclass(kw_only=True)
-class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, RecordSettings, HubSettings):
+class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, PrivacySettings, RecordSettings, HubSettings):
     """What every script is told, and ``method``. A script's own class adds groups of its own, and names them all.
 
     Attributes:
@@ -42,6 +49,28 @@ class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, RecordS
                 raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
+        self._check_privacy()
+
+    def _check_privacy(self):
+        """DP-SGD accounts for samples that are judged by nothing but themselves, and opacus for plain layers."""
+        if self.dp_noise_multiplier is None:
+            for name in ("dp_max_grad_norm", "dp_delta"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"`{name}`: belongs to `dp_noise_multiplier`; give that too, or leave it out")
+            return
+        method = self.method
+        if not (method.keeps_all and method.shard_data and method.redistribute_fraction == 0):
+            raise UsageError(
+                "`dp_noise_multiplier`: does not account for images that are skipped, augmented or moved because of "
+                "others, or that several proxies see; give `mitigation` none or iet, and leave those flags out"
+            )
+        refused: dict[str, Any] = {"channels_last": False, "compile": False, "gradient_checkpointing": False}
+        refused |= {"prior_dir": None, "train_text_encoder": False, "use_dora": False, "on_bad_sample": "error"}
+        for name, usual in refused.items():
+            if getattr(self, name, usual) != usual:
+                raise UsageError(f"`{name}`: cannot be combined with `dp_noise_multiplier`; leave out one of the two")
+        self.dp_max_grad_norm = self.dp_max_grad_norm or 1.0
+        self.dp_delta = self.dp_delta or 1e-5
 
     @property
     def adapters(self) -> LoraSettings | None:
@@ -100,6 +129,7 @@ class TrainingSettings(
         "prior preservation": PriorSettings,
         "captions": CaptionSettings,
         "training": OptimizationSettings,
+        "differential privacy (DP-SGD)": PrivacySettings,
         "LoRA": LoraSettings,
         "objective": ObjectiveSettings,
         "checkpoints and records": RecordSettings,
@@ -118,6 +148,22 @@ class TrainingSettings(
                 "`cache_latents`: without `center_crop` each visit crops the image at another place, and a cache holds "
                 "one; set `center_crop`, or leave `cache_latents` out"
             )
+        if self.cache_latents is not None and self.method.pixel_noise is not None:
+            raise UsageError(
+                "`pixel_noise`: each visit has another noise before the VAE, and `cache_latents` holds one encoding of "
+                "an image; leave out one of the two"
+            )
+        if self.method.ambient_corruption is not None:
+            raise UsageError(
+                "`ambient_corruption`: hides pixels from models of pixels, which train_unconditional_ietagc.py trains; "
+                "leave it out"
+            )
+        for name in ("noise_offset", "input_perturbation", "dream_training"):
+            if self.method.noisy_data_sigma is not None and getattr(self, name):
+                raise UsageError(
+                    f"`noisy_data_sigma`: takes the noise to be standard normal, which `{name}` changes; leave out one "
+                    "of the two"
+                )
         if self.non_ema_revision is None:
             self.non_ema_revision = self.revision
 

@@ -4,6 +4,7 @@ from .checkpoints import Checkpoints
 from .epochs import SavedEpochs
 from .faults import BadSamples, Diverged, Ended, NonFinite
 from .log import FileLosses, StepLog
+from .privacy import PrivacySpent
 from .progress import Progress
 from .rounds import RoundRecords, SavedRounds
 from .signals import Signals
@@ -16,6 +17,7 @@ __all__ = [
     "Ended",
     "FileLosses",
     "NonFinite",
+    "PrivacySpent",
     "Progress",
     "RoundRecords",
     "SavedEpochs",
