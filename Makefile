@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub; offline, its client does not retry.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-controls demo-lora benchmark-demo test test-slow quality tiny-sd clean
+.PHONY: demo demo-controls demo-lora demo-photos benchmark-demo test test-slow quality tiny-sd clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m demo.run
@@ -17,6 +17,9 @@ demo-controls: $(VENV)/.ready
 
 demo-lora: $(VENV)/.ready
 	$(RUN) -m demo.lora
+
+demo-photos: $(VENV)/.ready
+	$(RUN) -m demo.photos
 
 benchmark-demo: $(VENV)/.ready
 	$(RUN) -m demo.pictures runs/benchmark-demo/data

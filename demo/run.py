@@ -58,9 +58,12 @@ def write_runs(folder: Path, runs: Path, seeds: list[int], tables: Sequence[str]
     return path
 
 
-def fill(path: Path, folder: Path) -> benchmark.Benchmark:
-    """Run what is missing of the benchmark in a file, and print its tables. Exits if some of it is not finished."""
-    print(f"Training: about two minutes for each run and core. Progress of each run: {folder}/trained/*/*/train.log")
+def fill(path: Path, folder: Path, minutes: str = "two") -> benchmark.Benchmark:
+    """Run what is missing of the benchmark in a file, and print its tables. Exits if some of it is not finished.
+
+    ``minutes``: that a run takes, about, in words.
+    """
+    print(f"Training: about {minutes} minutes for each run and core. Progress: {folder}/trained/*/*/train.log")
     try:
         failed = benchmark.run(path, jobs=os.cpu_count() or 1, cache=folder / "features")
     except KeyboardInterrupt:

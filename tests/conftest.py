@@ -1,8 +1,12 @@
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +27,7 @@ from ietagc_diffusers.training.settings import TrainingSettings
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_text_to_image_ietagc.py"
 torch.set_num_threads(1)
+FORKS = multiprocessing.get_context("forkserver")
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -60,16 +65,54 @@ def environment():
     return keep | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
 
 
-def launch(flags, output_dir, processes=1, check=True):
-    """Run the training script as its user does. Returns the finished process."""
-    # accelerate's own launcher starts several CPU processes through MPI alone; torchrun does without.
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(several if processes > 1 else []), str(SCRIPT)]
-    command += [*map(str, flags), f"--output_dir={output_dir}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
-    if check and done.returncode:
-        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done
+def _as_script(environ, argv, output):
+    """In a process of its own: run a script or a module with these words, its output into files."""
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = argv
+    if argv[0].endswith(".py"):
+        runpy.run_path(argv[0], run_name="__main__")
+    else:
+        runpy.run_module(argv[0], run_name="__main__")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks():
+    """Processes start from one that has imported everything: a second instead of ten."""
+    FORKS.set_forkserver_preload(["ietagc_diffusers.cli.train", "ietagc_diffusers.training.run", "diffusers"])
+
+
+def launch(flags, output_dir, processes=1, check=True, during=None, script=SCRIPT, **variables):
+    """Run a training script (or another script, or a module) as its user does, in as many processes as a launcher would
+    start it in.
+
+    ``output_dir``: a training script's, or None. ``during`` is called with the first process once they have started.
+
+    Returns the exit code, that of the first process that failed, and the output of all.
+    """
+    argv = [str(script), *map(str, flags), *([] if output_dir is None else [f"--output_dir={output_dir}"])]
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        several = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        several |= {"MASTER_PORT": free.getsockname()[1]}
+        free.close()
+        started = []
+        for rank in range(processes):
+            own = several | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            environ = environment() | variables | {name: str(value) for name, value in own.items()}
+            started.append(FORKS.Process(target=_as_script, args=(environ, argv, f"{folder}/log")))
+            started[-1].start()
+        if during is not None:
+            during(started[0])
+        for process in started:
+            process.join()
+        output = [Path(f"{folder}/log.{name}").read_text() for name in ("out", "err")]
+    codes = [process.exitcode for process in started]
+    if check and any(codes):
+        raise AssertionError(f"exit {codes}\n{output[0][-2000:]}\n{output[1][-4000:]}")
+    return subprocess.CompletedProcess(argv, next(filter(None, codes), 0), *output)
 
 
 def train_flags(base, pictures, *more):

@@ -5,14 +5,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SCRIPT, environment, launch, train_flags, train_here, unet_bytes
+from conftest import launch, train_flags, train_here, unet_bytes
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
@@ -108,18 +106,18 @@ def test_another_number_of_processes_goes_on(flags, whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_a_checkpoint_and_a_word(base, pictures, tmp_path, number):
     flags = train_flags(base, pictures, "--num_shards=2", "--max_train_steps=100000", "--log_every=1")
-    command = [sys.executable, str(SCRIPT), *flags, f"--output_dir={tmp_path}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "ietagc" / "rounds.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)
-    os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+
+    def interrupt(process):
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "ietagc" / "rounds.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        os.kill(process.pid, number)
+
+    done = launch(flags, tmp_path, during=interrupt)
     (saved,) = RunFolder(tmp_path).checkpoints()
     assert checkpoint.damage(saved) is None
-    last = output.strip().splitlines()[-1]
+    last = done.stdout.strip().splitlines()[-1]
     assert last == f"Stopped at step {saved.name.split('-')[1]}; continue with --resume_from_checkpoint {saved.name}"
 
 

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import launch
 from datasets import load_dataset
 from PIL import Image
 
@@ -90,11 +88,7 @@ def test_two_processes_equal_one(base, drawn, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": p.text}) + "\n" for p in PROMPTS))
     flags = ["--model", base, "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "images", "--seed", 5]
     flags += ["--num_inference_steps", 2, "--guidance_scale", 3, "--batch_size", 3, "--scheduler", "ddim"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval"]
-    done = subprocess.run(
-        [*command, "generate", *map(str, flags)], env=environment(), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(["generate", *flags], None, processes=2, script="eval")
     assert {k: v for k, v in files(tmp_path / "images").items() if k.endswith("png")} == {
         k: v for k, v in files(drawn).items() if k.endswith("png")
     }

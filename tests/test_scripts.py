@@ -1,10 +1,7 @@
 """The training scripts under the names of Diffusers' own take their flags, with their defaults."""
 
-import subprocess
-import sys
-
 import pytest
-from conftest import COLOURS, ROOT, environment, train_flags
+from conftest import COLOURS, ROOT, launch, train_flags
 from test_arguments import NEEDED, OFFICIAL_DEFAULTS
 from test_families import write_index
 
@@ -53,8 +50,7 @@ def test_official_flags_have_their_defaults(kind, monkeypatch):
 
 
 def run(script, flags, output_dir, **more):
-    command = [sys.executable, str(ROOT / script), *map(str, flags), f"--output_dir={output_dir}"]
-    return subprocess.run(command, env=environment() | more, capture_output=True, text=True, cwd=ROOT)
+    return launch(flags, output_dir, check=False, script=ROOT / script, **more)
 
 
 def test_a_script_trains_its_own_kind(pictures, tmp_path):
