@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from conftest import train_flags, train_here, unet_bytes
 
 from ietagc_diffusers import RunFolder, UsageError, hub, testing
 from ietagc_diffusers.arguments import parse_flags
-from ietagc_diffusers.training.privacy import PrivacyAccount, PrivateGradients, epsilon, in_words
+from ietagc_diffusers.training.privacy import PrivacyAccount, PrivateGradients, check_launch, epsilon, in_words
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
 PRIVATE = ["--mitigation=none", "--dp_noise_multiplier=0.5", "--dp_max_grad_norm=0.2", "--report_to=none"]
@@ -196,14 +195,13 @@ def test_what_it_does_not_account_for_is_refused(flags, message):
         parse_flags(["--train_data_dir=d", "--dp_delta=1e-6"], UnconditionalScript)
 
 
-def test_precision_processes_and_a_missing_package_are_told(monkeypatch):
-    settings = SimpleNamespace(dp_noise_multiplier=1.0, dp_max_grad_norm=1.0, mixed_precision="bf16")
-    unet, _ = unet_of("pixels")
-    with pytest.raises(UsageError, match="`mixed_precision` bf16"):
-        PrivateGradients.of(settings, unet, 1, SimpleNamespace(size=1))
-    with pytest.raises(UsageError, match="at most as many processes as shards"):
-        PrivateGradients.of(settings, unet, 1, SimpleNamespace(size=2))
-    settings.mixed_precision = "no"
+def test_what_the_launch_lacks_is_told_before_anything_is_loaded(monkeypatch, unprompted, tmp_path):
+    with pytest.raises(UsageError, match="`mixed_precision` bf16: DP-SGD clips in float32"):
+        train_here([*unprompted, *PRIVATE, "--mixed_precision=bf16"], tmp_path, kind=UnconditionalScript)
+    settings = parse_flags([*unprompted, *PRIVATE], UnconditionalScript)
+    check_launch(settings, 1)
+    with pytest.raises(UsageError, match="`num_processes` 2: with DP-SGD at most as many as `num_shards`, 1"):
+        check_launch(settings, 2)
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(UsageError, match="needs the package opacus; `pip install opacus`"):
-        PrivateGradients.of(settings, unet, 1, SimpleNamespace(size=1))
+        check_launch(settings, 1)

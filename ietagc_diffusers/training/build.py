@@ -277,7 +277,7 @@ class ProxyBuilder:
         # The official training runs on the process's own streams; everything else on its shard's, which no layout
         # changes.
         self.official = settings.method.is_plain and layout.num_processes == 1
-        self.private = PrivateGradients.of(settings, weights.family.denoiser, budget.visits_per_step, layout)
+        self.private = PrivateGradients.of(settings, weights.family.denoiser, budget.visits_per_step)
 
     def __call__(self, shard: int) -> Proxy:
         settings, visits = self.settings, self.rounds.steps_per_proxy * self.budget.visits_per_step

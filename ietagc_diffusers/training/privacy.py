@@ -4,17 +4,34 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ..errors import UsageError
 from .groups import PrivacySettings
-from .layout import Layout
 
 NAMES = ("epsilon", "epsilon_poisson")  # in a round's record
 MEANINGFUL = 10  # an epsilon above it says little
-MISSING = "`dp_noise_multiplier`: needs the package opacus; `pip install opacus`"
+
+
+def check_launch(settings: Any, num_processes: int) -> None:
+    """Raise ``UsageError`` where DP-SGD is asked for and cannot work as the run was launched.
+
+    settings: ``RunSettings``, with the precision of the run.
+    """
+    if settings.dp_noise_multiplier is None:
+        return
+    if find_spec("opacus") is None:
+        raise UsageError("`dp_noise_multiplier`: needs the package opacus; `pip install opacus`")
+    if settings.mixed_precision not in (None, "no"):
+        raise UsageError(f"`mixed_precision` {settings.mixed_precision}: DP-SGD clips in float32; give no")
+    if num_processes > settings.method.num_shards:
+        raise UsageError(
+            f"`num_processes` {num_processes}: with DP-SGD at most as many as `num_shards`, "
+            f"{settings.method.num_shards}, because one process adds a step's noise"
+        )
 
 
 class PrivateGradients:
@@ -22,8 +39,8 @@ class PrivateGradients:
     noise N(0, (sigma C)^2), and the result is divided by the samples that a full step has.
 
     Each image counts once a step: where an epoch ends in the middle of a step and the next one brings an image again,
-    the second gradient is left out. So one image changes the sum by C at most. A gradient that is not
-    finite is left out too.
+    the second gradient is left out. So one image changes the sum by C at most. A gradient that is not finite is left
+    out too.
 
     The loss must be the sum of the samples' own losses, and every layer with trained parameters work on each sample by
     itself. The gradients of the samples are opacus's; it takes convolutions' inputs to lie in memory with the channels
@@ -36,14 +53,12 @@ class PrivateGradients:
         step_samples: of a full step, over all of its micro-batches.
 
     Raises:
-        UsageError: opacus is not installed, or a layer is not fit for it.
+        UsageError: a layer is not fit for opacus.
     """
 
     def __init__(self, model: torch.nn.Module, noise_multiplier: float, max_norm: float, step_samples: int):
-        try:
-            from opacus import GradSampleModule
-        except ImportError as error:
-            raise UsageError(MISSING) from error
+        from opacus import GradSampleModule
+
         self.noise_multiplier, self.max_norm, self.step_samples = noise_multiplier, max_norm, step_samples
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of the first layer, as it should
         for module in model.modules():
@@ -58,16 +73,10 @@ class PrivateGradients:
         self.used: list[torch.Tensor] = []  # samples of this step
 
     @classmethod
-    def of(cls, settings: Any, model: torch.nn.Module, step_samples: int, layout: Layout) -> "PrivateGradients | None":
+    def of(cls, settings: Any, model: torch.nn.Module, step_samples: int) -> "PrivateGradients | None":
         """What the settings of a training say; None where DP-SGD is off."""
         if settings.dp_noise_multiplier is None:
             return None
-        if layout.size > 1:
-            raise UsageError(
-                "`dp_noise_multiplier`: at most as many processes as shards, because one process adds a step's noise"
-            )
-        if settings.mixed_precision not in (None, "no"):
-            raise UsageError(f"`mixed_precision` {settings.mixed_precision}: DP-SGD clips in float32; give no")
         return cls(model, settings.dp_noise_multiplier, settings.dp_max_grad_norm, step_samples)
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
 from .lock import locked
 from .prior import PriorSet
-from .privacy import PrivacyAccount, in_words
+from .privacy import PrivacyAccount, check_launch, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import RunSettings
 
@@ -73,6 +73,7 @@ def set_up(settings: RunSettings) -> Accelerator:
     if accelerator.mixed_precision == "fp8":
         raise UsageError("`mixed_precision` fp8: is not trained here; give no, fp16 or bf16")
     settings.mixed_precision = accelerator.mixed_precision
+    check_launch(settings, accelerator.num_processes)
     settings.gradient_accumulation_steps = accelerator.gradient_accumulation_steps  # `accelerate config` may set it
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
