@@ -118,8 +118,8 @@ def _notes(num_training: int, num_duplicates: int) -> list[str]:
         notes.append(f"only {num_training} training images, and MQ compares with {NUM_NEIGHBOURS}: ratios are higher")
     if num_duplicates:
         notes.append(
-            f"exact duplicates among the training images: {num_duplicates}. A copy of such an image has two equally near "
-            "neighbours, and Gu's ratio misses it; with `distinct` each image counts once"
+            f"exact duplicates among the training images: {num_duplicates}. A copy of such an image has two equally "
+            "near neighbours, and Gu's ratio misses it; with `distinct` each image counts once"
         )
     return notes
 

@@ -155,6 +155,9 @@ def test_every_figure_is_drawn_of_a_run_without_prompts(runs, places, tmp_path, 
     assert main([*figures, str(tmp_path / "s1"), f"--output={tmp_path / 'f'}"]) == 0
     names = {f"fig{number}.png" for number in (3, 6, 7, 8, 9)}
     assert {path.name for path in (tmp_path / "f").iterdir()} == names
+    both = [f"{name}={tmp_path / 's1'}" for name in "ab"]
+    assert main(["report", *both, f"--output={tmp_path / 'report.html'}"]) == 0
+    assert '"class 2"' in (tmp_path / "report.html").read_text()
     # Of a run without classes that skipped nothing, beside a model of classes: pairs have the same seed.
     figures[1] = f"--run={runs[0]}"
     assert main([*figures, str(tmp_path / "s0"), str(tmp_path / "s1"), f"--output={tmp_path / 'g'}"]) == 0

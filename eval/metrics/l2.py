@@ -72,16 +72,25 @@ def l2_ratio(distances: torch.Tensor, indices: torch.Tensor, training: torch.Ten
         squared = distances.double().pow(2)
         return (squared[:, 0] / squared.mean(dim=1).clamp(min=TINY)).float()
     if protocol == "paper":
-        around = torch.stack([_spread(training, row) for row in indices])
-        return distances[:, 0] / around.clamp(min=TINY)
+        return distances[:, 0] / _spreads(training, indices).clamp(min=TINY)
     raise UsageError(f"`l2` {protocol}: must be iet-agc, paper or gu")
 
 
-def _spread(training: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
-    """Mean l2 from the first of ``neighbours`` to all of them, itself included."""
-    near = training[neighbours]
-    near = near.float() / 255 if near.dtype == torch.uint8 else near
-    return (near - near[0]).norm(dim=1).mean()
+def _spreads(training: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+    """Mean l2 from the first of each row of ``neighbours`` (N, K) to all of the row, itself included: (N,).
+
+    Works in buffers that are made once: with new ones for each row the heap fragments, by 160 KB a row at 32 x 32.
+    """
+    spreads = torch.empty(len(neighbours))
+    shape = (neighbours.shape[1], training.shape[1])
+    stored, near, first = torch.empty(shape, dtype=training.dtype), torch.empty(shape), torch.empty(shape[1])
+    for number in range(len(neighbours)):
+        near.copy_(torch.index_select(training, 0, neighbours[number], out=stored))
+        if training.dtype == torch.uint8:
+            near.div_(255)
+        first.copy_(near[0])
+        spreads[number] = near.sub_(first).norm(dim=1).mean()
+    return spreads
 
 
 # Both shares are float32 means, as in the scores that earlier versions wrote.
