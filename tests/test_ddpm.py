@@ -15,7 +15,7 @@ from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.generate import Settings, load_pipeline
-from ietagc_diffusers.eval.schedulers import parse_scheduler
+from ietagc_diffusers.eval.schedulers import describe, parse_scheduler
 from ietagc_diffusers.families.unconditional import Unconditional, ddpm_weights, draw
 from ietagc_diffusers.files import shipped
 from ietagc_diffusers.run_folder import RunFolder
@@ -227,6 +227,7 @@ def test_the_grid_of_ddim_is_the_papers(tmp_path):
         x = alpha_bar[before].sqrt() * image.clamp(-1, 1) + (1 - alpha_bar[before]).sqrt() * noise
     wanted = (x / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
     found = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images])
+    assert describe(PAPERS_DDIM) == "DDIMScheduler (steps_offset=1, set_alpha_to_one=false)"
     assert clipped > 1000 and drawn.scheduler.timesteps.tolist() == grid[::-1]
     assert (found.view(2, 16, 16, 3).permute(0, 3, 1, 2).int() - wanted.int()).abs().max() <= 1
 
