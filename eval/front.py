@@ -22,7 +22,7 @@ from ietagc_diffusers.single_file import folder_of
 from .curves import FrontPoint, table
 from .generate import Settings, generate, model_hash, trained_resolution
 from .image_sets import BadImage, ImageSet, content_hash, load_images
-from .losses import Losses, Measured, measure, saved_models, shown, untrained, weights_hash
+from .losses import Losses, Measured, SavedModel, measure, saved_models, shown, untrained, weights_hash
 from .metrics import METRICS, measured_distances
 from .pipelines import num_classes
 from .plots import plot_front, plot_sampled, png
@@ -136,30 +136,48 @@ def front(
         base = folder_of(base, setting="base")
         models = saved_models(runs, family_of(base, setting="base").denoiser_name, points)
     unprompted = family_of(base, setting="base") is Unconditional
-    told = told_by(config, base)
-    losses = Losses(
-        base,
-        shown(training, edge, max_images, told=told),
-        shown(heldout, edge, max_images, setting="heldout", told=told),
-        memory=output / "losses.jsonl",
-        prediction_type=config.get("prediction_type"),
-        device=device,
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    measured = measure(losses, models, starts)
-    if sampling is not None:
+    if sampling is not None and not unprompted:
         settings = sampling.settings
-        if unprompted:
-            prompts = without_prompts(sampling.num_images, num_classes(base), seed)
-        else:
-            settings = replace(settings, resolution=settings.resolution or resolution or trained_resolution(first))
-            prompts = choose(caption_prompts(training, "train"), sampling.num_images, seed)
-        measured = _sampled(measured, base, prompts, training, replace(sampling, settings=settings), output, device)
+        settings = replace(settings, resolution=settings.resolution or resolution or trained_resolution(first))
+        sampling = replace(sampling, settings=settings)
+    measured: Measured = []
+    for alike in _told_alike(runs, models):
+        run, number = alike[0].run, alike[0].replicate
+        start = base if starts is None else starts[run, number]
+        told = told_by(RunFolder(runs[run][number]).config(), start)
+        losses = Losses(
+            base,
+            shown(training, edge, max_images, told=told),
+            shown(heldout, edge, max_images, setting="heldout", told=told),
+            memory=output / "losses.jsonl",
+            prediction_type=config.get("prediction_type"),
+            device=device,
+            draws=draws,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        found = measure(losses, alike, starts)
+        if sampling is not None:
+            if unprompted:
+                prompts = without_prompts(sampling.num_images, num_classes(start), seed)
+            else:
+                prompts = choose(caption_prompts(training, "train"), sampling.num_images, seed)
+            found = _sampled(found, base, prompts, training, sampling, output, device)
+        measured += found
     result = Front([point for point, _ in measured], control)
     result.write(output)
     return result
+
+
+def _told_alike(runs: dict[str, list[Path]], models: list[SavedModel]) -> list[list[SavedModel]]:
+    """The models in groups of runs that were told the same of each image: random labels are drawn by a run's seed."""
+    groups: dict[Any, list[SavedModel]] = {}
+    for model in models:
+        config = RunFolder(runs[model.run][model.replicate]).config()
+        kind = config.get("class_labels")
+        key = kind, config.get("label_column"), config.get("seed") if kind == "random" else None
+        groups.setdefault(key, []).append(model)
+    return list(groups.values())
 
 
 def _sampled(

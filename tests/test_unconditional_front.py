@@ -110,6 +110,24 @@ def test_random_labels_are_those_of_the_run_and_others_for_held_out_images(runs,
     assert told_by(config | {"class_labels": "unique"}, runs[1]).of_training(images.select([2]))[0][1] == 2
 
 
+def test_each_run_is_measured_under_its_own_labels(runs, places, tmp_path):
+    """Copies of a run whose records say other labels: none changes another's losses."""
+
+    def other(name, seed):
+        run = shutil.copytree(runs[1], tmp_path / name)
+        path = run / "ietagc" / "config.yaml"
+        recorded = yaml.safe_load(path.read_text()) | {"class_labels": "random", "seed": seed}
+        path.write_text(yaml.safe_dump(recorded))
+        return run
+
+    first, second = other("first", 3), other("second", 4)
+    alone = [front(run, places, tmp_path / f"{run.name}-alone", "--points=1")[-1] for run in (first, second)]
+    both = front(f"{first},{second}", places, tmp_path / "both", "--points=1", f"--run=true={runs[1]}")
+    last = {(row["run"], row["replicate"]): row for row in both if row["step"] == "4"}
+    assert [last["a", number]["train_loss"] for number in "01"] == [row["train_loss"] for row in alone]
+    assert len({row["train_loss"] for row in last.values()}) == 3
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
