@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from eval.generate import Settings, load_pipeline
 from ietagc_diffusers import UsageError, hub, testing
 from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.eval.generate import Settings, load_pipeline
 from ietagc_diffusers.families.ambient import Ambient
 from ietagc_diffusers.families.unconditional import draw
 from ietagc_diffusers.training.fixed_losses import FixedLosses
