@@ -166,6 +166,7 @@ def training_set(
     caption_column: str | None = None,
     dataset_config_name: str | None = None,
     dataset_split: str | None = None,
+    label_column: str | None = None,
 ) -> TrainingSet:
     """The images that a model was trained on.
 
@@ -182,6 +183,7 @@ def training_set(
         "caption_column": caption_column,
         "dataset_config_name": dataset_config_name,
         "dataset_split": dataset_split,
+        "label_column": label_column,
     }
     record = None if model is None else recorded_training(model)
     if record is None:
@@ -272,9 +274,7 @@ def _same_place(recorded: str | None, source: str) -> bool:
 
 def _settings(record: TrainingRecord, source: str | None, given: dict[str, str | None]) -> _Settings:
     """The settings by which training would read the whole set. ``given``: what takes the place of the record."""
-    recorded = {key: record.settings.get(key) for key in (*given, "caption_lines", "label_column")} | {
-        "alpha": record.alpha
-    }
+    recorded = {key: record.settings.get(key) for key in (*given, "caption_lines")} | {"alpha": record.alpha}
     places: dict[str, str | None] = dict(record.places)
     if source is not None and not any(_same_place(place, source) for place in places.values()):
         places = _places(source)

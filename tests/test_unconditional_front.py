@@ -122,10 +122,12 @@ def test_each_run_is_measured_under_its_own_labels(runs, places, tmp_path):
 
     first, second = other("first", 3), other("second", 4)
     alone = [front(run, places, tmp_path / f"{run.name}-alone", "--points=1")[-1] for run in (first, second)]
-    both = front(f"{first},{second}", places, tmp_path / "both", "--points=1", f"--run=true={runs[1]}")
+    others = f"--run=true={runs[1]}", f"--run=none={runs[0]}", "--control=none"
+    both = front(f"{first},{second}", places, tmp_path / "both", "--points=1", *others)
     last = {(row["run"], row["replicate"]): row for row in both if row["step"] == "4"}
     assert [last["a", number]["train_loss"] for number in "01"] == [row["train_loss"] for row in alone]
-    assert len({row["train_loss"] for row in last.values()}) == 3
+    assert len({row["train_loss"] for row in last.values()}) == 4
+    assert front(runs[0], places, tmp_path / "first", "--points=1", f"--run=true={runs[1]}")[-1] == last["true", "0"]
 
 
 @pytest.mark.parametrize(

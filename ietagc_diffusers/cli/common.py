@@ -293,9 +293,11 @@ def cache_of(args: Namespace) -> Path | None:
     return Path(args.feature_cache) if args.feature_cache else default_cache()
 
 
-def training_set(args: Namespace, model: str | Path | None = None, is_main: bool = True) -> "TrainingSet":
+def training_set(
+    args: Namespace, model: str | Path | None = None, is_main: bool = True, label_column: str | None = None
+) -> "TrainingSet":
     """The images of ``--train``, or those that the model records, with a line on the console for each doubt that they
-    are those that the model was trained on.
+    are those that the model was trained on. ``label_column``: default: what the model records.
     """
     from ietagc_diffusers.eval.adapters import find_adapter
     from ietagc_diffusers.eval.record import recorded_training
@@ -306,7 +308,8 @@ def training_set(args: Namespace, model: str | Path | None = None, is_main: bool
         folder = find_adapter(given).file.parent
         if recorded_training(folder) is not None:
             model = folder  # a run's adapter says what it was trained on
-    found = find(model, args.train, args.image_column, caption_column, args.dataset_config_name, args.dataset_split)
+    names = args.image_column, caption_column, args.dataset_config_name, args.dataset_split, label_column
+    found = find(model, args.train, *names)
     for warning in found.warnings if is_main else ():
         print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)
     if args.train is None and isinstance(args.output, str):  # the recorded place was not known before

@@ -54,11 +54,12 @@ def run(args: Namespace) -> None:
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     first = next(iter(runs.values()))[0]
-    config = RunFolder(first).config()
+    configs = [RunFolder(folder).config() for folders in runs.values() for folder in folders]
+    label_column = next((column for config in configs if (column := config.get("label_column"))), None)
     common.check_apart(args, "train", "heldout", "reference", model=first)
-    training = common.training_set(args, first).images
+    training = common.training_set(args, first, label_column=label_column).images
     columns = {"image_column": args.image_column, "text_column": args.caption_column}
-    columns["label_column"] = config.get("label_column")
+    columns["label_column"] = label_column
     columns = {name: column for name, column in columns.items() if column is not None}
     sampling = None
     if args.sample:
