@@ -265,7 +265,7 @@ class MitigationConfig:
         None,
         "Share of the pixels left by --ambient_corruption that is hidden from the model too, and has to be predicted. "
         f"Default: {FURTHER_CORRUPTION}, the authors'.",
-        resume=Resume.SAME,
+        resume=Resume.FIXED,
         type=float,
         check=lambda share: 0 <= share < 1,
         wanted="in [0, 1)",
