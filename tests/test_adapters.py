@@ -15,7 +15,7 @@ from ietagc_diffusers.eval.adapters import find_adapter
 from ietagc_diffusers.eval.detect import Detection, detect
 from ietagc_diffusers.eval.generate import Settings, draw, generate, load_pipeline, model_hash, trained_resolution
 from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.eval.losses import Losses, captioned
+from ietagc_diffusers.eval.losses import Losses, shown
 from ietagc_diffusers.eval.paper_figures import fig3
 from ietagc_diffusers.eval.prompts import Prompt
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
@@ -101,7 +101,7 @@ def test_prompts_are_scored_with_the_adapter(base, run, tmp_path):
 
 
 def test_losses_along_a_run_are_those_of_its_adapters(base, run, pictures):
-    images = captioned(load_images(pictures, "train"), 16, 4)
+    images = shown(load_images(pictures, "train"), 16, 4)
     losses = Losses(base, images, images, draws=1)
     models = RunFolder(run).saved_models("unet")
     assert [step for step, _ in models] == [2, 4]
