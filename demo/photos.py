@@ -68,7 +68,8 @@ def sheet(scored: Sequence[Scored], training: Path) -> plt.Figure:
             best = max(rows, key=lambda row: model.nearest["similarity"][row], default=None)
             line.append(None if best is None else images.image(images.names.index(model.nearest["file_name"][best])))
         lines[model.name] = line
-    figure, axes = plt.subplots(len(lines), COLUMNS, figsize=(COLUMNS, 1.08 * len(lines)), squeeze=False)
+    size = (len(chosen), 1.08 * len(lines))
+    figure, axes = plt.subplots(len(lines), len(chosen), figsize=size, squeeze=False)
     for (label, line), cells in zip(lines.items(), axes, strict=True):
         for cell, picture in zip(cells, line, strict=True):
             cell.set_xticks([])
