@@ -28,6 +28,7 @@ VIEW = (
     6  # loss that is shown, in medians of the models' distances to their run's best: early and ruined models lie above
 )
 COLOURS = ("#c1272d", "#1f6fb2", "#2a9d4f", "#b07aa1", "#e08214", "#17a2a2", "#8c6d31", "#d45087")
+STYLES = ("-", "--", ":")  # of lines that share a colour, where runs are more than colours
 
 
 def inline_svg(plot: Callable[[Axes], None], size: tuple[float, float]) -> str:
@@ -102,22 +103,25 @@ def plot_front(
 ) -> None:
     """Held-out loss against the gap along each run: the mean of its seeds, and their range at equal gap as a band."""
     colours = _colours(points, control, colours)
+    used: list[str] = []
     for name, run in by_run(points).items():
         colour = colours[name]
+        style = STYLES[used.count(colour) % len(STYLES)]
+        used.append(colour)
         seeds = replicates(run)
         for seed in seeds:
-            line = (
-                {"linewidth": 2, "marker": "o", "markersize": 3.5}
-                if len(seeds) == 1
-                else {"linewidth": 0.6, "alpha": 0.5}
-            )
+            line: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.5, "linestyle": style}
+            if len(seeds) == 1:
+                line |= {"linewidth": 2, "alpha": 1, "marker": "o", "markersize": 3.5}
             label = as_label(name) if len(seeds) == 1 else None
             axes.plot([p.gap for p in seed], [p.heldout_loss for p in seed], color=colour, label=label, **line)
         if len(seeds) > 1:
             gaps = np.linspace(0, min(max(p.gap for p in seed) for seed in seeds), 100)
             found = [(gap, losses) for gap in gaps if (losses := over_seeds(run, at_gap, gap)) is not None]
             x, low, mean, high = zip(*((gap, min(v), sum(v) / len(v), max(v)) for gap, v in found), strict=True)
-            axes.plot(x, mean, color=colour, linewidth=2, label=as_label(f"{name} ({len(seeds)} seeds)"))
+            axes.plot(
+                x, mean, color=colour, linewidth=2, linestyle=style, label=as_label(f"{name} ({len(seeds)} seeds)")
+            )
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     _show_the_best(axes, points)
     axes.set_xlabel("held-out minus training loss, change since the base (memorization →)")
