@@ -113,6 +113,7 @@ def plot_front(
             line: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.5, "linestyle": style}
             if len(seeds) == 1:
                 line |= {"linewidth": 2, "alpha": 1, "marker": "o", "markersize": 3.5}
+                line["markerfacecolor"] = colour if style == STYLES[0] else "white"
             label = as_label(name) if len(seeds) == 1 else None
             axes.plot([p.gap for p in seed], [p.heldout_loss for p in seed], color=colour, label=label, **line)
         if len(seeds) > 1:
