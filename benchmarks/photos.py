@@ -46,6 +46,7 @@ from ietagc_diffusers.eval.plots import png
 from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.report import Scored
 from ietagc_diffusers.eval.score import Tools
+from ietagc_diffusers.eval.subsets import first_of_each
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "configs" / "photos_runs.yaml"
@@ -93,11 +94,10 @@ def write_set(folder: Path, pictures: np.ndarray, labels: np.ndarray, rows: np.n
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def first_of_each(labels: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
-    """``number`` of the rows, the first of each class alike: smaller sets are parts of larger ones."""
-    classes = np.unique(labels)
-    of_class = [rows[labels[rows] == label][: number // len(classes)] for label in classes]
-    return np.concatenate(of_class)
+def first_of_each_class(labels: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
+    """``number`` of the rows, the first of each class alike, class by class."""
+    chosen = rows[first_of_each(labels[rows], len(rows), number)]
+    return chosen[np.argsort(labels[chosen], kind="stable")]
 
 
 def train_vae(pictures: torch.Tensor, unseen: torch.Tensor, num_steps: int, batch_size: int = 8):
@@ -129,10 +129,10 @@ def train_vae(pictures: torch.Tensor, unseen: torch.Tensor, num_steps: int, batc
 def prepare(folder: Path, pictures: np.ndarray, labels: np.ndarray, num_images: int, vae_steps: int) -> None:
     """Write what is missing of the sets and the base."""
     num_classes, rows = len(np.unique(labels)), np.arange(len(labels))
-    training = first_of_each(labels, rows, num_images)
+    training = first_of_each_class(labels, rows, num_images)
     others = np.setdiff1d(rows, training)
-    heldout = first_of_each(labels, others, NUM_HELDOUT)
-    unseen = first_of_each(labels, np.setdiff1d(others, heldout), NUM_REFERENCE - NUM_HELDOUT)
+    heldout = first_of_each_class(labels, others, NUM_HELDOUT)
+    unseen = first_of_each_class(labels, np.setdiff1d(others, heldout), NUM_REFERENCE - NUM_HELDOUT)
     sets = {"pictures": training, "heldout": heldout, "reference": np.concatenate([heldout, unseen])}
     for name, chosen in sets.items():
         if not (folder / name).exists():

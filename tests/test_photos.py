@@ -18,10 +18,10 @@ from ietagc_diffusers.eval.report import Scored
 def test_smaller_sets_are_parts_of_larger_ones():
     labels = np.array([0, 1, 2] * 10)
     rows = np.arange(30)
-    small, large = (study.first_of_each(labels, rows, number) for number in (6, 15))
+    small, large = (study.first_of_each_class(labels, rows, number) for number in (6, 15))
     assert set(small) <= set(large) and np.bincount(labels[large]).tolist() == [5, 5, 5]
     others = np.setdiff1d(rows, large)
-    assert not set(study.first_of_each(labels, others, 9)) & set(large)
+    assert not set(study.first_of_each_class(labels, others, 9)) & set(large)
 
 
 def test_captions_stand_for_labels():
