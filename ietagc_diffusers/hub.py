@@ -118,10 +118,10 @@ against memorization of the training images ([IET-AGC+](https://github.com/liuxi
 def _usage(settings, repo_id, base):
     """How to draw with the model, as Markdown."""
     if settings.method.ambient_corruption is not None:
-        return f"""The UNet takes a mask as a fourth channel, which `DDPMPipeline` does not give it. Download it, then:
+        return f"""The UNet takes a mask as a fourth channel, which `DDPMPipeline` does not give it. Download it, and draw with
+the software that it was trained with (ietagc-diffusers):
 
 ```bash
-pip install ietagc-diffusers
 ietagc generate --model {repo_id.rpartition("/")[2]} --num_images 16 --output images
 ```"""
     call = f"pipeline({(settings.drawn or ['a photo'])[0]!r})" if settings.prompted else "pipeline()"
