@@ -118,8 +118,8 @@ against memorization of the training images ([IET-AGC+](https://github.com/liuxi
 def _usage(settings, repo_id, base):
     """How to draw with the model, as Markdown."""
     if settings.method.ambient_corruption is not None:
-        return f"""The UNet takes a mask as a fourth channel, which `DDPMPipeline` does not give it. Download it, and draw with
-the software that it was trained with (ietagc-diffusers):
+        return f"""The UNet takes a mask as a fourth channel, which `DDPMPipeline` does not give it.
+Download it, and draw with the software that it was trained with (ietagc-diffusers):
 
 ```bash
 ietagc generate --model {repo_id.rpartition("/")[2]} --num_images 16 --output images
