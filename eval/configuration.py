@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.method.config import check_keys
+from ietagc_diffusers.method.recipes import check_keys
 
 KINDS = {dict: "keys and values", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 

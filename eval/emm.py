@@ -23,7 +23,7 @@ from ietagc_diffusers.arguments import flag_names, parse_flags, recipe_to_argv
 from ietagc_diffusers.errors import UsageError, one_line
 from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.files import read_json, shipped, write_json, write_text
-from ietagc_diffusers.method.config import check_keys, recipe_path
+from ietagc_diffusers.method.recipes import check_keys, recipe_path
 from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.build import Budget
 from ietagc_diffusers.training.scripts import UnconditionalScript

@@ -10,7 +10,7 @@ from typing import Any
 
 from ietagc_diffusers.arguments import flag_names, parse_flags, recipe_to_argv
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.method.config import check_keys, recipe_path
+from ietagc_diffusers.method.recipes import check_keys, recipe_path
 from ietagc_diffusers.mitigations import parse_mitigations
 from ietagc_diffusers.training.scripts import SCRIPTS
 

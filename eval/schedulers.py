@@ -7,7 +7,7 @@ import diffusers
 import yaml
 
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.method.config import check_keys
+from ietagc_diffusers.method.recipes import check_keys
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UsageError, with_flags
-from .method.config import MitigationConfig, read_recipe
+from .method.config import MitigationConfig
+from .method.recipes import read_recipe
 from .settings import declared
 from .training.scripts import SCRIPTS
 from .training.settings import RunSettings, TrainingSettings

@@ -18,7 +18,7 @@ from ietagc_diffusers.eval.metrics.l2 import THRESHOLDS
 from ietagc_diffusers.eval.mq import PROTOCOLS
 from ietagc_diffusers.eval.schedulers import SCHEDULERS
 from ietagc_diffusers.eval.score import Protocol
-from ietagc_diffusers.method.config import read_recipe, recipe_path
+from ietagc_diffusers.method.recipes import read_recipe, recipe_path
 
 SLOW = {"torch", "numpy", "diffusers", "transformers", "datasets", "accelerate", "matplotlib", "PIL"}
 NEEDED = {

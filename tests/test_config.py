@@ -5,7 +5,8 @@ import math
 import pytest
 
 from ietagc_diffusers import MitigationConfig, UsageError
-from ietagc_diffusers.method.config import PRESETS, read_recipe
+from ietagc_diffusers.method.config import PRESETS
+from ietagc_diffusers.method.recipes import read_recipe
 
 
 def test_presets_are_the_rows_of_table_4():
@@ -21,6 +22,9 @@ def test_presets_are_the_rows_of_table_4():
         "iet-agc": (True, True, False, False),
         "iet-agc-taa": (True, True, True, False),
         "iet-agc+": (True, True, True, True),
+        "agc-c": (True, False, False, False),
+        "iet-agc-c": (True, True, False, False),
+        "iet-agc+c": (True, True, True, True),
     }
     assert MitigationConfig.preset("none").is_plain and not MitigationConfig.preset("agc").is_plain
 
@@ -58,7 +62,7 @@ def test_single_flags_override_and_none_does_not():
         ({"shard_data": False, "num_shards": 1}, "`shard_data` off: one proxy has all data anyway"),
         ({"shard_data": False, "redistribute_fraction": 0.1}, "`redistribute_fraction` 0.1: without `shard_data`"),
         ({"randaugment_magnitude": 31}, "`randaugment_magnitude` 31"),
-        ({"skip_threshold": 0.0}, "`augment_range` inf needs a `skip_threshold` over 0"),
+        ({"skip_threshold": 0.0}, "`augment_range` inf needs a `skip_threshold` or `skip_rate` over 0"),
         ({"random_skip_rate": 0.2}, "`random_skip_rate` and `random_augment_rate` replace"),
         ({"wen_threshold": 0.0}, "`wen_threshold` 0.0: must be over 0"),
         ({"wen_threshold": math.nan}, "`wen_threshold` nan"),

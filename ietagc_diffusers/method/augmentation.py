@@ -7,12 +7,12 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as F
 
 
-def augmentation_strength(ratio: torch.Tensor, skip_threshold: float, decay: float) -> torch.Tensor:
+def augmentation_strength(ratio: torch.Tensor, skip_threshold: float | torch.Tensor, decay: float) -> torch.Tensor:
     """rho = exp(-A d) (eq. 7) with d = |r - lambda| / lambda (eq. 6).
 
     Args:
         ratio: loss ratios (B,); +inf gives strength 0.
-        skip_threshold: lambda > 0.
+        skip_threshold: lambda > 0, or one for each, (B,).
         decay: A >= 0.
 
     Returns:

@@ -1,16 +1,10 @@
-"""The method's numbers, in one validated place: ``MitigationConfig``, its presets, and YAML recipes."""
+"""The method's numbers, in one validated place: ``MitigationConfig`` and its presets."""
 
-import difflib
 import math
-from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UsageError
-from ..files import shipped
 from ..settings import Resume, at_least, check_values, setting
 
 DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when a run names neither epochs nor steps per round
@@ -27,14 +21,21 @@ _AGC, _IET, _TAA, _MSR = (
     {"redistribute_fraction": 0.25},
 )
 
-# Rows of the paper's Tables III and IV, with its LAION-10k numbers.
-PRESETS = {
+# Beyond the paper: calibrated ratios are narrower than the paper's, so that the thresholds lie nearer to 1.
+_CALIBRATED = {"calibrate": "base", "skip_threshold": 0.97}
+_CALIBRATED_TAA = {"augment_range": 1.06, "augment_decay": 25.0}
+
+# Rows of the paper's Tables III and IV, with its LAION-10k numbers; and the same with calibrated control.
+PRESETS: dict[str, dict[str, Any]] = {
     "none": _OFF,
     "agc": _OFF | _AGC,
     "iet": _OFF | _IET,
     "iet-agc": _OFF | _IET | _AGC,
     "iet-agc-taa": _OFF | _IET | _AGC | _TAA,
     "iet-agc+": _OFF | _IET | _AGC | _TAA | _MSR,
+    "agc-c": _OFF | _CALIBRATED,
+    "iet-agc-c": _OFF | _IET | _CALIBRATED,
+    "iet-agc+c": _OFF | _IET | _CALIBRATED | _CALIBRATED_TAA | _MSR,
 }
 DEFAULT_PRESET = "iet-agc+"
 
@@ -58,7 +59,7 @@ class MitigationConfig:
 
     mitigation: str = setting(
         DEFAULT_PRESET,
-        "Preset for the flags below, each a row of the paper's Table IV.",
+        "Preset for the flags below: the rows of the paper's Table IV, and (beyond the paper) three with --calibrate.",
         resume=Resume.SAME,
         choices=PRESETS,
     )
@@ -120,6 +121,23 @@ class MitigationConfig:
         type=float,
         check=lambda value: 0 <= value <= 1,
         wanted="in [0, 1]; the paper uses 0.5 to 0.8",
+    )
+    skip_rate: float = setting(
+        0.0,
+        "Instead of --skip_threshold: skip about this share of the samples, those with the lowest loss ratios at their "
+        "noise level. lambda is then the quantile of the latest ratios there.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda value: 0 <= value < 1,
+        wanted="in [0, 1)",
+    )
+    calibrate: str = setting(
+        "none",
+        "'base' divides each loss by the base model's on the same noisy image before it is compared, so that images "
+        "are judged by what was learned of them and not by how simple they are. One more forward pass per step; a "
+        "full fine-tuning also keeps a copy of the base on the device.",
+        resume=Resume.SAME,
+        choices=["none", "base"],
     )
     augment_range: float = setting(
         1.0,
@@ -283,6 +301,8 @@ class MitigationConfig:
             given.setdefault("ambient_further_corruption", FURTHER_CORRUPTION)
         if given.get("shard_data") is False:
             given.setdefault("redistribute_fraction", 0.0)
+        if given.get("skip_rate"):
+            given.setdefault("skip_threshold", 0.0)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
 
     def __post_init__(self):
@@ -298,14 +318,22 @@ class MitigationConfig:
                 f"`redistribute_fraction` {self.redistribute_fraction}: without `shard_data` every proxy has all "
                 "samples, and none can move; leave it out"
             )
-        if self.augment_range > 1 and self.skip_threshold == 0:
+        if self.skip_rate and self.skip_threshold:
+            raise UsageError("`skip_rate` and `skip_threshold` were both given: each says what is skipped; give one")
+        if self.augment_range > 1 and not self.skips_by_loss:
             raise UsageError(
-                f"`augment_range` {self.augment_range} needs a `skip_threshold` over 0, where augmentation starts"
+                f"`augment_range` {self.augment_range} needs a `skip_threshold` or `skip_rate` over 0, where "
+                "augmentation starts"
             )
-        if (self.random_skip_rate or self.random_augment_rate) and self.skip_threshold > 0:
+        if self.calibrate != "none" and not self.skips_by_loss:
+            raise UsageError(
+                f"`calibrate` {self.calibrate}: calibrates the control by loss, which is off; give a `skip_threshold` "
+                "or `skip_rate` over 0, or leave it out"
+            )
+        if (self.random_skip_rate or self.random_augment_rate) and self.skips_by_loss:
             raise UsageError(
                 "`random_skip_rate` and `random_augment_rate` replace the control by loss: "
-                "set `skip_threshold` to 0 (or `mitigation` to none)"
+                "set `skip_threshold` and `skip_rate` to 0 (or `mitigation` to none)"
             )
         if self.caption_mitigation_probability is not None and self.caption_mitigation in (None, "mc"):
             why = "; mc draws a caption at every visit" if self.caption_mitigation else ""
@@ -341,9 +369,13 @@ class MitigationConfig:
         return self.num_shards == 1 and self.keeps_all
 
     @property
+    def skips_by_loss(self) -> bool:
+        return self.skip_threshold > 0 or self.skip_rate > 0
+
+    @property
     def keeps_all(self) -> bool:
         """Whether no sample is ever skipped or augmented."""
-        return not (self.skip_threshold or self.random_skip_rate or self.random_augment_rate or self.wen_threshold)
+        return not (self.skips_by_loss or self.random_skip_rate or self.random_augment_rate or self.wen_threshold)
 
     def resolve_bank_buckets(self, visits_per_shard: int, num_timesteps: int) -> int:
         """Number of buckets for a shard's bank: ``auto`` is visits / 100, in [10, T]."""
@@ -356,36 +388,3 @@ class MitigationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def recipe_path(name: str | Path) -> Path:
-    """The file of a recipe: the path itself, or, if there is no such file, the recipe of that name in this package."""
-    return shipped(name, ".yaml")
-
-
-def read_recipe(path: str | Path, known_keys: Collection[str]) -> dict[str, Any]:
-    """Read a YAML recipe, whose keys are the flags' names. ``path`` may be the name of one of the package's recipes.
-
-    Returns a dict. Raises ``UsageError`` naming the file and, for an unknown key, the nearest known one.
-    """
-    try:
-        recipe = yaml.safe_load(recipe_path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"`config` {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`config` {path}: not YAML: {' '.join(str(error).split())}") from error
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
-        raise UsageError(f"`config` {path}: expected 'flag: value' lines, found a {type(recipe).__name__}")
-    check_keys(recipe, known_keys, f"`config` {path}")
-    return recipe
-
-
-def check_keys(given: Iterable, known: Collection, where: str) -> None:
-    """Raise ``UsageError`` for the first of ``given`` that is not among ``known``, naming the nearest known one."""
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), map(str, known), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UsageError(f"{where}: unknown key '{key}'{hint}")

@@ -1,12 +1,13 @@
 """Threshold-aware control: skip, augment or keep each sample (eq. 5, 8), and reduce what is kept to one loss."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from .augmentation import StrengthRandAugment, augmentation_strength
 from .memory_bank import LossMemoryBank
+from .thresholds import RunningQuantile
 
 
 class Decision(NamedTuple):
@@ -33,6 +34,13 @@ class Controlled(NamedTuple):
     total_loss: torch.Tensor
     all_finite: bool
     kept: torch.Tensor | None = None
+
+
+class Reference(Protocol):
+    """A model that has not seen the training images, and so tells how difficult each of them is."""
+
+    def losses(self, objective, drawn) -> torch.Tensor:
+        """Its loss (B,) on the same noisy samples as the trained model's; draws nothing at random."""
 
 
 class Solo:
@@ -101,22 +109,39 @@ class SummedControl(Control):
 
 
 class DecidingControl(Control):
-    """The step of every control that skips and augments; subclasses say which samples, in ``decide``."""
+    """The step of every control that skips and augments; subclasses say which samples, in ``decide``.
 
-    def __init__(self, augment, group=None):
+    Args:
+        augment: ``StrengthRandAugment``, or None.
+        group: the processes that share this shard; default: this one only.
+        reference: calibrates: what is decided on and learned from is each loss over the ``Reference``'s on the same
+            noisy sample. None: the losses themselves.
+    """
+
+    def __init__(self, augment, group=None, reference: Reference | None = None):
         self.augment = augment
         self.group = group or Solo()
+        self.reference = reference
 
     def measure(self, model, objective, drawn):
         """The losses (B,) to differentiate, and a tuple of what ``decide`` takes beside losses and noise levels."""
         return objective.losses(model, drawn), ()
 
+    def calibrated(self, losses: torch.Tensor, objective, drawn) -> torch.Tensor:
+        """The losses (B,), over the reference's if there is one: +inf, which nothing is decided on or learned from,
+        where it has none to divide by.
+        """
+        if self.reference is None:
+            return losses
+        difficulty = self.reference.losses(objective, drawn)
+        return torch.where(difficulty.isfinite() & (difficulty > 0), losses / difficulty, torch.inf)
+
     @abstractmethod
     def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
-        """losses (B,), levels (B,) -> ``Decision``."""
+        """losses (B,), as ``calibrated`` returns them, levels (B,) -> ``Decision``."""
 
     def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
-        """Learn from the losses (B,), after the decision."""
+        """Learn from the same losses (B,), after the decision."""
 
     def step(self, model, objective, batch):
         """Decide on the batch and compute the mean loss over the samples it keeps, exactly over all processes of the
@@ -139,8 +164,9 @@ class DecidingControl(Control):
             losses, more = self.measure(model, objective, drawn)
         observed = losses.detach()
         finite = observed.isfinite()
-        skip, augment, strength, ratio = self.decide(observed, drawn.levels, *more)
-        self.observe(self.group.gather(observed), self.group.gather(drawn.levels))
+        judged = self.calibrated(observed, objective, drawn)
+        skip, augment, strength, ratio = self.decide(judged, drawn.levels, *more)
+        self.observe(self.group.gather(judged), self.group.gather(drawn.levels))
         keep = ~skip & finite
         kept = self.group.sum(keep.sum())
         num_kept = kept.clamp(min=1)
@@ -188,20 +214,28 @@ class ThresholdAwareControl(DecidingControl):
 
     Args:
         bank: ``LossMemoryBank``.
-        skip_threshold: lambda; 0 skips nothing.
+        skip_threshold: lambda, 0 skips nothing; or ``RunningQuantile``, whose lambda is another at each noise level.
         augment_range: R; 1 augments nothing.
         augment_decay: A.
         augment: ``StrengthRandAugment``, needed if R > 1.
-        group: the processes that share this shard; default: this one only.
+        group, reference: see ``DecidingControl``.
     """
 
     def __init__(
-        self, bank: LossMemoryBank, skip_threshold, augment_range=1.0, augment_decay=5.0, augment=None, group=None
+        self,
+        bank: LossMemoryBank,
+        skip_threshold: float | RunningQuantile,
+        augment_range=1.0,
+        augment_decay=5.0,
+        augment=None,
+        group=None,
+        reference=None,
     ):
         if augment_range > 1 and augment is None:
             raise ValueError("augment_range over 1 needs an augmentation")
-        super().__init__(augment if augment_range > 1 else None, group)
+        super().__init__(augment if augment_range > 1 else None, group, reference)
         self.bank = bank
+        self.quantile = skip_threshold if isinstance(skip_threshold, RunningQuantile) else None
         self.skip_threshold = skip_threshold
         self.augment_range = augment_range
         self.augment_decay = augment_decay
@@ -209,24 +243,32 @@ class ThresholdAwareControl(DecidingControl):
     def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
         """losses (B,), levels (B,) -> ``Decision``. A sample whose noise level has no history is kept as it is."""
         ratio = self.bank.loss_ratio(losses, levels)
-        skip = ratio < self.skip_threshold
-        near = ~skip & (ratio < self.augment_range * self.skip_threshold)
-        if self.skip_threshold == 0:
-            return Decision(skip, near, torch.zeros_like(ratio), ratio)
-        return Decision(skip, near, augmentation_strength(ratio, self.skip_threshold, self.augment_decay), ratio)
+        fixed = self.quantile is None
+        threshold = torch.full_like(ratio, self.skip_threshold) if fixed else self.quantile(levels)
+        skip = ratio < threshold
+        near = ~skip & (ratio < self.augment_range * threshold)
+        strength = augmentation_strength(ratio, threshold, self.augment_decay)
+        return Decision(skip, near, torch.where(threshold > 0, strength, 0.0), ratio)
 
     def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
+        if self.quantile is not None:
+            self.quantile.update(self.bank.loss_ratio(losses, levels), levels)
         self.bank.update(losses, levels)
 
     def to(self, device):
-        self.bank.to(device)
+        for part in self._parts():
+            part.to(device)
         return self
 
+    def _parts(self):
+        return [self.bank] if self.quantile is None else [self.bank, self.quantile]
+
     def state_dict(self):
-        return self.bank.state_dict()
+        return {name: value for part in self._parts() for name, value in part.state_dict().items()}
 
     def load_state_dict(self, state):
-        self.bank.load_state_dict(state)
+        for part in self._parts():
+            part.load_state_dict(state)
 
 
 class RandomControl(DecidingControl):
@@ -273,7 +315,7 @@ class WenControl(DecidingControl):
 
     def __init__(self, threshold, inner=None, group=None):
         self.inner = inner or KeepAll()
-        super().__init__(self.inner.augment, group)
+        super().__init__(self.inner.augment, group, self.inner.reference)
         self.threshold = threshold
 
     def measure(self, model, objective, drawn):

@@ -24,13 +24,12 @@ from ..data.rows import deduplicate, label_values, load_training_rows
 from ..data.samples import TrainingSamples
 from ..errors import UsageError
 from ..families import Family, NoisyPixels, family_of
-from ..method.augmentation import StrengthRandAugment
-from ..method.config import DEFAULT_ROUNDS, MitigationConfig
-from ..method.control import Control, PlainControl, RandomControl, SummedControl, ThresholdAwareControl, WenControl
-from ..method.memory_bank import LossMemoryBank
+from ..method.config import DEFAULT_ROUNDS
+from ..method.control import Reference
 from ..method.sharding import ShardPlan
 from ..run_folder import RunFolder
 from ..tensor_files import Disk, HostMemory, Place
+from .controls import build_control, reference_of
 from .cost import available_memory, cost_of
 from .ensemble import IterativeEnsemble, Rounds
 from .groups import OptimizationSettings
@@ -177,41 +176,6 @@ def optimizer_factory(
     )
 
 
-def build_control(
-    config: MitigationConfig, num_levels: int, visits_per_shard: int, layout: Layout, private: bool = False
-) -> Control:
-    """The control of one shard; ``private``: for DP-SGD."""
-    if private:
-        return SummedControl()
-    if config.is_plain and layout.size == 1:
-        return PlainControl()
-    control = _method_control(config, num_levels, visits_per_shard, layout)
-    return control if config.wen_threshold is None else WenControl(config.wen_threshold, control, layout)
-
-
-def _method_control(config, num_levels, visits_per_shard, layout):
-    augment = None
-    if config.augments:
-        augment = StrengthRandAugment(
-            config.randaugment_magnitude, config.randaugment_num_ops, config.randaugment_operations
-        )
-    if config.random_skip_rate or config.random_augment_rate:
-        if layout.size > 1:
-            raise UsageError("`random_skip_rate` and `random_augment_rate`: at most as many processes as shards")
-        return RandomControl(
-            config.random_skip_rate, config.random_augment_rate, config.random_augment_strength, augment, layout
-        )
-    bank = LossMemoryBank(
-        num_levels,
-        config.bank_decay,
-        config.bank_bias_correction,
-        config.resolve_bank_buckets(visits_per_shard, num_levels),
-    )
-    return ThresholdAwareControl(
-        bank, config.skip_threshold, config.augment_range, config.augment_decay, augment, layout
-    )
-
-
 def waiting_place(settings: RunSettings, family: Family, layout: Layout) -> Place:
     """Where weights and moments wait, see ``--proxy_state``."""
     kind = settings.proxy_state
@@ -265,10 +229,11 @@ class ProxyBuilder:
         layout: Layout,
         streams: RandomStreams,
         prior: PriorSet | None = None,
+        reference: Reference | None = None,
     ):
         if settings.seed is None:
             raise ValueError("a run is built from a seed")
-        self.seed = settings.seed
+        self.seed, self.reference = settings.seed, reference
         self.settings, self.samples, self.plan, self.rounds = settings, samples, plan, rounds
         self.budget, self.layout, self.streams, self.prior = budget, layout, streams, prior
         self.num_levels = weights.family.objective.num_levels
@@ -285,7 +250,9 @@ class ProxyBuilder:
         proxy = Proxy(
             shard,
             self._loader(shard),
-            build_control(settings.method, self.num_levels, visits, self.layout, self.private is not None),
+            build_control(
+                settings.method, self.num_levels, visits, self.layout, self.private is not None, self.reference
+            ),
             optimizer,
             self._schedule(optimizer),
             len(self.samples),
@@ -367,15 +334,21 @@ def build_run(
         samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
-    model, *_ = [accelerator.prepare_model(module, evaluation_mode=True) for module in family.trained.values()]
-    if settings.compile:
-        model = torch.compile(model)
+
+    def prepare(module):
+        prepared = accelerator.prepare_model(module, evaluation_mode=True)
+        return torch.compile(prepared) if settings.compile else prepared
+
+    model = prepare(family.denoiser)
+    for encoder in [*family.trained.values()][1:]:
+        accelerator.prepare_model(encoder, evaluation_mode=True)
+    reference = reference_of(settings, family, model, prepare)
     place = waiting_place(settings, family, layout)
     if settings.adapters is not None:
         weights: Weights = LoraWeights(family, config.num_shards, settings.adapters, settings.seed)
     else:
         weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
-    build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams, prior)
+    build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams, prior, reference)
     run = IterativeEnsemble(
         model=model,
         weights=weights,

@@ -67,6 +67,7 @@ class Cost:
         offload_ema: the moving average is in host memory.
         on_cpu: the device is the host.
         adapters: what is trained, if that is not the denoiser.
+        reference: bytes of a second, frozen denoiser on the device.
     """
 
     parameters: int
@@ -80,6 +81,7 @@ class Cost:
     offload_ema: bool = False
     on_cpu: bool = False
     adapters: Adapters | None = None
+    reference: int = 0
 
     @property
     def copy(self) -> int:
@@ -119,7 +121,7 @@ class Cost:
     def device(self) -> int:
         """Weights, gradients, moments, moving average and the frozen parts; activations come on top."""
         ema = 0 if self.offload_ema and not self.on_cpu else self.sets - self.copy
-        return 2 * self.copy + self.moments + ema + self.frozen
+        return 2 * self.copy + self.moments + ema + self.frozen + self.reference
 
     @property
     def waiting(self) -> int:
@@ -206,6 +208,7 @@ def _together(checkpoints: Iterable[dict[tuple, int]]) -> int:
 def cost_of(settings: RunSettings, family: Family, layout: Layout, on_disk: bool = False) -> Cost:
     """The cost of a run that is about to start."""
     trained = [p for module in family.trained.values() for p in module.parameters() if p.requires_grad]
+    copied = settings.method.calibrate != "none" and settings.adapters is None
     return Cost(
         parameters=sum(p.numel() for p in trained),
         frozen=family.nbytes - sum(p.nbytes for p in trained),
@@ -218,6 +221,7 @@ def cost_of(settings: RunSettings, family: Family, layout: Layout, on_disk: bool
         offload_ema=settings.offload_ema,
         on_cpu=layout.device.type == "cpu",
         adapters=None if settings.adapters is None else adapters_of(settings.adapters, family),
+        reference=sum(p.numel() for p in family.denoiser.parameters()) * family.dtype.itemsize if copied else 0,
     )
 
 

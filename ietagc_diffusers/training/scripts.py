@@ -157,6 +157,11 @@ class UnconditionalScript(
             self.prediction_type = self.prediction_type or "epsilon"
             self.ddpm_num_steps = self.ddpm_num_steps or 1000
             self.ddpm_beta_schedule = self.ddpm_beta_schedule or "linear"
+            if self.method.calibrate != "none":
+                raise UsageError(
+                    f"`calibrate` {self.method.calibrate}: a model that is trained from scratch has no base that could "
+                    "tell how difficult an image is; give `pretrained_model_name_or_path`, or leave it out"
+                )
         elif self.model_config_name_or_path is not None:
             raise UsageError(
                 "`model_config_name_or_path` and `pretrained_model_name_or_path` were both given: the first trains "

@@ -207,6 +207,11 @@ class TrainingSettings(
                 "`scale_weight_norms`: with `lora_average` fold the updates of all rounds add up, beyond any limit on "
                 "each; give svd or concatenate, or leave it out"
             )
+        if self.method.calibrate != "none" and several and self.lora_average == "fold":
+            raise UsageError(
+                f"`calibrate` {self.method.calibrate}: with `lora_average` fold the base changes with every round; "
+                "give svd or concatenate, or leave it out"
+            )
         if self.train_text_encoder and self.method.embedding_noise:
             raise UsageError(
                 "`embedding_noise`: is noise on embeddings that do not change, and `train_text_encoder` changes them; "
