@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ietagc_diffusers import MitigationConfig, UsageError
-from ietagc_diffusers.method.config import PRESETS
+from ietagc_diffusers.method.presets import PRESETS
 from ietagc_diffusers.method.recipes import read_recipe
 
 

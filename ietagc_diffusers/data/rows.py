@@ -37,41 +37,43 @@ def load_training_rows(settings: ImageSettings, condition: Condition | None = No
     return _checked(read_source(settings, columns), settings, condition)
 
 
-def load_prior_rows(settings: Any, condition: Condition) -> Dataset:
-    """Load ``prior_dir``: all of it, read as ``train_data_dir`` is. Captions may also be in the column ``text``.
+def load_other_rows(settings: Any, setting: str, condition: Condition) -> Dataset:
+    """Load the folder of images that a setting names (``prior_dir``, ``heldout_dir``): all of it, read as
+    ``train_data_dir`` is. Captions may also be in the column ``text``.
 
     Args:
-        settings: ``DataSettings`` and ``PriorSettings`` in one.
+        settings: ``ImageSettings`` and the setting in one.
 
     Raises:
-        UsageError: naming ``prior_dir``, and the row if one is bad; also where it and the training set lie in one
+        UsageError: naming the setting, and the row if one is bad; also where the folder and the training set lie in one
             another, so that one would be read as part of the other.
     """
-    name = f"`prior_dir` {settings.prior_dir}"
-    of_prior = copy(settings)
-    of_prior.dataset_name, of_prior.train_data_dir = None, settings.prior_dir
-    of_prior.dataset_split, of_prior.max_train_samples = "train", None
+    folder = getattr(settings, setting)
+    name = f"`{setting}` {folder}"
+    others = copy(settings)
+    others.dataset_name, others.train_data_dir = None, folder
+    others.dataset_split, others.max_train_samples = "train", None
     try:
-        source = read_source(of_prior, {*condition.columns, TEXT}, setting="prior_dir")
-        _check_apart(settings, name)
+        source = read_source(others, {*condition.columns, TEXT}, setting=setting)
+        _check_apart(settings, folder, name)
         missing = set(condition.columns) - set(source.rows.column_names)
         if len(missing) == 1 and TEXT in source.rows.column_names:
             source = replace(source, rows=source.rows.rename_column(TEXT, missing.pop()))
-        return _checked(source, of_prior, condition)
+        return _checked(source, others, condition)
     except UsageError as error:
-        if str(error).startswith(("`prior_dir`", "`output_dir`")):
+        if str(error).startswith((f"`{setting}`", "`output_dir`")):
             raise
         raise UsageError(f"{name}: {error}") from error
 
 
-def _check_apart(settings, name):
-    """Raise ``UsageError`` if one of training set and prior set lies in the other."""
+def _check_apart(settings, folder, name):
+    """Raise ``UsageError`` if one of training set and another folder of images lies in the other."""
     inside = settings.train_data_dir or ""
     own = Path(inside if settings.dataset_name is None else Path(settings.dataset_name) / inside)
     if not own.is_dir():
         return
-    prior, own = Path(settings.prior_dir).resolve(), own.resolve()
-    if prior == own or own in prior.parents or prior in own.parents:
+    other, own = Path(folder).resolve(), own.resolve()
+    if other == own or own in other.parents or other in own.parents:
         raise UsageError(
             f"{name}: this folder and that of the training set, {own}, must not lie in one another, because "
             "sub-folders are read too: move one of them"

@@ -86,6 +86,12 @@ class ImageSettings(CacheSettings):
     label_column: str | None = setting(
         None, "Column of class labels; each class is spread evenly over the shards.", resume=Resume.FIXED
     )
+    heldout_dir: str | None = setting(
+        None,
+        "A folder of images like the training images that are never trained on, captioned or labelled like "
+        "--train_data_dir; for --skip_false_rate.",
+        resume=Resume.FREE,  # the content of the images must agree, wherever they lie
+    )
     on_bad_sample: str = setting(
         "error",
         "A row without image or caption: 'error' stops (in training after the step, with a checkpoint), 'skip' trains "

@@ -1,4 +1,4 @@
-"""The method's numbers, in one validated place: ``MitigationConfig`` and its presets."""
+"""The method's numbers, in one validated place: ``MitigationConfig``."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -6,38 +6,13 @@ from typing import Any
 
 from ..errors import UsageError
 from ..settings import Resume, at_least, check_values, setting
+from .presets import DEFAULT_PRESET, PRESETS
 
-DEFAULT_ROUNDS = 25  # the paper's LAION-10k run; used when a run names neither epochs nor steps per round
+DEFAULT_ROUNDS = 25  # the paper's LAION-10k run
 VISITS_PER_BUCKET = 100
 MIN_BUCKETS = 10
 CAPTION_PROBABILITY = 0.1  # Somepalli et al.'s, for all but MC, which has none
 FURTHER_CORRUPTION = 0.1  # of Ambient Diffusion
-
-_OFF = {"num_shards": 1, "skip_threshold": 0.0, "augment_range": 1.0, "redistribute_fraction": 0.0}
-_AGC, _IET, _TAA, _MSR = (
-    {"skip_threshold": 0.8},
-    {"num_shards": 4},
-    {"augment_range": math.inf},
-    {"redistribute_fraction": 0.25},
-)
-
-# Beyond the paper: calibrated ratios are narrower than the paper's, so that the thresholds lie nearer to 1.
-_CALIBRATED = {"calibrate": "base", "skip_threshold": 0.97}
-_CALIBRATED_TAA = {"augment_range": 1.06, "augment_decay": 25.0}
-
-# Rows of the paper's Tables III and IV, with its LAION-10k numbers; and the same with calibrated control.
-PRESETS: dict[str, dict[str, Any]] = {
-    "none": _OFF,
-    "agc": _OFF | _AGC,
-    "iet": _OFF | _IET,
-    "iet-agc": _OFF | _IET | _AGC,
-    "iet-agc-taa": _OFF | _IET | _AGC | _TAA,
-    "iet-agc+": _OFF | _IET | _AGC | _TAA | _MSR,
-    "agc-c": _OFF | _CALIBRATED,
-    "iet-agc-c": _OFF | _IET | _CALIBRATED,
-    "iet-agc+c": _OFF | _IET | _CALIBRATED | _CALIBRATED_TAA | _MSR,
-}
-DEFAULT_PRESET = "iet-agc+"
 
 
 def bank_buckets(value: str) -> int | str:
@@ -126,6 +101,15 @@ class MitigationConfig:
         0.0,
         "Instead of --skip_threshold: skip about this share of the samples, those with the lowest loss ratios at their "
         "noise level. lambda is then the quantile of the latest ratios there.",
+        resume=Resume.SAME,
+        type=float,
+        check=lambda value: 0 <= value < 1,
+        wanted="in [0, 1)",
+    )
+    skip_false_rate: float = setting(
+        0.0,
+        "Instead of --skip_threshold: skip what is as abnormal as this share of images that were never trained on, "
+        "those of --heldout_dir. lambda is the quantile of their latest loss ratios at the noise level.",
         resume=Resume.SAME,
         type=float,
         check=lambda value: 0 <= value < 1,
@@ -301,7 +285,7 @@ class MitigationConfig:
             given.setdefault("ambient_further_corruption", FURTHER_CORRUPTION)
         if given.get("shard_data") is False:
             given.setdefault("redistribute_fraction", 0.0)
-        if given.get("skip_rate"):
+        if given.get("skip_rate") or given.get("skip_false_rate"):
             given.setdefault("skip_threshold", 0.0)
         return cls(**{**PRESETS[name], **given, "mitigation": name})
 
@@ -318,8 +302,11 @@ class MitigationConfig:
                 f"`redistribute_fraction` {self.redistribute_fraction}: without `shard_data` every proxy has all "
                 "samples, and none can move; leave it out"
             )
-        if self.skip_rate and self.skip_threshold:
-            raise UsageError("`skip_rate` and `skip_threshold` were both given: each says what is skipped; give one")
+        ways = [name for name in ("skip_threshold", "skip_rate", "skip_false_rate") if getattr(self, name)]
+        if len(ways) > 1:
+            raise UsageError(
+                f"`{ways[0]}` and `{ways[1]}` were both given: each says what is skipped; give one of them"
+            )
         if self.augment_range > 1 and not self.skips_by_loss:
             raise UsageError(
                 f"`augment_range` {self.augment_range} needs a `skip_threshold` or `skip_rate` over 0, where "
@@ -333,7 +320,7 @@ class MitigationConfig:
         if (self.random_skip_rate or self.random_augment_rate) and self.skips_by_loss:
             raise UsageError(
                 "`random_skip_rate` and `random_augment_rate` replace the control by loss: "
-                "set `skip_threshold` and `skip_rate` to 0 (or `mitigation` to none)"
+                "set `skip_threshold` to 0 (or `mitigation` to none)"
             )
         if self.caption_mitigation_probability is not None and self.caption_mitigation in (None, "mc"):
             why = "; mc draws a caption at every visit" if self.caption_mitigation else ""
@@ -341,7 +328,6 @@ class MitigationConfig:
                 f"`caption_mitigation_probability` {self.caption_mitigation_probability}: belongs to "
                 f"`caption_mitigation` rc, rt or cwr{why}"
             )
-
         if self.ambient_corruption is None and self.ambient_further_corruption is not None:
             raise UsageError(
                 f"`ambient_further_corruption` {self.ambient_further_corruption}: belongs to `ambient_corruption`; "
@@ -370,7 +356,8 @@ class MitigationConfig:
 
     @property
     def skips_by_loss(self) -> bool:
-        return self.skip_threshold > 0 or self.skip_rate > 0
+        """Whether the loss ratio decides what is skipped."""
+        return max(self.skip_threshold, self.skip_rate, self.skip_false_rate) > 0
 
     @property
     def keeps_all(self) -> bool:

@@ -43,6 +43,17 @@ class Reference(Protocol):
         """Its loss (B,) on the same noisy samples as the trained model's; draws nothing at random."""
 
 
+class HeldoutSamples(Protocol):
+    """Noisy samples of images that are never trained on."""
+
+    def next(self, objective):
+        """Some, as ``objective.draw`` returns them; None where it is not their turn."""
+
+    def close(self) -> None: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
 class Solo:
     """The group of a process that trains its shard by itself."""
 
@@ -64,6 +75,10 @@ class Control(ABC):
 
     def to(self, device):
         return self
+
+    def close(self) -> None:
+        """End the data workers, if there are any, until the next step."""
+        return None
 
     def state_dict(self):
         return {}
@@ -143,6 +158,9 @@ class DecidingControl(Control):
     def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
         """Learn from the same losses (B,), after the decision."""
 
+    def prepare(self, model, objective) -> None:
+        """What comes before a step."""
+
     def step(self, model, objective, batch):
         """Decide on the batch and compute the mean loss over the samples it keeps, exactly over all processes of the
         group.
@@ -159,6 +177,7 @@ class DecidingControl(Control):
         Returns:
             ``Controlled``; the sum of ``loss`` over the group is the mean over the group's kept samples.
         """
+        self.prepare(model, objective)
         drawn = objective.draw(objective.encode(batch))
         with torch.set_grad_enabled(self.augment is None):
             losses, more = self.measure(model, objective, drawn)
@@ -219,6 +238,7 @@ class ThresholdAwareControl(DecidingControl):
         augment_decay: A.
         augment: ``StrengthRandAugment``, needed if R > 1.
         group, reference: see ``DecidingControl``.
+        heldout: ``HeldoutSamples``, whose ratios the quantile is of; default: the shard's own.
     """
 
     def __init__(
@@ -230,6 +250,7 @@ class ThresholdAwareControl(DecidingControl):
         augment=None,
         group=None,
         reference=None,
+        heldout: HeldoutSamples | None = None,
     ):
         if augment_range > 1 and augment is None:
             raise ValueError("augment_range over 1 needs an augmentation")
@@ -237,6 +258,7 @@ class ThresholdAwareControl(DecidingControl):
         self.bank = bank
         self.quantile = skip_threshold if isinstance(skip_threshold, RunningQuantile) else None
         self.skip_threshold = skip_threshold
+        self.heldout = heldout
         self.augment_range = augment_range
         self.augment_decay = augment_decay
 
@@ -251,9 +273,18 @@ class ThresholdAwareControl(DecidingControl):
         return Decision(skip, near, torch.where(threshold > 0, strength, 0.0), ratio)
 
     def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
-        if self.quantile is not None:
+        if self.quantile is not None and self.heldout is None:
             self.quantile.update(self.bank.loss_ratio(losses, levels), levels)
         self.bank.update(losses, levels)
+
+    @torch.no_grad()
+    def prepare(self, model, objective):
+        """Look at the held-out samples whose turn it is: the quantile is of their ratios to the shard's bank."""
+        drawn = None if self.heldout is None else self.heldout.next(objective)
+        if self.quantile is not None and drawn is not None:
+            losses = self.calibrated(objective.losses(model, drawn), objective, drawn)
+            losses, levels = self.group.gather(losses), self.group.gather(drawn.levels)
+            self.quantile.update(self.bank.loss_ratio(losses, levels), levels)
 
     def to(self, device):
         for part in self._parts():
@@ -263,12 +294,19 @@ class ThresholdAwareControl(DecidingControl):
     def _parts(self):
         return [self.bank] if self.quantile is None else [self.bank, self.quantile]
 
+    def close(self):
+        if self.heldout is not None:
+            self.heldout.close()
+
     def state_dict(self):
-        return {name: value for part in self._parts() for name, value in part.state_dict().items()}
+        state = {name: value for part in self._parts() for name, value in part.state_dict().items()}
+        return state if self.heldout is None else state | {"heldout": self.heldout.state_dict()}
 
     def load_state_dict(self, state):
         for part in self._parts():
             part.load_state_dict(state)
+        if self.heldout is not None:
+            self.heldout.load_state_dict(state["heldout"])
 
 
 class RandomControl(DecidingControl):
@@ -331,9 +369,15 @@ class WenControl(DecidingControl):
     def observe(self, losses: torch.Tensor, levels: torch.Tensor) -> None:
         self.inner.observe(losses, levels)
 
+    def prepare(self, model, objective):
+        self.inner.prepare(model, objective)
+
     def to(self, device):
         self.inner.to(device)
         return self
+
+    def close(self):
+        self.inner.close()
 
     def state_dict(self):
         return self.inner.state_dict()

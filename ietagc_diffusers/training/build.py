@@ -21,7 +21,7 @@ from ..data.hashes import default_cache, pixel_hashes, stored_hashes
 from ..data.latent_cache import cache_samples
 from ..data.loaders import SeededLoader, StreamLoader
 from ..data.rows import deduplicate, label_values, load_training_rows
-from ..data.samples import TrainingSamples
+from ..data.samples import TrainingSamples, View
 from ..errors import UsageError
 from ..families import Family, NoisyPixels, family_of
 from ..method.config import DEFAULT_ROUNDS
@@ -33,6 +33,7 @@ from .controls import build_control, reference_of
 from .cost import available_memory, cost_of
 from .ensemble import IterativeEnsemble, Rounds
 from .groups import OptimizationSettings
+from .heldout import Heldout, HeldoutSet
 from .layout import Layout
 from .lora import LoraWeights, add_adapter
 from .prior import Prior, PriorSet
@@ -125,12 +126,18 @@ def load_rows(
     return rows, hashes if num_images < len(rows) else None
 
 
+def view_of(settings: RunSettings, family: Family) -> View:
+    """What training shows of an image at one visit."""
+    view, noise = family.view(settings), settings.method.pixel_noise
+    return view if noise is None else NoisyPixels(view, noise)
+
+
 def _of_main(accelerator, compute):
     """What the main process computes, on all of them."""
     return broadcast_object_list([compute() if accelerator.is_main_process else None])[0]
 
 
-def _cached(samples, rows, settings, accelerator, family, layout, prior):
+def _cached(samples, rows, settings, accelerator, family, layout, others):
     """The samples, read from the cache of latents; encoders that have nothing left to do leave the device."""
     keys = _of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
     marks = family.encoder_marks()
@@ -148,9 +155,10 @@ def _cached(samples, rows, settings, accelerator, family, layout, prior):
         settings.replaces_bad_samples,
         layout,
     )
-    # Augmented and prior pictures are encoded at each visit.
-    no_images = prior is None and not (settings.method.augments or settings.method.random_augment_rate)
-    family.rest(images=no_images, inputs=prior is None and samples.texts is not None)
+    # Augmented, prior and held-out pictures are encoded at each visit.
+    alone = not any(others)
+    no_images = alone and not (settings.method.augments or settings.method.random_augment_rate)
+    family.rest(images=no_images, inputs=alone and samples.texts is not None)
     return samples
 
 
@@ -230,10 +238,11 @@ class ProxyBuilder:
         streams: RandomStreams,
         prior: PriorSet | None = None,
         reference: Reference | None = None,
+        heldout: HeldoutSet | None = None,
     ):
         if settings.seed is None:
             raise ValueError("a run is built from a seed")
-        self.seed, self.reference = settings.seed, reference
+        self.seed, self.reference, self.heldout = settings.seed, reference, heldout
         self.settings, self.samples, self.plan, self.rounds = settings, samples, plan, rounds
         self.budget, self.layout, self.streams, self.prior = budget, layout, streams, prior
         self.num_levels = weights.family.objective.num_levels
@@ -250,9 +259,7 @@ class ProxyBuilder:
         proxy = Proxy(
             shard,
             self._loader(shard),
-            build_control(
-                settings.method, self.num_levels, visits, self.layout, self.private is not None, self.reference
-            ),
+            self._control(shard, visits),
             optimizer,
             self._schedule(optimizer),
             len(self.samples),
@@ -271,6 +278,17 @@ class ProxyBuilder:
             return StreamLoader(self.samples, batch_size, workers, self.streams)
         seed, shard_samples = [self.seed, shard], self.plan.shards[shard]
         return SeededLoader(self.samples, batch_size, workers, seed, shard_samples, self.layout.size, self.layout.rank)
+
+    def _control(self, shard, visits):
+        heldout, layout = None, self.layout
+        if self.heldout is not None:
+            batch_size, workers = self.settings.train_batch_size, self.settings.dataloader_num_workers
+            seed = (self.seed, shard)
+            heldout = Heldout(
+                self.heldout, batch_size, workers, seed, self.streams, layout.device, layout.size, layout.rank
+            )
+        method, private = self.settings.method, self.private is not None
+        return build_control(method, self.num_levels, visits, layout, private, self.reference, heldout)
 
     def _prior_of(self, shard):
         if self.prior is None:
@@ -313,6 +331,7 @@ def build_run(
     rows: Dataset,
     groups: np.ndarray | None,
     prior: PriorSet | None = None,
+    heldout: HeldoutSet | None = None,
 ) -> tuple[IterativeEnsemble, Budget]:
     """Everything of the run, at its first step."""
     if settings.seed is None:
@@ -326,12 +345,10 @@ def build_run(
         plan = ShardPlan.whole(len(rows), config.num_shards)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    view = family.view(settings)
-    if config.pixel_noise is not None:
-        view = NoisyPixels(view, config.pixel_noise)
+    view = view_of(settings, family)
     samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding)
     if settings.cache_latents is not None:
-        samples = _cached(samples, rows, settings, accelerator, family, layout, prior)
+        samples = _cached(samples, rows, settings, accelerator, family, layout, (prior, heldout))
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)
     streams = RandomStreams(accelerator.device)
 
@@ -348,7 +365,7 @@ def build_run(
         weights: Weights = LoraWeights(family, config.num_shards, settings.adapters, settings.seed)
     else:
         weights = Weights(family, config.num_shards > 1, average, settings.offload_ema, place)
-    build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams, prior, reference)
+    build = ProxyBuilder(settings, samples, weights, plan, rounds, budget, layout, streams, prior, reference, heldout)
     run = IterativeEnsemble(
         model=model,
         weights=weights,

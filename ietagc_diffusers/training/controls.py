@@ -14,6 +14,7 @@ from ..method.augmentation import StrengthRandAugment
 from ..method.config import MitigationConfig
 from ..method.control import (
     Control,
+    HeldoutSamples,
     PlainControl,
     RandomControl,
     Reference,
@@ -35,17 +36,18 @@ def build_control(
     layout: Layout,
     private: bool = False,
     reference: Reference | None = None,
+    heldout: HeldoutSamples | None = None,
 ) -> Control:
     """The control of one shard; ``private``: for DP-SGD."""
     if private:
         return SummedControl()
     if config.is_plain and layout.size == 1:
         return PlainControl()
-    control = _method_control(config, num_levels, visits_per_shard, layout, reference)
+    control = _method_control(config, num_levels, visits_per_shard, layout, reference, heldout)
     return control if config.wen_threshold is None else WenControl(config.wen_threshold, control, layout)
 
 
-def _method_control(config, num_levels, visits_per_shard, layout, reference):
+def _method_control(config, num_levels, visits_per_shard, layout, reference, heldout):
     augment = None
     if config.augments:
         augment = StrengthRandAugment(
@@ -63,9 +65,10 @@ def _method_control(config, num_levels, visits_per_shard, layout, reference):
         config.bank_bias_correction,
         config.resolve_bank_buckets(visits_per_shard, num_levels),
     )
-    threshold = RunningQuantile(config.skip_rate, num_levels) if config.skip_rate else config.skip_threshold
+    rate = config.skip_rate or config.skip_false_rate
+    threshold = RunningQuantile(rate, num_levels) if rate else config.skip_threshold
     return ThresholdAwareControl(
-        bank, threshold, config.augment_range, config.augment_decay, augment, layout, reference
+        bank, threshold, config.augment_range, config.augment_decay, augment, layout, reference, heldout
     )
 
 

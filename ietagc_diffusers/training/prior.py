@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.loaders import SeededLoader
-from ..data.rows import content_hash, load_prior_rows
+from ..data.rows import content_hash, load_other_rows
 from ..data.samples import TrainingSamples
 from ..families import Family
 from .settings import RunSettings
@@ -47,7 +47,7 @@ class PriorSet:
         kept.caption_dropout = 0.0
         condition = family.condition(kept, untouched)
         with accelerator.main_process_first():
-            rows = load_prior_rows(settings, condition)
+            rows = load_other_rows(settings, "prior_dir", condition)
         column, alpha = settings.image_column, settings.alpha
         samples = TrainingSamples(rows, column, family.view(settings), condition, alpha)
         mark = content_hash(rows, column, condition)

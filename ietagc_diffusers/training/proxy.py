@@ -99,6 +99,7 @@ class Proxy:
     def close(self) -> None:
         """End the data workers, until the next step."""
         self.loader.close()
+        self.control.close()
         if self.prior is not None:
             self.prior.loader.close()
 

@@ -20,12 +20,19 @@ from ..run_folder import RunFolder
 from ..settings import Resume, declared
 from .ensemble import IterativeEnsemble
 from .groups import LoraSettings
+from .heldout import HeldoutSet
 from .prior import PriorSet
 from .proxy import Proxy
 from .settings import RunSettings
 
 logger = get_logger(__name__)
-FIXED_MARKS = ("data", "num_samples", "sample_order", "prior_data")  # of the fingerprint, beside settings
+FIXED_MARKS = (
+    "data",
+    "num_samples",
+    "sample_order",
+    "prior_data",
+    "heldout_data",
+)  # of the fingerprint, beside settings
 RESOLVED = "resolved"  # in the fingerprint: what the run made of settings that leave a choice
 EDGE = 1 << 16  # bytes at either end of a weight file that stand for its content
 OF_OFFICIAL = ("optimizer.bin", "random_states_0.pkl")  # files of a checkpoint of Diffusers' own scripts
@@ -91,6 +98,7 @@ def fingerprint(
     run: IterativeEnsemble,
     buckets: int | str,
     prior: PriorSet | None = None,
+    heldout: HeldoutSet | None = None,
 ) -> dict[str, Any]:
     """The settings that shape the run and what stands for its data and base, as a JSON dict.
 
@@ -111,6 +119,8 @@ def fingerprint(
     marks["sample_order"] = proxy.loader.order
     if prior is not None:
         marks["prior_data"] = prior.mark
+    if heldout is not None:
+        marks["heldout_data"] = heldout.mark
     visits = run.rounds.steps_per_proxy * settings.train_batch_size * run.layout.size * proxy.accumulation
     marks[RESOLVED] = {
         "steps_per_round": run.rounds.steps_per_round,

@@ -27,7 +27,7 @@ from ..run_folder import RunFolder
 from ..single_file import folder_of
 from ..tensor_files import Disk
 from . import records
-from .build import Budget, build_run, load_family, load_rows, moving_average
+from .build import Budget, build_run, load_family, load_rows, moving_average, view_of
 from .callbacks import (
     BadSamples,
     Checkpoints,
@@ -44,6 +44,7 @@ from .callbacks import (
 )
 from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
+from .heldout import HeldoutSet
 from .lock import locked
 from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
@@ -205,10 +206,11 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     condition = family.condition(settings, settings.method)
     rows, groups = load_rows(settings, condition, accelerator)
     prior = PriorSet.load(settings, family, accelerator)
+    heldout = HeldoutSet.load(settings, condition, view_of(settings, family), accelerator)
     buckets = settings.method.bank_buckets
     extend(settings, found)
-    run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior)
-    marks = fingerprint(settings, rows, condition, run, buckets, prior)
+    run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior, heldout)
+    marks = fingerprint(settings, rows, condition, run, buckets, prior, heldout)
     resume(settings, run, found, marks, folder)
     settings.method = replace(settings.method, bank_buckets=buckets)
     if accelerator.is_main_process:

@@ -47,6 +47,15 @@ class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, Privacy
         for name in ("save_shards", "group_duplicates"):
             if getattr(self, name) and not self.method.shard_data:
                 raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
+        if self.method.skip_false_rate and self.heldout_dir is None:
+            raise UsageError(
+                f"`skip_false_rate` {self.method.skip_false_rate}: is of images that are not trained on; give their "
+                "folder as `heldout_dir`"
+            )
+        if self.heldout_dir is not None and not self.method.skip_false_rate:
+            raise UsageError(
+                f"`heldout_dir` {self.heldout_dir}: is for `skip_false_rate`; give that too, or leave it out"
+            )
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
         self._check_privacy()

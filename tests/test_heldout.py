@@ -1,0 +1,113 @@
+"""What is abnormal is told from images that were never trained on."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import train_flags, train_here, unet_bytes, write_folder
+
+from ietagc_diffusers import LossMemoryBank, ThresholdAwareControl, UsageError, WenControl, testing
+from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.data import Batch
+from ietagc_diffusers.method.thresholds import RunningQuantile
+from ietagc_diffusers.training.heldout import EVERY
+from ietagc_diffusers.training.scripts import UnconditionalScript
+
+RUN = ["--mitigation=iet-agc", "--num_shards=2", "--skip_false_rate=0.3", "--bank_buckets=2", "--report_to=none"]
+RUN += ["--max_train_steps=16", "--steps_per_round=4"]
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("heldout") / "pictures", 10, seed=9)
+
+
+@pytest.fixture(scope="module")
+def flags(base, pictures, heldout):
+    return train_flags(base, pictures, *RUN, f"--heldout_dir={heldout}")
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    return train_here(flags, tmp_path_factory.mktemp("whole") / "out")
+
+
+class Samples:
+    """The same noisy samples at every turn."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+
+    def next(self, objective):
+        return self.drawn
+
+
+@pytest.mark.parametrize("wrap", [lambda control: control, lambda control: WenControl(1e9, control)])
+def test_the_threshold_is_the_quantile_of_the_held_out_ratios(wrap):
+    family = testing.family_of_pipeline(testing.random_pipeline(["a red picture"]))
+    family.objective.unconditional = family.tokenize([""])
+    images = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = Batch(images, family.tokenize(["a red picture"] * 60))
+    torch.manual_seed(0)
+    drawn = family.objective.draw(family.objective.encode(batch))
+    drawn = family.objective.at_levels(drawn, torch.full((60,), 500))
+    bank = LossMemoryBank(1000)
+    bank.averages.fill_(2.0)
+    bank.visits.fill_(1e6)
+    quantile = RunningQuantile(0.25, 1000)
+    control = wrap(ThresholdAwareControl(bank, quantile, heldout=Samples(drawn)))
+    with torch.no_grad():
+        losses = family.objective.losses(family.denoiser, drawn)
+    control.step(family.denoiser, family.objective, Batch(images[:4], family.tokenize(["a red picture"] * 4)))
+    wanted = np.quantile(losses[-50:] / 2, 0.25)  # as many as are kept, in their order, whatever was trained on
+    assert quantile(torch.tensor([500])).item() == pytest.approx(wanted, rel=1e-4)
+    assert quantile(torch.tensor([10])).item() == 0
+
+
+def test_they_change_nothing_that_is_drawn_for_the_training(base, pictures, heldout, tmp_path):
+    """At a rate so small that nothing is skipped, the weights are those of a training without them."""
+    given = ["--skip_false_rate=1e-9", f"--heldout_dir={heldout}"]
+    with_them = train_here(train_flags(base, pictures, *RUN, *given), tmp_path / "with")
+    without = train_here(
+        train_flags(base, pictures, *RUN, "--skip_false_rate=0", "--skip_threshold=0"), tmp_path / "no"
+    )
+    assert unet_bytes(with_them) == unet_bytes(without)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(flags, whole, tmp_path):
+    """Stopped between two held-out batches."""
+    flags = [*flags, "--resume_from_checkpoint=latest"]
+    train_here(flags, tmp_path / "cut", stop_at=EVERY + 2)
+    assert unet_bytes(train_here(flags, tmp_path / "cut")) == unet_bytes(whole)
+
+
+def test_a_run_goes_on_with_the_same_images_only(flags, heldout, tmp_path):
+    train_here(flags, tmp_path / "out", stop_at=2)
+    others = write_folder(tmp_path / "others", 10, seed=10)
+    moved = [flag.replace(str(heldout), str(others)) for flag in flags]
+    with pytest.raises(UsageError, match="heldout_data"):
+        train_here([*moved, "--resume_from_checkpoint=latest"], tmp_path / "out")
+
+
+def test_a_folder_among_the_training_images_is_refused(base, pictures, tmp_path):
+    with pytest.raises(UsageError, match=r"`heldout_dir` .* must not lie in one another"):
+        train_here(train_flags(base, pictures, *RUN, f"--heldout_dir={pictures}"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--skip_false_rate=0.05"], "`skip_false_rate` 0.05: is of images that are not trained on"),
+        (["--heldout_dir=h"], "`heldout_dir` h: is for `skip_false_rate`"),
+        (["--skip_false_rate=0.05", "--skip_rate=0.1", "--heldout_dir=h"], "`skip_rate` and `skip_false_rate` were"),
+    ],
+)
+def test_flags_that_do_not_go_together(more, message):
+    with pytest.raises(UsageError, match=message):
+        parse_flags(["--pretrained_model_name_or_path=m", "--train_data_dir=d", *more])
+
+
+def test_unique_classes_have_no_other_images():
+    flags = ["--train_data_dir=d", "--mitigation=agc", "--skip_false_rate=0.1", "--heldout_dir=h"]
+    flags += ["--class_labels=unique", "--num_classes=24"]
+    with pytest.raises(UsageError, match="`heldout_dir` h: with `class_labels` unique"):
+        parse_flags(flags, UnconditionalScript)
