@@ -12,6 +12,8 @@ the step.
 """
 
 import argparse
+import copy
+import functools
 import io
 import statistics
 import sys
@@ -32,6 +34,7 @@ from ietagc_diffusers.families.text_to_image import TextToImageObjective
 from ietagc_diffusers.method.augmentation import StrengthRandAugment
 from ietagc_diffusers.method.control import PlainControl, ThresholdAwareControl
 from ietagc_diffusers.method.memory_bank import LossMemoryBank
+from ietagc_diffusers.training.controls import BaseCopy
 from ietagc_diffusers.training.layout import Layout
 from ietagc_diffusers.training.proxy import Proxy
 
@@ -58,7 +61,16 @@ TEXT = {
     "sdxl": [(768, 12, 12), (1280, 32, 20)],
 }  # width, layers, heads
 # Whether a variant augments, and whether it reads the cache.
-VARIANTS = {"none": (False, False), "agc": (False, False), "iet-agc+": (True, False), "iet-agc+ cached": (True, True)}
+# Whether a variant augments, has a cache, and is calibrated by a copy of the base.
+VARIANTS = {
+    "none": (False, False, False),
+    "agc": (False, False, False),
+    "agc-c": (False, False, True),
+    "iet-agc+": (True, False, False),
+    "iet-agc+c": (True, False, True),
+    "iet-agc+ cached": (True, True, False),
+    "iet-agc+c cached": (True, True, True),
+}
 
 
 class WithSizes(torch.nn.Module):
@@ -218,13 +230,15 @@ def official_step(model, objective, batch, optimizer, schedule):
     optimizer.zero_grad()
 
 
-def control_of(name, args, num_levels):
+def control_of(name, args, num_levels, base):
+    """``base``: makes the copy of the base, if need be."""
     if name == "none":
         return PlainControl()
-    augments = VARIANTS[name][0]
+    augments, _, calibrated = VARIANTS[name]
     augment = StrengthRandAugment(5, 2) if augments else None
     options = (LossMemoryBank(num_levels, 0.8, False), 0.8, 1.4 if augments else 1.0, 5.0, augment)
-    return SetShares(args.skip_share, args.augment_share if augments else 0, *options)
+    reference = BaseCopy(base()) if calibrated else None
+    return SetShares(args.skip_share, args.augment_share if augments else 0, *options, None, reference)
 
 
 def timed(step, device, clock):
@@ -267,9 +281,16 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     plain, cached = batches(args, objective, vocabulary, device)
 
+    @functools.cache
+    def base():
+        copied = accelerator.prepare_model(
+            copy.deepcopy(denoiser).requires_grad_(False).eval().to(dtype), evaluation_mode=True
+        )
+        return torch.compile(copied) if args.compile else copied
+
     layout, proxies = Layout(1, device=device), {}
     for name in args.variants:
-        control = control_of(name, args, objective.num_levels).to(device)
+        control = control_of(name, args, objective.num_levels, base).to(device)
         loader = Batches(cached if VARIANTS[name][1] else plain)
         proxies[name] = Proxy(0, loader, control, optimizer, schedule, args.batch)
         proxies[name]._move(device)

@@ -61,6 +61,8 @@ def test_the_threshold_is_the_quantile_of_the_held_out_ratios(wrap):
     wanted = np.quantile(losses[-50:] / 2, 0.25)  # as many as are kept, in their order, whatever was trained on
     assert quantile(torch.tensor([500])).item() == pytest.approx(wanted, rel=1e-4)
     assert quantile(torch.tensor([10])).item() == 0
+    control.observe(losses / 100, drawn.levels)
+    assert quantile(torch.tensor([500])).item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_they_change_nothing_that_is_drawn_for_the_training(base, pictures, heldout, tmp_path):
