@@ -99,7 +99,7 @@ def test_a_folder_among_the_training_images_is_refused(base, pictures, tmp_path)
     ("more", "message"),
     [
         (["--skip_false_rate=0.05"], "`skip_false_rate` 0.05: is of images that are not trained on"),
-        (["--heldout_dir=h"], "`heldout_dir` h: is for `skip_false_rate`"),
+        (["--heldout_dir=h"], "`heldout_dir` h: is for `monitor_every` and `skip_false_rate`"),
         (["--skip_false_rate=0.05", "--skip_rate=0.1", "--heldout_dir=h"], "`skip_rate` and `skip_false_rate` were"),
     ],
 )

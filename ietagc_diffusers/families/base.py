@@ -73,6 +73,10 @@ class Objective(ABC):
     def plain_loss(self, model: Callable, drawn: Any) -> torch.Tensor:
         """The official script's scalar loss."""
 
+    def plain(self) -> "Objective":
+        """The same without what a training adds to images, noise or conditions, to compare models by its losses."""
+        return self
+
     def weights(self, drawn: Any) -> torch.Tensor | None:
         """Weights (B,) that depend on the level only and so cancel in the loss ratio, or None."""
         return None

@@ -34,8 +34,8 @@ class HeldoutSet:
     def load(
         cls, settings: RunSettings, condition: Condition, view: View, accelerator: Accelerator
     ) -> "HeldoutSet | None":
-        """The set that the settings name, or None. Raises ``UsageError`` if it cannot be used."""
-        if settings.heldout_dir is None:
+        """The set that ``skip_false_rate`` is of, or None. Raises ``UsageError`` if it cannot be used."""
+        if not settings.method.skip_false_rate:
             return None
         with accelerator.main_process_first():
             rows = load_other_rows(settings, "heldout_dir", condition)

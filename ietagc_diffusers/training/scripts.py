@@ -7,7 +7,7 @@ from ..data.settings import ImageSettings
 from ..errors import UsageError
 from ..families.settings import UnconditionalModelSettings
 from ..settings import Resume, at_least, declared, not_negative, setting
-from .groups import HubSettings, OptimizationSettings, PrivacySettings, RecordSettings
+from .groups import HubSettings, MonitorSettings, OptimizationSettings, PrivacySettings, RecordSettings
 from .settings import RunSettings, TrainingSettings
 
 
@@ -130,6 +130,7 @@ class UnconditionalScript(
         "training": OptimizationSettings,
         "differential privacy (DP-SGD)": PrivacySettings,
         "moving average": AverageSettings,
+        "monitor": MonitorSettings,
         "checkpoints and records": RecordSettings,
         "along the training": EpochSettings,
         "Hub": HubSettings,

@@ -11,6 +11,7 @@ from ..settings import Resume, check_values, declared
 from .groups import (
     HubSettings,
     LoraSettings,
+    MonitorSettings,
     OptimizationSettings,
     PrivacySettings,
     RecordSettings,
@@ -19,7 +20,15 @@ from .groups import (
 
 
 @dataclass(kw_only=True)
-class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, PrivacySettings, RecordSettings, HubSettings):
+class RunSettings(
+    PipelineSettings,
+    ImageSettings,
+    OptimizationSettings,
+    PrivacySettings,
+    MonitorSettings,
+    RecordSettings,
+    HubSettings,
+):
     """What every script is told, and ``method``. A script's own class adds groups of its own, and names them all.
 
     Attributes:
@@ -52,9 +61,11 @@ class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, Privacy
                 f"`skip_false_rate` {self.method.skip_false_rate}: is of images that are not trained on; give their "
                 "folder as `heldout_dir`"
             )
-        if self.heldout_dir is not None and not self.method.skip_false_rate:
+        self._check_monitor(self.heldout_dir)
+        if self.heldout_dir is not None and not (self.method.skip_false_rate or self.monitor_every):
             raise UsageError(
-                f"`heldout_dir` {self.heldout_dir}: is for `skip_false_rate`; give that too, or leave it out"
+                f"`heldout_dir` {self.heldout_dir}: is for `monitor_every` and `skip_false_rate`; give one of them, or "
+                "leave it out"
             )
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
@@ -141,6 +152,7 @@ class TrainingSettings(
         "differential privacy (DP-SGD)": PrivacySettings,
         "LoRA": LoraSettings,
         "objective": ObjectiveSettings,
+        "monitor": MonitorSettings,
         "checkpoints and records": RecordSettings,
         "validation": ValidationSettings,
         "Hub": HubSettings,
