@@ -41,7 +41,8 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "gradient_accumulation_steps", "use_8bit_adam", "max_train_samples", "deduplicate", "group_duplicates",
         "label_column", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "lora_average",
         "train_text_encoder", "scale_weight_norms", "shard_data", "ambient_corruption",
-        "ambient_further_corruption", "dp_noise_multiplier", "dp_max_grad_norm", "skip_rate", "skip_false_rate", "calibrate",
+        "ambient_further_corruption", "dp_noise_multiplier", "dp_max_grad_norm",
+        "skip_rate", "skip_false_rate", "calibrate",
     }  # fmt: skip
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {
