@@ -108,8 +108,8 @@ class MitigationConfig:
     )
     skip_false_rate: float = setting(
         0.0,
-        "Instead of --skip_threshold: skip what is as abnormal as this share of images that were never trained on, "
-        "those of --heldout_dir. lambda is the quantile of their latest loss ratios at the noise level.",
+        "Instead of --skip_threshold: skip what is as abnormal as this share of images that are never trained on "
+        "(--heldout_dir, --heldout_share). lambda is the quantile of their latest loss ratios at the noise level.",
         resume=Resume.FIXED,
         type=float,
         check=lambda value: 0 <= value < 1,

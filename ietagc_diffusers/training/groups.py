@@ -195,7 +195,7 @@ class MonitorSettings:
     monitor_every: int | None = setting(
         None,
         "Measure the aggregated model after every this many rounds, and after the last: the losses of training images "
-        "and of those of --heldout_dir on fixed noise, and their gap. Written to ietagc/monitor.html. Changes nothing "
+        "and of held-out ones on fixed noise, and their gap. Written to ietagc/monitor.html. Changes nothing "
         "of the training.",
         resume=Resume.FREE,
         type=int,
@@ -226,15 +226,15 @@ class MonitorSettings:
         choices=["heldout", "gap"],
     )
 
-    def _check_monitor(self, heldout_dir: str | None) -> None:
+    def _check_monitor(self, holds_out: bool) -> None:
         if self.monitor_every is None:
             for name in ("monitor_budget", "stop_at_gap", "keep_best"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"`{name}`: belongs to `monitor_every`; give that too, or leave it out")
-        elif heldout_dir is None:
+        elif not holds_out:
             raise UsageError(
                 f"`monitor_every` {self.monitor_every}: compares with images that are not trained on; give their "
-                "folder as `heldout_dir`"
+                "folder as `heldout_dir`, or a `heldout_share`"
             )
         if self.keep_best == "gap" and self.stop_at_gap is None:
             raise UsageError("`keep_best` gap: keeps the last model whose gap is not over `stop_at_gap`; give that too")

@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
-from ..data.conditions import Condition
-from ..data.rows import load_other_rows
 from ..data.samples import TrainingSamples
 from ..families import Family
 from .fixed_losses import FixedLosses
@@ -34,34 +31,21 @@ class Meter:
     heldout: FixedLosses
 
     @classmethod
-    def load(
-        cls,
-        settings: RunSettings,
-        family: Family,
-        rows: Dataset,
-        condition: Condition,
-        accelerator: Accelerator,
-    ) -> "Meter | None":
+    def of(cls, rows: Dataset, heldout: Dataset | None, settings: RunSettings, family: Family) -> "Meter | None":
         """The meter of a run that is monitored, or None. Up to ``MAX_IMAGES`` of each set, evenly spread, are shown as
         they are: cropped at the centre, unmirrored, with their own captions, without what training adds to them.
 
         Args:
-            rows: that are trained on.
-            condition: of the training.
-
-        Raises:
-            UsageError: held-out images that cannot be used.
+            rows: that are trained on; heldout: that are not.
         """
-        if settings.monitor_every is None:
+        if heldout is None or settings.monitor_every is None:
             return None
         shown: Any = copy(settings)
         shown.center_crop, shown.random_flip, shown.caption_dropout = True, False, 0.0
         untouched = replace(settings.method, caption_mitigation=None, caption_mitigation_probability=None)
         told = family.condition(shown, untouched)
-        with accelerator.main_process_first():
-            others = load_other_rows(settings, "heldout_dir", condition)
         sets = []
-        for some in (rows, others):
+        for some in (rows, heldout):
             samples = TrainingSamples(some, settings.image_column, family.view(shown), told, settings.decoding)
             chosen = np.linspace(0, len(some) - 1, min(len(some), MAX_IMAGES)).astype(int).tolist()
             size, objective = settings.train_batch_size, family.objective.plain()

@@ -230,10 +230,10 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
         family.pipeline()  # what the end needs is proved before the first step
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
-    rows, groups = load_rows(settings, condition, accelerator)
+    rows, groups, others = load_rows(settings, condition, accelerator)
     prior = PriorSet.load(settings, family, accelerator)
-    heldout = HeldoutSet.load(settings, condition, view_of(settings, family), accelerator)
-    meter = Meter.load(settings, family, rows, condition, accelerator)
+    heldout = HeldoutSet.of(others, settings, condition, view_of(settings, family))
+    meter = Meter.of(rows, others, settings, family)
     buckets = settings.method.bank_buckets
     extend(settings, found)
     run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior, heldout)

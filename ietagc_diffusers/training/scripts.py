@@ -184,10 +184,10 @@ class UnconditionalScript(
             raise UsageError(f"`num_classes` {self.num_classes}: give `class_labels` too, or leave this out")
         if kind == "column" and self.label_column is None:
             raise UsageError("`class_labels` column: give the column's name as `label_column`")
-        if kind == "unique" and self.heldout_dir is not None:
+        if kind == "unique" and self.holds_out:
             raise UsageError(
-                f"`heldout_dir` {self.heldout_dir}: with `class_labels` unique each class is a training image, and "
-                "images that are held out have none; leave out one of the two"
+                "`class_labels` unique: each class is a training image, and images that are held out (`heldout_dir`, "
+                "`heldout_share`) have none; leave out one of the two"
             )
         if kind != "none" and self.num_classes is None and self.pretrained_model_name_or_path is None:
             raise UsageError(f"`class_labels` {kind}: say how many classes there are: `num_classes`")
