@@ -83,7 +83,7 @@ class Front:
         same mean gap, and along the control.
         """
         shared = shared_gap(self.points)
-        gaps = {"last models": None} | ({f"where the mean gap first is {shared:.3g}": shared} if shared > 0 else {})
+        gaps = {"last models": None} | ({f"at an equal mean gap ({shared:.3g})": shared} if shared > 0 else {})
         size = (1.4 + 4.6 * (1 + len(gaps)), 8.2)
         figure, axes = plt.subplots(2, 1 + len(gaps), figsize=size, squeeze=False, layout="constrained")
         fields = {"gap": "gap", "relative_gap": "gap / held-out loss"}
@@ -97,7 +97,7 @@ class Front:
             figure.colorbar(plot_growth(row[-1], control, field), ax=row[-1], label=label)
             row[-1].set_title(f"along {as_label(self.control)}", fontsize=10)
             row[-1].set_ylabel(self.level_name)
-        axes[0, 0].legend(fontsize=8)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
         return figure
 
 

@@ -214,7 +214,10 @@ def plot_levels(axes: Axes, points: list[FrontPoint], field: str, gap: float | N
 
 def plot_growth(axes: Axes, run: list[FrontPoint], field: str) -> Any:
     """A field of ``LevelBucket`` along the steps of a run, in colour: each model's from the step after the model before
-    it. The mean of seeds at the steps that they share, or the first seed if they share none. Returns what a colour bar is made of.
+    it. The mean of seeds at the steps that they share, or the first seed if they share none.
+
+    Returns:
+        What a colour bar is made of.
     """
     group = _at_equal_steps(replicates(run))[0]
     steps = [point.step for point in group[0]]

@@ -60,8 +60,8 @@ def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base
     first = points_of(base, run_dir, train, heldout, tmp_path / "losses")
     assert len((tmp_path / "losses").read_text().splitlines()) == 4
     calls = []
-    call = FixedLosses.__call__
-    monkeypatch.setattr(FixedLosses, "__call__", lambda self, denoiser: calls.append(1) or call(self, denoiser))
+    call = FixedLosses.by_draw
+    monkeypatch.setattr(FixedLosses, "by_draw", lambda self, denoiser: calls.append(1) or call(self, denoiser))
     assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
     assert not calls
     points_of(base, run_dir, heldout, train, tmp_path / "losses")
