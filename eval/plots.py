@@ -206,7 +206,7 @@ def plot_levels(axes: Axes, points: list[FrontPoint], field: str, gap: float | N
             low, high = mean - error, mean + error
         line: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3}
         axes.plot(centres, mean, label=as_label(label), **line)
-        axes.fill_between(centres, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(centres, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xlim(points[0].levels[0].level_from, points[0].levels[-1].level_to)
     axes.grid(alpha=0.25)
