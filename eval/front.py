@@ -86,7 +86,7 @@ class Front:
         gaps = {"last models": None} | ({f"at an equal mean gap ({shared:.3g})": shared} if shared > 0 else {})
         size = (1.4 + 4.6 * (1 + len(gaps)), 8.2)
         figure, axes = plt.subplots(2, 1 + len(gaps), figsize=size, squeeze=False, layout="constrained")
-        fields = {"gap": "gap", "relative_gap": "gap / held-out loss"}
+        fields = {"gap": "gap (held-out minus training loss)", "relative_gap": "gap / held-out loss"}
         control = by_run(self.points)[self.control]
         for row, (field, label) in zip(axes, fields.items(), strict=True):
             for panel, (title, gap) in zip(row, gaps.items(), strict=False):

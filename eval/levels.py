@@ -11,7 +11,7 @@ import torch
 
 from ietagc_diffusers.errors import UsageError
 
-from .curves import FrontPoint, LevelBucket, crossing
+from .curves import Coordinate, FrontPoint, LevelBucket, crossing
 
 Pair = Sequence[torch.Tensor]  # of the training images and of the held-out ones
 
@@ -33,16 +33,14 @@ def by_level(edges: Sequence[int], levels: Pair, losses: Pair, start: Pair | Non
             difficult, which is subtracted; None subtracts nothing.
     """
     changes = losses if start is None else [ours - theirs for ours, theirs in zip(losses, start, strict=True)]
-    (train, count, _), (heldout, heldout_count, _) = (
-        _means(edges, *of_set) for of_set in zip(levels, losses, strict=True)
+    of_losses, of_changes = (
+        [_means(edges, *of_set) for of_set in zip(levels, values, strict=True)] for values in (losses, changes)
     )
-    (change, _, error), (heldout_change, _, heldout_error) = (
-        _means(edges, *of_set) for of_set in zip(levels, changes, strict=True)
-    )
-    gaps, errors = heldout_change - change, np.hypot(error, heldout_error)
-    columns = (train, heldout, gaps, errors, count, heldout_count)
-    rows = zip(edges, edges[1:], *(column.tolist() for column in columns), strict=False)
-    return tuple(LevelBucket(*row) for row in rows)
+    (train, train_count, _), (heldout, heldout_count, _) = of_losses
+    (train_change, _, train_error), (heldout_change, _, heldout_error) = of_changes
+    gap, gap_error = heldout_change - train_change, np.hypot(train_error, heldout_error)
+    columns = [column.tolist() for column in (train, heldout, gap, gap_error, train_count, heldout_count)]
+    return tuple(LevelBucket(*row) for row in zip(edges[:-1], edges[1:], *columns, strict=True))
 
 
 def _means(edges, levels, losses):
@@ -75,10 +73,11 @@ def profile(seed: list[FrontPoint], field: str, gap: float | None = None) -> lis
     """
     if gap is None:
         return [getattr(bucket, field) for bucket in seed[-1].levels]
-    found = [
-        crossing(seed, lambda p: p.gap, lambda p, i=number: getattr(p.levels[i], field), gap)
-        for number in range(len(seed[0].levels))
-    ]
+
+    def of_bucket(number: int) -> Coordinate:
+        return lambda point: getattr(point.levels[number], field)
+
+    found = [crossing(seed, lambda p: p.gap, of_bucket(number), gap) for number in range(len(seed[0].levels))]
     return [math.nan if value is None else value for value in found]
 
 

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,11 @@ class Losses:
         """
         difficulty = 0.0 if start is None else start.heldout - start.train
         gap = found.heldout - found.train - difficulty
+        point = FrontPoint(run, step, found.train, found.heldout, gap, replicate)
+        if not self.wants_levels:
+            return point
         levels = [fixed.levels for fixed in self.sets]
-        buckets = by_level(self.edges, levels, found.draws, start and start.draws) if self.wants_levels else ()
-        return FrontPoint(run, step, found.train, found.heldout, gap, replicate, levels=buckets)
+        return replace(point, levels=by_level(self.edges, levels, found.draws, None if start is None else start.draws))
 
     def _of_adapter(self, folder):
         denoiser = self.family.load_adapted(self.base, folder)

@@ -136,13 +136,8 @@ def plot_front(
     axes.set_xlabel("held-out minus training loss, change since the base (memorization →)")
     axes.set_ylabel("held-out loss (← quality)")
     axes.grid(alpha=0.25)
-    _legend(axes, len(looks))
-
-
-def _legend(axes: Axes, runs: int) -> None:
-    """Inside the axes, or beside them where there are many runs."""
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
-    axes.legend(fontsize=8, **(beside if runs > 3 else {}))
+    axes.legend(fontsize=8, **(beside if len(looks) > 3 else {}))
 
 
 def _show_the_best(axes: Axes, points: list[FrontPoint]) -> None:
