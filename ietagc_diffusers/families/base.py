@@ -41,6 +41,11 @@ class Objective(ABC):
     def num_levels(self) -> int:
         """T: how many noise levels there are."""
 
+    @property
+    def level_name(self) -> str:
+        """What the number of a noise level is, as figures call it."""
+        return "timestep"
+
     @abstractmethod
     def encode_images(self, images: torch.Tensor) -> Tensors:
         """What is the same at each visit of images (B, 3, H, W): named tensors (B, ...), which a cache may keep."""
