@@ -1,10 +1,12 @@
 """Denoising losses under fixed noise and noise levels: precise enough to compare models, and free of sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..families import Family
 
@@ -24,6 +26,7 @@ class FixedLosses:
         seed: of the noise.
         batch_size: images at once; the draws do not depend on it.
         sweep: each draw is at one level for all images, and the draws cover the range of levels.
+        levels: these levels instead, one for each draw, the same for all images.
 
     Attributes:
         levels: int64 (draws, N), the noise level of each draw of each image.
@@ -38,6 +41,7 @@ class FixedLosses:
         seed: int = 0,
         batch_size: int = 100,
         sweep: bool = False,
+        levels: Sequence[int] | None = None,
     ):
         self.objective, self.device, self.batch_size = family.objective, family.device, batch_size
         chunks = torch.arange(len(images)).split(DRAWN_TOGETHER)
@@ -45,7 +49,10 @@ class FixedLosses:
         for rows in chunks:
             batch = family.batch(_centred(images[rows]), [told[row] for row in rows])
             encoded.append(self.objective.encode(batch.to(self.device)))
-        self.levels = (_swept if sweep else _spread)(draws, len(images), self.objective.num_levels)
+        if levels is not None:
+            draws, self.levels = len(levels), torch.tensor(levels)[:, None].expand(-1, len(images))
+        else:
+            self.levels = (_swept if sweep else _spread)(draws, len(images), self.objective.num_levels)
         self.batches = []
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -55,13 +62,22 @@ class FixedLosses:
                     self.batches.append((draw, rows, drawn.to("cpu")))
 
     @torch.no_grad()
+    def of_draws(
+        self, statistic: Callable[[Any], torch.Tensor], draws: int | None = None, desc: str | None = None
+    ) -> torch.Tensor:
+        """``statistic`` (B,) of what ``Objective.draw`` returns, of each image at each draw, or at the first ``draws``:
+        float32 (draws, N). ``desc``: of a progress bar; None shows none.
+        """
+        values = torch.zeros(self.levels[:draws].shape)
+        for draw, rows, drawn in tqdm(self.batches, desc=desc, disable=desc is None):
+            if draw < len(values):
+                for some in torch.arange(len(rows)).split(self.batch_size):
+                    values[draw, rows[some]] = statistic(drawn[some].to(self.device)).cpu()
+        return values
+
     def by_draw(self, denoiser: torch.nn.Module) -> torch.Tensor:
         """Loss of each image at each draw: float32 (draws, N)."""
-        losses = torch.zeros(self.levels.shape)
-        for draw, rows, drawn in self.batches:
-            for some in torch.arange(len(rows)).split(self.batch_size):
-                losses[draw, rows[some]] = self.objective.losses(denoiser, drawn[some].to(self.device)).cpu()
-        return losses
+        return self.of_draws(partial(self.objective.losses, denoiser))
 
     def __call__(self, denoiser: torch.nn.Module) -> torch.Tensor:
         """Mean loss of each image over its draws: float32 (N,)."""
