@@ -138,17 +138,27 @@ class Pictures:
             images, index = self._sets[source]
             image = images.image(index[name])
         except (KeyError, BadImage, UsageError, OSError):
-            image, crop = Image.new("RGB", (8, 8), "grey"), None
+            image, crop = grey(), None
             self.num_missing += 1
         if crop is not None:
             top, left, size = crop_boxes(image.height, image.width, *scores["protocol"]["patches"])[crop]
             image = image.crop((left, top, left + size, top + size))
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        kind = "png" if max(image.size) < 100 else "jpeg"  # PNG of a small picture is small too, and exact
-        image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
-        code = base64.b64encode(buffer.getvalue()).decode()
-        return {"uri": f"data:image/{kind};base64,{code}", "side": max(image.size)}
+        return thumbnail(image)
+
+
+def grey() -> Image.Image:
+    """What is shown of an image that cannot be read."""
+    return Image.new("RGB", (8, 8), "grey")
+
+
+def thumbnail(image: Image.Image) -> dict[str, Any]:
+    """A small version of an RGB image: ``uri``, a data address, and ``side``, its longer one in pixels."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    kind = "png" if max(image.size) < 100 else "jpeg"  # PNG of a small picture is small too, and exact
+    image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
+    code = base64.b64encode(buffer.getvalue()).decode()
+    return {"uri": f"data:image/{kind};base64,{code}", "side": max(image.size)}
 
 
 def _number(value: float | None, digits: int = 4) -> float | None:
