@@ -59,10 +59,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the model and its base said of the images, the training images first.
+    """What the model and its base said of the images of both sets, by ``train`` and ``heldout``, in this order.
 
-    sets: by ``train`` and ``heldout``, with names of files in ``names`` and numbers of rows in ``rows``; base: {} if
-    there is none.
+    sets: those that were asked about, of ``images``; base: {} if there is none.
     """
 
     sets: dict[str, Chosen]
@@ -122,6 +121,7 @@ def attack(
         levels = middles(settings.draws, opened.family.objective.num_levels)
         asks = dict.fromkeys(question for name in names for question in ATTACKS[name].asks)
         answers = ask(opened, _fixed(opened.family, sets, settings, levels), asks)
+    del opened  # the base takes its room
     of_base: Answers = {}
     if reference is not None:
         with reference.opened(device) as opened:

@@ -23,7 +23,7 @@ from .features import embed
 from .generate import model_hash
 from .image_sets import BadImage, ImageSet
 from .record import TrainingSet
-from .report import grey, thumbnail
+from .report import as_html, grey, thumbnail
 from .roc import FALSE_POSITIVES, threshold_at
 from .score import load_scores
 
@@ -38,7 +38,7 @@ class Risk:
     """What is known of one training image. None: not known.
 
     Attributes:
-        name, caption, sample_id: of the image.
+        name, text, sample_id: of the image, the text being its caption.
         visits, skips: of the training.
         model_loss, base_loss: on the same noise; given_away: whether their ratio is over that of all but 1% of the
             held-out images.
@@ -48,7 +48,7 @@ class Risk:
     """
 
     name: str
-    caption: str | None
+    text: str | None
     sample_id: int
     visits: int | None = None
     skips: int | None = None
@@ -111,8 +111,8 @@ def risk(
     folder, images = RunFolder(run), training.images
     threshold = descriptor.threshold(duplicate_similarity, "duplicate_similarity")
     risks = [
-        Risk(name, caption, row[SAMPLE_ID])
-        for name, caption, row in zip(images.names, images.texts, images.rows, strict=True)
+        Risk(name, text, row[SAMPLE_ID])
+        for name, text, row in zip(images.names, images.texts, images.rows, strict=True)
     ]
     notes = [*training.warnings]
     _add_skips(risks, folder, notes)
@@ -250,8 +250,7 @@ def _reasons(one: Risk, median: float) -> list[str]:
         reasons.append(f"The model drew {times} of it (similarity up to {one.most_similar:.2f}).")
     if one.given_away and one.ratio is not None:
         reasons.append(
-            f"Its loss is the base's divided by {one.ratio:.1f}: of the held-out images at most 1% have a loss so far "
-            "below the base's."
+            f"The base's loss on it is {one.ratio:.1f} times the model's; of the held-out images at most 1% reach that."
         )
     if (one.size or 1) > 1:
         others = "another image" if one.size == 2 else f"{(one.size or 1) - 1} others"
@@ -274,7 +273,7 @@ def _write_table(path: Path, risks: list[Risk]) -> None:
         for rank, one in enumerate(risks, 1):
             values = [getattr(one, name) for name in (*COLUMNS, *FOUND)]
             told = ["" if value is None else int(value) if isinstance(value, bool) else value for value in values]
-            words = [one.caption or "", " ".join(one.reasons)]
+            words = [one.text or "", " ".join(one.reasons)]
             writer.writerow([rank, one.name, one.sample_id, int(one.memorized), *told, *words])
 
 
@@ -286,7 +285,7 @@ def summary(risks: list[Risk]) -> str:
         return f"{others} of {len(risks)} training images may be memorized."
     return (
         f"{memorized} of {len(risks)} training images are memorized: the model copied them, or its loss gives them "
-        f"away. Of {others} others there is a reason why they may be."
+        f"away. For {others} others there is a reason why they may be."
     )
 
 
@@ -294,7 +293,7 @@ def _page(run: Path, risks: list[Risk], shown: list[int], images: ImageSet, note
     values = {
         "title": html.escape(f"Images at risk: {run.name}"),
         "lead": html.escape(summary(risks)),
-        "notes": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
+        "notes": "".join(f"<li>{as_html(note)}</li>" for note in notes),
         "count": html.escape(f"{len(shown)} images, the most memorized first. {TABLE} has all {len(risks)}."),
         "cards": "".join(_card(risks[place], images, place) for place in shown),
     }
@@ -310,6 +309,6 @@ def _card(one: Risk, images: ImageSet, place: int) -> str:
     small = ' class="small"' if picture["side"] < 100 else ""
     return (
         f'<figure class="{"memorized" if one.memorized else "maybe"}"><img{small} src="{picture["uri"]}" alt="">'
-        f"<figcaption><b>{html.escape(one.name)}</b> {html.escape(one.caption or '')}<ul>{reasons}</ul></figcaption>"
+        f"<figcaption><b>{html.escape(one.name)}</b> {html.escape(one.text or '')}<ul>{reasons}</ul></figcaption>"
         "</figure>"
     )
