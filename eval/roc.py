@@ -68,11 +68,11 @@ def roc_curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
     """The whole curve: what scores at least a threshold counts as positive."""
     positive, negative = by_label(scores, labels)
     thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
-    shares = [
+    false, true = (
         np.concatenate([[0.0], (len(values) - np.searchsorted(np.sort(values), thresholds, "left")) / len(values)])
         for values in (negative, positive)
-    ]
-    return Curve(*shares, np.concatenate([[np.inf], thresholds]))
+    )
+    return Curve(false, true, np.concatenate([[np.inf], thresholds]))
 
 
 def by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

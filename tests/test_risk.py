@@ -125,7 +125,7 @@ def test_what_is_not_known_is_left_empty_and_named(run):
         (["--audit", "{pictures}"], "scores.json: cannot be read"),
         (["--duplicate_similarity", "2"], "--duplicate_similarity 2.0: must be from -1 to 1"),
         (["--output", "{pictures}/here"], "--output {pictures}/here: what is written there would get into"),
-        (["--output", "{run}"], "--output {run}: what is written there would"),
+        (["--output", "{run}"], "--output {run}: is the model's folder"),
         (["--max_shown", "0"], "--max_shown 0"),
     ],
 )
