@@ -11,12 +11,40 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class LevelBucket:
+    """Mean losses of a model at the noise levels from ``level_from`` on and below ``level_to``.
+
+    gap: as in ``FrontPoint``, of these levels; gap_error: its standard error over images and their noise.
+    train_count, heldout_count: of how many losses these are the means. What has no losses is nan.
+    """
+
+    level_from: int
+    level_to: int
+    train_loss: float
+    heldout_loss: float
+    gap: float
+    gap_error: float
+    train_count: int
+    heldout_count: int
+
+    @property
+    def relative_gap(self) -> float:
+        """The gap as a share of the held-out loss."""
+        return self.gap / self.heldout_loss
+
+    @property
+    def relative_gap_error(self) -> float:
+        """The gap's standard error as a share of the held-out loss."""
+        return self.gap_error / self.heldout_loss
+
+
+@dataclass(frozen=True)
 class FrontPoint:
     """A model on the front: mean losses over the training images and over held-out images.
 
     gap: held-out minus training loss, less the base model's, which shows no memorization, only that one of the two sets
     is more difficult: a run starts at gap 0. replicate: which of the run's seeds, from 0. sampled: scores of images
-    that the model drew, if it drew any.
+    that the model drew, if it drew any. levels: the same by noise level, if that was wanted.
     """
 
     run: str
@@ -26,6 +54,7 @@ class FrontPoint:
     gap: float
     replicate: int = 0
     sampled: dict[str, Any] = field(default_factory=dict)
+    levels: tuple[LevelBucket, ...] = ()
 
 
 Coordinate = Callable[[FrontPoint], float]

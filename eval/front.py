@@ -19,13 +19,14 @@ from ietagc_diffusers.files import read_json, write_text
 from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.single_file import folder_of
 
-from .curves import FrontPoint, table
+from .curves import FrontPoint, by_run, table
 from .generate import Settings, generate, model_hash, trained_resolution
 from .image_sets import BadImage, ImageSet, content_hash, load_images
+from .levels import shared_gap, write_levels
 from .losses import Losses, Measured, SavedModel, measure, saved_models, shown, untrained, weights_hash
 from .metrics import METRICS, measured_distances
 from .pipelines import num_classes
-from .plots import plot_front, plot_sampled, png
+from .plots import as_label, plot_front, plot_growth, plot_levels, plot_sampled, png
 from .prompts import Prompt, caption_prompts, choose, without_prompts
 from .score import SCORES, Tools, score
 from .told import told_by
@@ -42,10 +43,11 @@ TITLES = {column: metric.title for column, metric in COMPARED.items()}
 
 @dataclass(frozen=True)
 class Front:
-    """The points of all runs, and the name of the run that the others are compared with."""
+    """The points of all runs, the name of the run that the others are compared with, and what noise levels are."""
 
     points: list[FrontPoint]
     control: str
+    level_name: str = "timestep"
 
     @property
     def markdown(self) -> str:
@@ -53,10 +55,19 @@ class Front:
         return table(self.points, self.control, TITLES)
 
     def write(self, output: Path) -> None:
-        """Write front.csv, front.png and front.md into a folder."""
+        """Write front.csv, front.png and front.md into a folder, and front_levels.csv and front_levels.png if there is
+        something by noise level; otherwise those of an earlier front are removed.
+        """
         write_csv(self.points, output / "front.csv")
         png(self._picture(), output / "front.png")
         write_text(output / "front.md", self.markdown)
+        table, picture = output / "front_levels.csv", output / "front_levels.png"
+        if self.points[0].levels:
+            write_levels(self.points, table)
+            png(self._picture_of_levels(), picture)
+        else:
+            table.unlink(missing_ok=True)
+            picture.unlink(missing_ok=True)
 
     def _picture(self) -> Figure:
         panels = list(TITLES.items()) if self.points[0].sampled else []
@@ -65,6 +76,28 @@ class Front:
         for panel, (key, title) in zip(axes[0, 1:], panels, strict=True):
             plot_sampled(panel, self.points, key, title, self.control)
         figure.tight_layout()
+        return figure
+
+    def _picture_of_levels(self) -> Figure:
+        """The gap by noise level, and below it as a share of the held-out loss: of the last models, of models with the
+        same mean gap, and along the control.
+        """
+        shared = shared_gap(self.points)
+        gaps = {"last models": None} | ({f"at an equal mean gap ({shared:.3g})": shared} if shared > 0 else {})
+        size = (1.4 + 4.6 * (1 + len(gaps)), 8.2)
+        figure, axes = plt.subplots(2, 1 + len(gaps), figsize=size, squeeze=False, layout="constrained")
+        fields = {"gap": "gap (held-out minus training loss)", "relative_gap": "gap / held-out loss"}
+        control = by_run(self.points)[self.control]
+        for row, (field, label) in zip(axes, fields.items(), strict=True):
+            for panel, (title, gap) in zip(row, gaps.items(), strict=False):
+                plot_levels(panel, self.points, field, gap, self.control)
+                panel.set_title(title, fontsize=10)
+                panel.set_xlabel(self.level_name)
+                panel.set_ylabel(label)
+            figure.colorbar(plot_growth(row[-1], control, field), ax=row[-1], label=label)
+            row[-1].set_title(f"along {as_label(self.control)}", fontsize=10)
+            row[-1].set_ylabel(self.level_name)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
         return figure
 
 
@@ -98,6 +131,7 @@ def front(
     draws: int = 3,
     seed: int = 0,
     batch_size: int = 8,
+    levels: int = 10,
     device: str = "cpu",
     sampling: Sampling | None = None,
 ) -> Front:
@@ -114,10 +148,11 @@ def front(
         resolution: of the images; None is the first run's.
         max_images: of each set; draws: of noise an image; batch_size: images at once, which changes no draw.
         points: models of a run, evenly spread, the last among them; None is all.
+        levels: equal parts of the range of noise levels in which losses and gap are also measured; 1 is the mean only.
 
     Raises:
         UsageError: a run without models, an unknown control, fewer than two images with captions, images without the
-            class that models are told of, or a base that does not load.
+            class that models are told of, more levels than the models have, or a base that does not load.
     """
     control = next(iter(runs)) if control is None else control
     if control not in runs:
@@ -141,6 +176,7 @@ def front(
         settings = replace(settings, resolution=settings.resolution or resolution or trained_resolution(first))
         sampling = replace(sampling, settings=settings)
     measured: Measured = []
+    level_name = ""
     for alike in _told_alike(runs, models):
         run, number = alike[0].run, alike[0].replicate
         start = base if starts is None else starts[run, number]
@@ -155,8 +191,10 @@ def front(
             draws=draws,
             seed=seed,
             batch_size=batch_size,
+            levels=levels,
         )
         found = measure(losses, alike, starts)
+        level_name = losses.family.objective.level_name
         if sampling is not None:
             if unprompted:
                 prompts = without_prompts(sampling.num_images, num_classes(start), seed)
@@ -164,7 +202,7 @@ def front(
                 prompts = choose(caption_prompts(training, "train"), sampling.num_images, seed)
             found = _sampled(found, base, prompts, training, sampling, output, device)
         measured += found
-    result = Front([point for point, _ in measured], control)
+    result = Front([point for point, _ in measured], control, level_name)
     result.write(output)
     return result
 

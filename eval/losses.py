@@ -1,12 +1,14 @@
 """Training and held-out losses of the models that runs left behind."""
 
+import base64
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -20,6 +22,7 @@ from ietagc_diffusers.training.fixed_losses import FixedLosses
 from .curves import FrontPoint
 from .generate import model_hash
 from .image_sets import BadImage, ImageSet, to_tensor
+from .levels import by_level, edges_of
 from .prompts import choose
 from .told import CAPTIONS, Told
 
@@ -105,15 +108,29 @@ def spread(models: list, points: int | None) -> list:
     return [models[round((i + 1) * len(models) / points) - 1] for i in range(points)]
 
 
+@dataclass(frozen=True)
+class ModelLosses:
+    """Losses of a model: the means over training and over held-out images, and, if they are known, those of each draw
+    of each image: float32 (draws, N) of both sets.
+    """
+
+    train: float
+    heldout: float
+    draws: tuple[torch.Tensor, ...] = ()
+
+
 class Losses:
-    """Mean training and held-out loss of a denoiser under fixed noise; measured models are remembered in a file.
+    """Training and held-out losses of a denoiser under fixed noise; measured models are remembered in a file.
 
     Args:
         base: the pipeline that all runs started from.
         training, heldout: images and what models are told of them, see ``FixedLosses``.
-        memory: JSON-lines file, or None.
+        memory: JSON-lines file, or None. A line has a key, both means, and the losses of each draw, so that they can
+            be read by any number of levels. Files of earlier versions have only means: these are enough where the mean
+            is wanted, else the models are measured again.
         prediction_type: of the runs, if not the base's.
         draws, seed, batch_size: see ``FixedLosses``.
+        levels: buckets of noise levels that points have besides the mean; 1 is the mean only.
     """
 
     def __init__(
@@ -127,9 +144,12 @@ class Losses:
         draws: int = 3,
         seed: int = 0,
         batch_size: int = 100,
+        levels: int = 1,
     ):
         self.base, self.memory = base, memory
         self.family = family_of(base, setting="base").load_frozen(str(base), prediction_type, device, setting="base")
+        self.edges = edges_of(self.family.objective.num_levels, levels)
+        self.wants_levels = levels > 1
         sets = (training, heldout)
         self.fix = lambda: [FixedLosses(self.family, *images, draws, seed, batch_size) for images in sets]
         self.sets = self.fix()
@@ -141,18 +161,23 @@ class Losses:
             digest.update(json.dumps(told).encode())
         self.conditions = digest.hexdigest()[:16]
         rows = [] if memory is None else read_json_lines(memory)
-        self.known = {key: tuple(losses) for key, *losses in rows}
+        self.known: dict[str, list] = {key: row for key, *row in rows}  # two means, and the draws of both sets
 
     def of_base(self) -> tuple[float, float]:
         """(training loss, held-out loss) of the base's own denoiser."""
         return self(self.base, self.family.denoiser_name)
 
     def __call__(self, folder: str | Path, subfolder: str | None = None) -> tuple[float, float]:
-        """(training loss, held-out loss) of the denoiser in a folder or in a pipeline's subfolder, or of the base with
-        the adapter in a folder.
+        """(training loss, held-out loss) of the denoiser that ``of`` takes."""
+        found = self.of(folder, subfolder)
+        return found.train, found.heldout
+
+    def of(self, folder: str | Path, subfolder: str | None = None) -> ModelLosses:
+        """Losses of the denoiser in a folder or in a pipeline's subfolder, or of the base with the adapter in a
+        folder.
         """
         key = self.conditions + weights_hash(Path(folder) / (subfolder or "."))
-        if key not in self.known:
+        if len(self.known.get(key, [])) < (4 if self.wants_levels else 2):
             if subfolder is None and (Path(folder) / ADAPTER_FILE).is_file():
                 self.known[key] = self._of_adapter(folder)
             else:
@@ -160,7 +185,21 @@ class Losses:
             if self.memory is not None:
                 with Path(self.memory).open("a") as file:
                     file.write(json.dumps([key, *self.known[key]]) + "\n")
-        return self.known[key]
+        train, heldout, *packed = self.known[key]
+        draws = zip(packed, self.sets, strict=False)
+        return ModelLosses(train, heldout, tuple(_unpacked(text, fixed.levels.shape) for text, fixed in draws))
+
+    def point(self, run: str, replicate: int, step: int, found: ModelLosses, start: ModelLosses | None) -> FrontPoint:
+        """A model's point on the front. What ``start`` has for a gap is subtracted, in all and in each bucket; None
+        subtracts nothing.
+        """
+        difficulty = 0.0 if start is None else start.heldout - start.train
+        gap = found.heldout - found.train - difficulty
+        point = FrontPoint(run, step, found.train, found.heldout, gap, replicate)
+        if not self.wants_levels:
+            return point
+        levels = [fixed.levels for fixed in self.sets]
+        return replace(point, levels=by_level(self.edges, levels, found.draws, None if start is None else start.draws))
 
     def _of_adapter(self, folder):
         denoiser = self.family.load_adapted(self.base, folder)
@@ -169,7 +208,17 @@ class Losses:
 
     def _of(self, denoiser, sets):
         denoiser = denoiser.to(self.family.device).eval()
-        return tuple(losses(denoiser).mean().item() for losses in sets)
+        found = [losses.by_draw(denoiser) for losses in sets]
+        return [*(draws.mean(dim=0).mean().item() for draws in found), *map(_packed, found)]
+
+
+def _packed(losses: torch.Tensor) -> str:
+    return base64.b64encode(losses.numpy().astype("<f4").tobytes()).decode()
+
+
+def _unpacked(text: str, shape: torch.Size) -> torch.Tensor:
+    values = np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+    return torch.from_numpy(values).view(shape)
 
 
 def weights_hash(folder: Path) -> str:
@@ -219,17 +268,17 @@ def measure(losses: Losses, models: list[SavedModel], starts: Starts | None = No
             about it, so that of such runs nothing is subtracted from the gap.
     """
     seeds = dict.fromkeys((model.run, model.replicate) for model in models)
-    difficulty = 0.0
+    start = None
+    measured: Measured = []
     if starts is None:
-        start = losses.of_base()
-        difficulty = start[1] - start[0]
-        measured: Measured = [(FrontPoint(run, 0, *start, 0.0, replicate), None) for run, replicate in seeds]
+        start = losses.of(losses.base, losses.family.denoiser_name)
+        measured += [(losses.point(*seed, 0, start, start), None) for seed in seeds]
     else:
-        folders = {seed: starts[seed] / losses.family.denoiser_name for seed in seeds}
-        measured = [(FrontPoint(run, 0, *losses(folders[run, n]), 0.0, n), folders[run, n]) for run, n in seeds]
+        for seed in seeds:
+            folder = starts[seed] / losses.family.denoiser_name
+            own = losses.of(folder)
+            measured.append((losses.point(*seed, 0, own, own), folder))
     for model in tqdm(models, desc="Front"):
-        train_loss, heldout_loss = losses(model.folder)
-        gap = heldout_loss - train_loss - difficulty
-        point = FrontPoint(model.run, model.step, train_loss, heldout_loss, gap, model.replicate)
-        measured.append((point, model.folder))
+        found = losses.of(model.folder)
+        measured.append((losses.point(model.run, model.replicate, model.step, found, start), model.folder))
     return measured

@@ -103,7 +103,7 @@ def fig3(scored: Scored, run: Path, training: ImageSet, device: str = "cpu") -> 
         levels = losses.levels[:, 0]
         axes.plot(levels, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(rows)})")
         axes.fill_between(levels, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
-    axes.set_xlabel("timestep")
+    axes.set_xlabel(family.objective.level_name)
     axes.set_ylabel("loss (band: standard error)")
     axes.set_yscale("log")
     axes.grid(alpha=0.25)

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .curves import FrontPoint, at_gap, by_run, over_seeds, replicates
+from .levels import profile
 
 if TYPE_CHECKING:
     from .report import Scored
@@ -98,16 +99,23 @@ def _colours(points: list[FrontPoint], control: str | None, given: Colours | Non
     return {name: chosen.get(name) or next(others) for name in by_run(points)}
 
 
+def _looks(points: list[FrontPoint], control: str | None, given: Colours | None = None) -> dict[str, tuple[str, str]]:
+    """Colour and line style of each run: runs of one colour differ in style."""
+    looks: dict[str, tuple[str, str]] = {}
+    used: list[str] = []
+    for name, colour in _colours(points, control, given).items():
+        looks[name] = colour, STYLES[used.count(colour) % len(STYLES)]
+        used.append(colour)
+    return looks
+
+
 def plot_front(
     axes: Axes, points: list[FrontPoint], control: str | None = None, colours: Colours | None = None
 ) -> None:
     """Held-out loss against the gap along each run: the mean of its seeds, and their range at equal gap as a band."""
-    colours = _colours(points, control, colours)
-    used: list[str] = []
+    looks = _looks(points, control, colours)
     for name, run in by_run(points).items():
-        colour = colours[name]
-        style = STYLES[used.count(colour) % len(STYLES)]
-        used.append(colour)
+        colour, style = looks[name]
         seeds = replicates(run)
         for seed in seeds:
             line: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.5, "linestyle": style}
@@ -129,7 +137,7 @@ def plot_front(
     axes.set_ylabel("held-out loss (← quality)")
     axes.grid(alpha=0.25)
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
-    axes.legend(fontsize=8, **(beside if len(by_run(points)) > 3 else {}))
+    axes.legend(fontsize=8, **(beside if len(looks) > 3 else {}))
 
 
 def _show_the_best(axes: Axes, points: list[FrontPoint]) -> None:
@@ -175,6 +183,45 @@ def plot_sampled(
     axes.set_ylabel("Fréchet distance (← quality)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+
+
+def plot_levels(axes: Axes, points: list[FrontPoint], field: str, gap: float | None, control: str) -> None:
+    """A field of ``LevelBucket`` at each noise level, of the last models of runs, or where they first reach a mean gap:
+    the mean of a run's seeds, and their range as a band; of a single seed the standard error is the band.
+    """
+    centres = [(bucket.level_from + bucket.level_to) / 2 for bucket in points[0].levels]
+    looks = _looks(points, control)
+    for name, run in by_run(points).items():
+        (colour, style), seeds = looks[name], replicates(run)
+        found = np.array([profile(seed, field, gap) for seed in seeds])
+        mean, low, high = found.mean(axis=0), found.min(axis=0), found.max(axis=0)
+        label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
+        if len(seeds) == 1:
+            error = np.array(profile(seeds[0], f"{field}_error", gap))
+            low, high = mean - error, mean + error
+        line: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3}
+        axes.plot(centres, mean, label=as_label(label), **line)
+        axes.fill_between(centres, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xlim(points[0].levels[0].level_from, points[0].levels[-1].level_to)
+    axes.grid(alpha=0.25)
+
+
+def plot_growth(axes: Axes, run: list[FrontPoint], field: str) -> Any:
+    """A field of ``LevelBucket`` along the steps of a run, in colour: each model's from the step after the model before
+    it. The mean of seeds at the steps that they share, or the first seed if they share none.
+
+    Returns:
+        What a colour bar is made of.
+    """
+    group = _at_equal_steps(replicates(run))[0]
+    steps = [point.step for point in group[0]]
+    edges = [bucket.level_from for bucket in run[0].levels] + [run[0].levels[-1].level_to]
+    found = [[[getattr(bucket, field) for bucket in point.levels] for point in seed[1:]] for seed in group]
+    values = np.mean(found, axis=0).T
+    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
+    axes.set_xlabel("step")
+    return axes.pcolormesh(steps, edges, values, cmap="RdBu_r", vmin=-largest, vmax=largest)
 
 
 def _at_equal_steps(seeds: list[list[FrontPoint]]) -> list[list[list[FrontPoint]]]:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from ietagc_diffusers.data import DataSettings
 from ietagc_diffusers.data.contents import Contents, contents
 from ietagc_diffusers.data.hashes import default_cache, pixel_hashes
-from ietagc_diffusers.data.rows import deduplicate
+from ietagc_diffusers.data.rows import first_rows, held_out
 from ietagc_diffusers.data.sources import SAMPLE_ID, read_source, stored_column
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.families.settings import CaptionSettings
@@ -37,6 +37,7 @@ class Selection(NamedTuple):
     max_train_samples: int | None
     seed: int | None
     deduplicate: str | None
+    heldout_share: float | None
 
 
 @dataclass(frozen=True)
@@ -251,14 +252,18 @@ def _selections(record: TrainingRecord, rows: Dataset, settings: DataSettings) -
     ids = stored_column(rows, SAMPLE_ID).to_numpy()
     if record.rows is not None and np.isin(record.rows, ids).all():
         yield np.flatnonzero(np.isin(ids, record.rows))
-    most, seed, without_duplicates = record.selection
-    if most is not None or without_duplicates:
+    most, seed, without_duplicates, share = record.selection
+    if most is not None or without_duplicates or share:
         some = rows
         if most is not None:
             some = some.shuffle(seed=seed).select(range(min(most, len(rows))))
-        if without_duplicates:
+        if without_duplicates or share:
             hashes = pixel_hashes(some, settings.image_column, default_cache(), allow_bad=True)
-            some = deduplicate(some, hashes)
+            if without_duplicates:
+                first = first_rows(hashes)
+                some, hashes = some.select(first), hashes[first]
+            if share:
+                some = some.select(np.flatnonzero(~held_out(hashes, share, seed)))
         yield np.flatnonzero(np.isin(ids, stored_column(some, SAMPLE_ID).to_numpy()))
     yield np.arange(len(rows))
 

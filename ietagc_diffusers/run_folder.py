@@ -25,6 +25,8 @@ class RunFolder:
         training_set_file: what the run was trained on: fingerprints, selection of rows and how images are shown;
         training_rows_file: the rows that were used, as Parquet, and where they lie on this machine;
         rounds_file: a JSON line per round;
+        monitor_file, monitor_page: losses along the training, see ``training.monitor``: a JSON line each, and a page;
+        best: the best model so far, until the run ends;
         skip_counts_file: visits and skips of every sample, as Parquet;
         bad_samples_file: a JSON line per row that was replaced;
         identity_file: the fingerprints that the run has had;
@@ -40,6 +42,9 @@ class RunFolder:
         self.training_set_file = self.records / "training_set.json"
         self.training_rows_file = self.records / "training_rows.parquet"
         self.rounds_file = self.records / "rounds.jsonl"
+        self.monitor_file = self.records / "monitor.jsonl"
+        self.monitor_page = self.records / "monitor.html"
+        self.best = self.records / "best"
         self.skip_counts_file = self.records / "skip_counts.parquet"
         self.bad_samples_file = self.records / "bad_samples.jsonl"
         self.identity_file = self.records / "run.json"
@@ -105,6 +110,8 @@ class RunFolder:
             "ietagc/bad_samples.jsonl",
             "ietagc/run.json",
             "ietagc/training_rows.parquet",
+            "ietagc/monitor.*",
+            "ietagc/best/**",
             "ietagc/lock",
             "ietagc/waiting/**",
         ]

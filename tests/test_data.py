@@ -23,7 +23,7 @@ from ietagc_diffusers.data import (
     loaders,
 )
 from ietagc_diffusers.data.hashes import pixel_hashes
-from ietagc_diffusers.data.rows import deduplicate
+from ietagc_diffusers.data.rows import first_rows
 from ietagc_diffusers.data.sources import SAMPLE_ID, stored_column
 from ietagc_diffusers.families.parts import Tokenize
 from ietagc_diffusers.families.views import Pixels
@@ -77,7 +77,7 @@ def test_deduplication_keeps_one_row_of_each_image(pictures):
     rows = load(pictures)
     hashes = pixel_hashes(rows, "image")
     assert len(rows) == 24 and len(set(hashes.tolist())) == 22
-    kept = deduplicate(rows, hashes)
+    kept = rows.select(first_rows(hashes))
     assert len(kept) == 22
     assert len(set(pixel_hashes(kept, "image").tolist())) == 22
 

@@ -60,8 +60,8 @@ def test_what_was_measured_is_remembered_and_other_conditions_are_not_mixed(base
     first = points_of(base, run_dir, train, heldout, tmp_path / "losses")
     assert len((tmp_path / "losses").read_text().splitlines()) == 4
     calls = []
-    call = FixedLosses.__call__
-    monkeypatch.setattr(FixedLosses, "__call__", lambda self, denoiser: calls.append(1) or call(self, denoiser))
+    call = FixedLosses.by_draw
+    monkeypatch.setattr(FixedLosses, "by_draw", lambda self, denoiser: calls.append(1) or call(self, denoiser))
     assert points_of(base, run_dir, train, heldout, tmp_path / "losses") == first
     assert not calls
     points_of(base, run_dir, heldout, train, tmp_path / "losses")
@@ -198,6 +198,7 @@ def test_the_front_command_measures_samples_and_goes_on(
 ):
     flags = ["front", "--run", f"plain={run_dir}", "--run", f"other={run_dir},{run_dir}", "--heldout", str(heldout)]
     flags += ["--output", str(tmp_path), "--points", "1", "--sample", "4", "--num_inference_steps", "2"]
+    flags += ["--levels", "4"]
     flags += ["--feature_cache", "none", "--descriptor", "pixel", "--device", "cpu"]
     assert main(flags) == 0
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
@@ -207,15 +208,26 @@ def test_the_front_command_measures_samples_and_goes_on(
     ]  # fmt: skip
     assert all(row["copy_rate"] == "0.0" for row in rows) and float(rows[3]["frechet"]) > 0
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| other | +0.0000" in capsys.readouterr().out and len(list((tmp_path / "samples").iterdir())) == 4
+    levels = list(csv.DictReader((tmp_path / "front_levels.csv").open()))
+    assert len(levels) == 4 * len(rows) and {row["gap"] for row in levels if row["step"] == "0"} == {"0.0"}
+    assert [(row["level_from"], row["level_to"]) for row in levels[:4]] == [
+        ("0", "250"), ("250", "500"), ("500", "750"), ("750", "1000"),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "| other | +0.0000" in said and "front_levels.png" in said
+    assert len(list((tmp_path / "samples").iterdir())) == 4
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("measures again"))
     assert main(flags) == 0
+    capsys.readouterr()
+    assert main([*flags, "--levels", "1"]) == 0
+    assert not list(tmp_path.glob("front_levels*")) and "front_levels" not in capsys.readouterr().out
 
 
 @pytest.fixture
 def last_row(run_dir, heldout, tmp_path, monkeypatch):
     """The last row of front.csv, given further flags."""
     monkeypatch.setattr(Front, "_picture", lambda self: plt.figure())
+    monkeypatch.setattr(Front, "_picture_of_levels", lambda self: plt.figure())
 
     def measured(*more, run=run_dir, output="out"):
         flags = ["front", f"--run={run}", f"--heldout={heldout}", f"--output={tmp_path / output}", "--points=1"]
@@ -274,6 +286,8 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
         (["--run", "a={run}", "--control", "b"], "--control b"),
         (["--run", "a="], "--run a="),
         (["--run", "a={run}", "--points", "0"], "--points 0"),
+        (["--run", "a={run}", "--levels", "0"], "--levels 0"),
+        (["--run", "a={run}", "--levels", "1001"], "--levels 1001: must be from 1 to 1000"),
         (["--run", "a={run}", "--train", "{empty}"], "--train {empty}: the folder is empty"),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
         (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no such folder"),

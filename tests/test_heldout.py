@@ -1,6 +1,9 @@
 """What is abnormal is told from images that were never trained on."""
 
+import shutil
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import train_flags, train_here, unet_bytes, write_folder
@@ -8,7 +11,11 @@ from conftest import train_flags, train_here, unet_bytes, write_folder
 from ietagc_diffusers import LossMemoryBank, ThresholdAwareControl, UsageError, WenControl, testing
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.data import Batch
+from ietagc_diffusers.data.hashes import pixel_hashes
+from ietagc_diffusers.data.rows import held_out, load_training_rows
+from ietagc_diffusers.eval.record import training_set
 from ietagc_diffusers.method.thresholds import RunningQuantile
+from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.heldout import EVERY
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
@@ -99,7 +106,12 @@ def test_a_folder_among_the_training_images_is_refused(base, pictures, tmp_path)
     ("more", "message"),
     [
         (["--skip_false_rate=0.05"], "`skip_false_rate` 0.05: is of images that are not trained on"),
-        (["--heldout_dir=h"], "`heldout_dir` h: is for `skip_false_rate`"),
+        (["--heldout_dir=h"], "`heldout_dir` h: is for `monitor_every` and `skip_false_rate`"),
+        (["--heldout_share=0.1"], "`heldout_share` 0.1: is for `monitor_every` and `skip_false_rate`"),
+        (
+            ["--heldout_dir=h", "--heldout_share=0.1", "--monitor_every=1"],
+            "`heldout_dir` and `heldout_share` were both",
+        ),
         (["--skip_false_rate=0.05", "--skip_rate=0.1", "--heldout_dir=h"], "`skip_rate` and `skip_false_rate` were"),
     ],
 )
@@ -111,5 +123,37 @@ def test_flags_that_do_not_go_together(more, message):
 def test_unique_classes_have_no_other_images():
     flags = ["--train_data_dir=d", "--mitigation=agc", "--skip_false_rate=0.1", "--heldout_dir=h"]
     flags += ["--class_labels=unique", "--num_classes=24"]
-    with pytest.raises(UsageError, match="`heldout_dir` h: with `class_labels` unique"):
+    with pytest.raises(UsageError, match="`class_labels` unique: each class is a training image"):
         parse_flags(flags, UnconditionalScript)
+
+
+def test_a_share_is_held_out_with_all_its_rows(base, tmp_path):
+    """Training with a share equals training on a folder of the rest."""
+    pictures = write_folder(tmp_path / "all", 12, copies=(0, 3, 5), seed=2)
+    hashes = pixel_hashes(load_rows_of(pictures), "image")
+    held = held_out(hashes, 0.25, 5)
+    assert len(set(hashes[held])) == 3 and not set(hashes[held]) & set(hashes[~held])
+    rest = tmp_path / "rest"
+    shutil.copytree(pictures, rest)
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == len(held) == 15
+    (rest / "metadata.jsonl").write_text("".join(line + "\n" for line, out in zip(lines, held, strict=True) if not out))
+    more = ["--mitigation=iet-agc", "--num_shards=2", "--max_train_steps=8", "--report_to=none"]
+    share = train_here(train_flags(base, pictures, *more, "--heldout_share=0.25", "--monitor_every=9"), tmp_path / "a")
+    assert unet_bytes(share) == unet_bytes(train_here(train_flags(base, rest, *more), tmp_path / "b"))
+    used = pq.read_table(RunFolder(share).training_rows_file)["sample_id"].to_pylist()
+    assert used == np.flatnonzero(~held).tolist()
+    # Evaluation compares with the rest too, also of a model that comes without the list of its rows.
+    RunFolder(share).training_rows_file.unlink()
+    compared = training_set(share, str(pictures))
+    assert len(compared.images) == (~held).sum() < len(held) and not compared.warnings
+
+
+def test_something_is_left_to_train_on(base, tmp_path):
+    pictures = write_folder(tmp_path / "two", 2)
+    with pytest.raises(UsageError, match=r"`heldout_share` 0.1: the training set has 2 different images, of which 2"):
+        train_here(train_flags(base, pictures, "--heldout_share=0.1", "--monitor_every=1"), tmp_path / "out")
+
+
+def load_rows_of(pictures):
+    return load_training_rows(parse_flags(["--pretrained_model_name_or_path=m", f"--train_data_dir={pictures}"]))

@@ -398,7 +398,7 @@ def test_a_cache_of_latents_changes_nothing(base, pictures, prior_dir, tmp_path)
     settings, accelerator = parse_flags(cached), Accelerator(cpu=True)
     family = load_family(settings, accelerator)
     condition = family.condition(settings, settings.method)
-    rows, groups = load_rows(settings, condition, accelerator)
+    rows, groups, _ = load_rows(settings, condition, accelerator)
     for prior, resting in ((None, 2), (PriorSet.load(settings, family, accelerator), 0)):
         build_run(settings, accelerator, family, None, condition, rows, groups, prior)
         assert len(family.resting) == resting  # VAE and text encoder

@@ -82,7 +82,7 @@ def built(flags, found=None):
     family = load_family(settings, accelerator)
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
-    rows, groups = load_rows(settings, condition, accelerator)
+    rows, groups, _ = load_rows(settings, condition, accelerator)
     buckets = settings.method.bank_buckets
     extend(settings, found)
     run, _ = build_run(settings, accelerator, family, average, condition, rows, groups)

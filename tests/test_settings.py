@@ -42,6 +42,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "label_column", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "lora_average",
         "train_text_encoder", "scale_weight_norms", "shard_data", "ambient_corruption",
         "ambient_further_corruption", "dp_noise_multiplier", "dp_max_grad_norm",
+        "skip_rate", "skip_false_rate", "calibrate", "heldout_share",
     }  # fmt: skip
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {
@@ -52,7 +53,8 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "enable_xformers_memory_efficient_attention", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
         "resume_from_checkpoint", "resume_allow", "logging_dir", "report_to", "tracker_project_name",
         "validation_prompts", "num_validation_images", "validation_epochs", "debug_loss", "enable_npu_flash_attention",
-        "prior_dir", "on_bad_sample", "log_every", "save_shards", "save_rounds",
+        "prior_dir", "heldout_dir", "monitor_every", "monitor_budget", "stop_at_gap", "keep_best",
+        "on_bad_sample", "log_every", "save_shards", "save_rounds",
         "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "proxy_state", "save_merged", "dp_delta",
     }  # fmt: skip
     for name in ("alpha", "image_column", "pretrained_model_name_or_path", "revision", "variant", "seed"):

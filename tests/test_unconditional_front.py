@@ -74,6 +74,11 @@ def test_the_front_measures_and_samples_runs_from_scratch(runs, places, tmp_path
     assert [row["step"] for row in rows] == ["0", "2", "4"] and float(rows[0]["gap"]) == 0
     for row in rows[1:]:  # nothing is subtracted
         assert float(row["gap"]) == pytest.approx(float(row["heldout_loss"]) - float(row["train_loss"]), abs=1e-7)
+    levels = list(csv.DictReader((tmp_path / "out" / "front_levels.csv").open()))
+    assert all(float(row["gap"]) == 0 for row in levels[:10] if row["train_count"] != "0")
+    for row in levels[10:]:
+        gap = float(row["heldout_loss"]) - float(row["train_loss"])
+        assert float(row["gap"]) == pytest.approx(gap, abs=1e-7, nan_ok=True)
     assert float(rows[0]["train_loss"]) > float(rows[2]["train_loss"]) and float(rows[2]["frechet"]) > 0
     drawn = sorted((tmp_path / "out" / "samples").iterdir())
     assert [path.name.rsplit("-", 1)[0] for path in drawn] == ["a-0-0", "a-0-2", "a-0-4"]

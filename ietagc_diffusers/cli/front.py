@@ -33,6 +33,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--batch_size", type=int, default=8, help="images at once; does not change the losses; default: 8"
     )
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="also draw and score N images at each point")
+    parser.add_argument(
+        "--levels",
+        type=int,
+        default=10,
+        metavar="N",
+        help="also give losses and gap by noise level, in N equal parts of the range of levels; 1: only the means; "
+        "default: 10",
+    )
     parser.add_argument("--points", type=int, help="models of each run, evenly spread; default: all")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
@@ -44,7 +52,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    common.check_positive(args, "resolution", "max_images", "draws", "points", "num_inference_steps", "batch_size")
+    common.check_positive(args, "resolution", "max_images", "draws", "levels", "points")
+    common.check_positive(args, "num_inference_steps", "batch_size")
     named = common.named_folders(args.runs, "run")
     from ietagc_diffusers.eval.front import Sampling, front
     from ietagc_diffusers.eval.generate import Settings
@@ -87,7 +96,9 @@ def run(args: Namespace) -> None:
         draws=args.draws,
         seed=args.seed,
         batch_size=args.batch_size,
+        levels=args.levels,
         device=device,
         sampling=sampling,
     )
-    say(f"{result.markdown}\n{output}/front.png, front.csv, front.md")
+    by_level = ", front_levels.png, front_levels.csv" if args.levels > 1 else ""
+    say(f"{result.markdown}\n{output}/front.png, front.csv, front.md{by_level}")

@@ -24,6 +24,7 @@ from .work import batched, in_threads
 IMAGES_AT_ONCE = 256  # a selection of rows is copied into one Arrow buffer, which holds 2 GB at most
 HASHED_WHOLE = 2000  # images whose bytes `content_hash` reads; of all others it reads the sizes
 TEXT = "text"  # the column of captions that come from files beside the images
+HELD_OUT = 0x48454C44  # keeps the draw of held-out images apart from others of the seed
 LOOKED_AT = 200_000  # images whose ends are looked at before training; of more, that many evenly spread
 
 
@@ -162,10 +163,25 @@ def _image_mark(path, inside, whole):
     return read_file(path) if whole else str(os.stat(native(path)).st_size).encode()
 
 
-def deduplicate(rows: Dataset, hashes: np.ndarray) -> Dataset:
-    """One row of each image, the first."""
-    first = np.unique(hashes, return_index=True)[1]
-    return rows.select(np.sort(first))
+def first_rows(hashes: np.ndarray) -> np.ndarray:
+    """The first row of each image, in the order of the rows, by the images' hashes (N,)."""
+    return np.sort(np.unique(hashes, return_index=True)[1])
+
+
+def held_out(hashes: np.ndarray, share: float, seed: int | None) -> np.ndarray:
+    """Which rows are held out, bool (N,): all of this share of the images, drawn at random; two of them at least.
+
+    Raises ``UsageError`` if no image would be left.
+    """
+    images, image_of = np.unique(hashes, return_inverse=True)
+    number = max(2, round(share * len(images)))
+    if number >= len(images):
+        raise UsageError(
+            f"`heldout_share` {share}: the training set has {len(images)} different images, of which {number} would be "
+            "held out and none trained on"
+        )
+    chosen = np.random.default_rng([seed or 0, HELD_OUT]).permutation(len(images))[:number]
+    return np.isin(image_of, chosen)
 
 
 def label_values(rows: Dataset, column: str | None) -> np.ndarray | None:

@@ -89,8 +89,16 @@ class ImageSettings(CacheSettings):
     heldout_dir: str | None = setting(
         None,
         "A folder of images like the training images that are never trained on, captioned or labelled like "
-        "--train_data_dir; for --skip_false_rate.",
+        "--train_data_dir; for --monitor_every and --skip_false_rate.",
         resume=Resume.FREE,  # the content of the images must agree, wherever they lie
+    )
+    heldout_share: float | None = setting(
+        None,
+        "Instead of --heldout_dir: hold this share of the training images out, with all rows that show them.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda share: 0 < share < 1,
+        wanted="over 0 and under 1",
     )
     on_bad_sample: str = setting(
         "error",
@@ -110,6 +118,11 @@ class ImageSettings(CacheSettings):
 
     caption_lines: str = field(default="whole", init=False)
     cache_latents: str | None = field(default=None, init=False)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are images that are only measured."""
+        return self.heldout_dir is not None or self.heldout_share is not None
 
     @property
     def decoding(self) -> str:

@@ -41,6 +41,11 @@ class Objective(ABC):
     def num_levels(self) -> int:
         """T: how many noise levels there are."""
 
+    @property
+    def level_name(self) -> str:
+        """What the number of a noise level is, as figures call it."""
+        return "timestep"
+
     @abstractmethod
     def encode_images(self, images: torch.Tensor) -> Tensors:
         """What is the same at each visit of images (B, 3, H, W): named tensors (B, ...), which a cache may keep."""
@@ -72,6 +77,10 @@ class Objective(ABC):
     @abstractmethod
     def plain_loss(self, model: Callable, drawn: Any) -> torch.Tensor:
         """The official script's scalar loss."""
+
+    def plain(self) -> "Objective":
+        """The same without what a training adds to images, noise or conditions, to compare models by its losses."""
+        return self
 
     def weights(self, drawn: Any) -> torch.Tensor | None:
         """Weights (B,) that depend on the level only and so cancel in the loss ratio, or None."""

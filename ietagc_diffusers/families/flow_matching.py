@@ -91,6 +91,10 @@ class FlowMatchingObjective(LatentObjective):
         # On the device once: a copy from the host at each step would wait for it.
         self.sigma_table, self.timestep_table = scheduler.sigmas.to(vae.device), scheduler.timesteps.to(vae.device)
 
+    @property
+    def level_name(self) -> str:
+        return f"noise level (0: {'least' if self.density.scheme == 'mode' else 'most'} noise)"
+
     @torch.no_grad()
     def draw(self, encoded: Encoded) -> FlowDrawn:
         """Draw noise and noise levels, in the order of Diffusers' script for Stable Diffusion 3."""

@@ -1,5 +1,6 @@
 """Objectives on the latents of a VAE: what models that predict noise and models of flow matching have in common."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,11 @@ class LatentObjective(Objective):
     @property
     def num_levels(self) -> int:
         return self.scheduler.config.num_train_timesteps
+
+    def plain(self) -> "LatentObjective":
+        plain = copy.copy(self)
+        plain.embedding_noise, plain.noisy_data = 0.0, None
+        return plain
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:

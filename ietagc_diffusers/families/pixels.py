@@ -1,5 +1,6 @@
 """The objective of models of pixels that predict the noise or the image."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -66,6 +67,11 @@ class PixelObjective(Objective):
         ambient: Ambient | None = None,
     ):
         self.scheduler, self.dtype, self.noisy_data, self.ambient = scheduler, dtype, noisy_data, ambient
+
+    def plain(self) -> "PixelObjective":
+        plain = copy.copy(self)
+        plain.noisy_data = plain.ambient = None
+        return plain
 
     @property
     def num_levels(self) -> int:

@@ -95,6 +95,12 @@ class TextToImageObjective(LatentObjective):
         self.dream_detail_preservation = dream_detail_preservation
         self.timestep_weights = None if timestep_weights is None else timestep_weights.to(vae.device)
 
+    def plain(self) -> "TextToImageObjective":
+        plain: Any = super().plain()
+        plain.noise_offset = plain.input_perturbation = 0.0
+        plain.dream_detail_preservation = None
+        return plain
+
     @property
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type

@@ -101,16 +101,16 @@ class MitigationConfig:
         0.0,
         "Instead of --skip_threshold: skip about this share of the samples, those with the lowest loss ratios at their "
         "noise level. lambda is then the quantile of the latest ratios there.",
-        resume=Resume.SAME,
+        resume=Resume.FIXED,
         type=float,
         check=lambda value: 0 <= value < 1,
         wanted="in [0, 1)",
     )
     skip_false_rate: float = setting(
         0.0,
-        "Instead of --skip_threshold: skip what is as abnormal as this share of images that were never trained on, "
-        "those of --heldout_dir. lambda is the quantile of their latest loss ratios at the noise level.",
-        resume=Resume.SAME,
+        "Instead of --skip_threshold: skip what is as abnormal as this share of images that are never trained on "
+        "(--heldout_dir, --heldout_share). lambda is the quantile of their latest loss ratios at the noise level.",
+        resume=Resume.FIXED,
         type=float,
         check=lambda value: 0 <= value < 1,
         wanted="in [0, 1)",
@@ -120,7 +120,7 @@ class MitigationConfig:
         "'base' divides each loss by the base model's on the same noisy image before it is compared, so that images "
         "are judged by what was learned of them and not by how simple they are. One more forward pass per step; a "
         "full fine-tuning also keeps a copy of the base on the device.",
-        resume=Resume.SAME,
+        resume=Resume.FIXED,
         choices=["none", "base"],
     )
     augment_range: float = setting(

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..data.conditions import Condition
 from ..data.hashes import default_cache, pixel_hashes, stored_hashes
 from ..data.latent_cache import cache_samples
 from ..data.loaders import SeededLoader, StreamLoader
-from ..data.rows import deduplicate, label_values, load_training_rows
+from ..data.rows import first_rows, held_out, label_values, load_other_rows, load_training_rows
 from ..data.samples import TrainingSamples, View
 from ..errors import UsageError
 from ..families import Family, NoisyPixels, family_of
@@ -103,27 +103,40 @@ def moving_average(family: Family, settings: RunSettings, device: torch.device) 
     return average
 
 
-def load_rows(
-    settings: RunSettings, condition: Condition, accelerator: Accelerator
-) -> tuple[Dataset, np.ndarray | None]:
-    """The training rows, de-duplicated on request, and their groups of duplicates or None."""
+class Rows(NamedTuple):
+    """training: what is trained on; groups: their groups of duplicates (N,), or None; heldout: what is only measured,
+    or None.
+    """
+
+    training: Dataset
+    groups: np.ndarray | None
+    heldout: Dataset | None
+
+
+def load_rows(settings: RunSettings, condition: Condition, accelerator: Accelerator) -> Rows:
+    """The rows of a run: de-duplicated, and some of them held out, on request. No image is on both sides."""
     with accelerator.main_process_first():
         rows = load_training_rows(settings, condition)
-    if not (settings.deduplicate or settings.group_duplicates):
-        return rows, None
+        heldout = None if settings.heldout_dir is None else load_other_rows(settings, "heldout_dir", condition)
+    if not (settings.deduplicate or settings.group_duplicates or settings.heldout_share):
+        return Rows(rows, None, heldout)
     column, bad = settings.image_column, settings.replaces_bad_samples
     hashes = _of_main(accelerator, lambda: pixel_hashes(rows, column, default_cache(), bad, alpha=settings.alpha))
-    num_images = len(np.unique(hashes))
-    logger.info(f"{len(rows)} rows show {num_images} different images")
+    logger.info(f"{len(rows)} rows show {len(np.unique(hashes))} different images")
     if settings.deduplicate:
-        rows = deduplicate(rows, hashes)
-        if len(rows) < settings.method.num_parts:
-            raise UsageError(
-                f"`num_shards` {settings.method.num_shards}: more than the {len(rows)} different images that "
-                "`deduplicate` left"
-            )
-        return rows, None
-    return rows, hashes if num_images < len(rows) else None
+        first = first_rows(hashes)
+        rows, hashes = rows.select(first), hashes[first]
+    if settings.heldout_share:
+        held = held_out(hashes, settings.heldout_share, settings.seed)
+        rows, heldout, hashes = rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held)), hashes[~held]
+        logger.info(f"{len(heldout)} rows are held out, {len(rows)} are trained on")
+    num_images = len(np.unique(hashes))
+    if len(rows) < settings.method.num_parts:
+        raise UsageError(
+            f"`num_shards` {settings.method.num_shards}: more than the {num_images} different images that are left to "
+            "train on"
+        )
+    return Rows(rows, hashes if settings.group_duplicates and num_images < len(rows) else None, heldout)
 
 
 def view_of(settings: RunSettings, family: Family) -> View:

@@ -1,6 +1,6 @@
 """Denoising losses under fixed noise and noise levels: precise enough to compare models, and free of sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..data import Batch
 from ..families import Family
+from ..families.base import Objective
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 DRAWN_TOGETHER = 100  # images whose noise is one draw
@@ -43,20 +45,43 @@ class FixedLosses:
         sweep: bool = False,
         levels: Sequence[int] | None = None,
     ):
-        self.objective, self.device, self.batch_size = family.objective, family.device, batch_size
         chunks = torch.arange(len(images)).split(DRAWN_TOGETHER)
-        encoded = []
-        for rows in chunks:
-            batch = family.batch(_centred(images[rows]), [told[row] for row in rows])
-            encoded.append(self.objective.encode(batch.to(self.device)))
+        batches = (family.batch(_centred(images[rows]), [told[row] for row in rows]) for rows in chunks)
         if levels is not None:
-            draws, self.levels = len(levels), torch.tensor(levels)[:, None].expand(-1, len(images))
+            drawn_at = torch.tensor(levels)[:, None].expand(-1, len(images))
         else:
-            self.levels = (_swept if sweep else _spread)(draws, len(images), self.objective.num_levels)
+            drawn_at = (_swept if sweep else _spread)(draws, len(images), family.objective.num_levels)
+        self._draw(family.objective, family.device, batches, drawn_at, seed, batch_size)
+
+    @classmethod
+    def of_batches(
+        cls,
+        objective: Objective,
+        device: torch.device,
+        batches: Iterable[Batch],
+        num_images: int,
+        draws: int = 3,
+        seed: int = 0,
+        batch_size: int = 100,
+    ) -> "FixedLosses":
+        """The same of ``num_images`` images as ``data.TrainingSamples`` gives them, the noise of each batch drawn at
+        once.
+        """
+        losses = cls.__new__(cls)
+        losses._draw(objective, device, batches, _spread(draws, num_images, objective.num_levels), seed, batch_size)
+        return losses
+
+    def _draw(self, objective, device, batches, levels, seed, batch_size):
+        self.objective, self.device, self.levels, self.batch_size = objective, device, levels, batch_size
+        encoded, chunks, start = [], [], 0
+        for batch in batches:
+            encoded.append(self.objective.encode(batch.to(self.device)))
+            chunks.append(torch.arange(start, start + len(batch)))
+            start += len(batch)
         self.batches = []
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for draw in range(draws):
+            for draw in range(len(levels)):
                 for rows, of_rows in zip(chunks, encoded, strict=True):
                     drawn = self.objective.at_levels(self.objective.draw(of_rows), self.levels[draw, rows])
                     self.batches.append((draw, rows, drawn.to("cpu")))

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from datasets import Dataset
 
 from ..data.conditions import Condition
 from ..data.loaders import SeededLoader
-from ..data.rows import content_hash, load_other_rows
+from ..data.rows import content_hash
 from ..data.samples import TrainingSamples, View
 from .settings import RunSettings
 from .streams import RandomStreams
@@ -31,14 +31,10 @@ class HeldoutSet:
     mark: str
 
     @classmethod
-    def load(
-        cls, settings: RunSettings, condition: Condition, view: View, accelerator: Accelerator
-    ) -> "HeldoutSet | None":
-        """The set that the settings name, or None. Raises ``UsageError`` if it cannot be used."""
-        if settings.heldout_dir is None:
+    def of(cls, rows: Dataset | None, settings: RunSettings, condition: Condition, view: View) -> "HeldoutSet | None":
+        """The set that ``skip_false_rate`` is of, or None. ``rows``: those that are held out."""
+        if rows is None or not settings.method.skip_false_rate:
             return None
-        with accelerator.main_process_first():
-            rows = load_other_rows(settings, "heldout_dir", condition)
         column = settings.image_column
         samples = TrainingSamples(rows, column, view, condition, settings.decoding)
         return cls(samples, content_hash(rows, column, condition))

@@ -22,7 +22,8 @@ from .settings import RunSettings
 # The settings that training_set.json holds, beside the resolution.
 PLACES = ("dataset_name", "train_data_dir")
 SOURCE = (*PLACES, "dataset_config_name", "dataset_split")
-COLUMNS, SELECTION = ("image_column", "caption_column", "caption_lines"), ("max_train_samples", "seed", "deduplicate")
+COLUMNS = ("image_column", "caption_column", "caption_lines")
+SELECTION = ("max_train_samples", "seed", "deduplicate", "heldout_share")
 VIEWS = ("center_crop", "random_flip", "image_interpolation_mode", "alpha")
 OF_ONE_START = ("local_rank", "resume_from_checkpoint")  # settings that a repeated run must not take over
 

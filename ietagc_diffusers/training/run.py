@@ -32,6 +32,7 @@ from .callbacks import (
     BadSamples,
     Checkpoints,
     FileLosses,
+    Monitor,
     NonFinite,
     PrivacySpent,
     Progress,
@@ -46,6 +47,7 @@ from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
 from .heldout import HeldoutSet
 from .lock import locked
+from .monitor import Meter
 from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
@@ -185,6 +187,30 @@ def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
         yield
 
 
+def monitor_of(
+    settings: RunSettings, meter: Meter, run: IterativeEnsemble, folder: RunFolder, accelerator: Accelerator
+) -> Monitor:
+    """The monitor that the settings ask for."""
+    assert settings.monitor_every is not None
+    family = run.weights.family
+
+    def base():
+        """What the model from which the training started says, which is no longer on the device."""
+        start = accelerator.prepare_model(family.load_again(family.denoiser_name), evaluation_mode=True)
+        return meter.losses(start)
+
+    return Monitor(
+        accelerator,
+        folder,
+        meter,
+        settings.monitor_every,
+        None if settings.pretrained_model_name_or_path is None else base,
+        settings.monitor_budget,
+        settings.stop_at_gap,
+        settings.keep_best,
+    )
+
+
 def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
     if isinstance(settings, BaseModelSettings):
         settings.pretrained_model_name_or_path = folder_of(
@@ -204,9 +230,10 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
         family.pipeline()  # what the end needs is proved before the first step
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
-    rows, groups = load_rows(settings, condition, accelerator)
+    rows, groups, others = load_rows(settings, condition, accelerator)
     prior = PriorSet.load(settings, family, accelerator)
-    heldout = HeldoutSet.load(settings, condition, view_of(settings, family), accelerator)
+    heldout = HeldoutSet.of(others, settings, condition, view_of(settings, family))
+    meter = Meter.of(rows, others, settings, family)
     buckets = settings.method.bank_buckets
     extend(settings, found)
     run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior, heldout)
@@ -228,6 +255,9 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     validation, (per_prompt, every) = None, settings.validation
     if settings.drawn and per_prompt:
         validation = Validation(accelerator, settings.drawn, every, budget.steps_per_epoch, seed, per_prompt)
+    monitor = None
+    if meter is not None:
+        monitor = monitor_of(settings, meter, run, folder, accelerator)
     saved = None
     if settings.saved_every is not None:
         saved = SavedEpochs(folder, settings.saved_every, budget.steps_per_epoch)
@@ -244,6 +274,7 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
         *([PrivacySpent(accelerator, account)] if account else []),
         RoundRecords(folder),
         *([validation] if validation else []),
+        *([monitor] if monitor else []),
         *([SavedRounds(folder)] if settings.save_rounds else []),
         *([saved] if saved else []),
         checkpoints,
@@ -253,9 +284,11 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     if signals.fault is not None:
         accelerator.end_training()
         raise signals.fault
-    if finished:
+    if finished or (monitor and monitor.stopped):
         records.write_sample_counts(run, rows, folder)
         if accelerator.is_main_process:
+            if monitor:
+                monitor.restore(run)
             if settings.save_shards:
                 records.save_shards(run, rows, folder)
             checkpoints.save_pipeline(run)

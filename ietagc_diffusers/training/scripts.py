@@ -7,7 +7,7 @@ from ..data.settings import ImageSettings
 from ..errors import UsageError
 from ..families.settings import UnconditionalModelSettings
 from ..settings import Resume, at_least, declared, not_negative, setting
-from .groups import HubSettings, OptimizationSettings, PrivacySettings, RecordSettings
+from .groups import HubSettings, MonitorSettings, OptimizationSettings, PrivacySettings, RecordSettings
 from .settings import RunSettings, TrainingSettings
 
 
@@ -130,6 +130,7 @@ class UnconditionalScript(
         "training": OptimizationSettings,
         "differential privacy (DP-SGD)": PrivacySettings,
         "moving average": AverageSettings,
+        "monitor": MonitorSettings,
         "checkpoints and records": RecordSettings,
         "along the training": EpochSettings,
         "Hub": HubSettings,
@@ -183,10 +184,10 @@ class UnconditionalScript(
             raise UsageError(f"`num_classes` {self.num_classes}: give `class_labels` too, or leave this out")
         if kind == "column" and self.label_column is None:
             raise UsageError("`class_labels` column: give the column's name as `label_column`")
-        if kind == "unique" and self.heldout_dir is not None:
+        if kind == "unique" and self.holds_out:
             raise UsageError(
-                f"`heldout_dir` {self.heldout_dir}: with `class_labels` unique each class is a training image, and "
-                "images that are held out have none; leave out one of the two"
+                "`class_labels` unique: each class is a training image, and images that are held out (`heldout_dir`, "
+                "`heldout_share`) have none; leave out one of the two"
             )
         if kind != "none" and self.num_classes is None and self.pretrained_model_name_or_path is None:
             raise UsageError(f"`class_labels` {kind}: say how many classes there are: `num_classes`")

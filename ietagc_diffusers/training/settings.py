@@ -11,6 +11,7 @@ from ..settings import Resume, check_values, declared
 from .groups import (
     HubSettings,
     LoraSettings,
+    MonitorSettings,
     OptimizationSettings,
     PrivacySettings,
     RecordSettings,
@@ -19,7 +20,15 @@ from .groups import (
 
 
 @dataclass(kw_only=True)
-class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, PrivacySettings, RecordSettings, HubSettings):
+class RunSettings(
+    PipelineSettings,
+    ImageSettings,
+    OptimizationSettings,
+    PrivacySettings,
+    MonitorSettings,
+    RecordSettings,
+    HubSettings,
+):
     """What every script is told, and ``method``. A script's own class adds groups of its own, and names them all.
 
     Attributes:
@@ -47,18 +56,27 @@ class RunSettings(PipelineSettings, ImageSettings, OptimizationSettings, Privacy
         for name in ("save_shards", "group_duplicates"):
             if getattr(self, name) and not self.method.shard_data:
                 raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
-        if self.method.skip_false_rate and self.heldout_dir is None:
-            raise UsageError(
-                f"`skip_false_rate` {self.method.skip_false_rate}: is of images that are not trained on; give their "
-                "folder as `heldout_dir`"
-            )
-        if self.heldout_dir is not None and not self.method.skip_false_rate:
-            raise UsageError(
-                f"`heldout_dir` {self.heldout_dir}: is for `skip_false_rate`; give that too, or leave it out"
-            )
+        self._check_heldout()
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
         self._check_privacy()
+
+    def _check_heldout(self):
+        """Images that are held out need a purpose, and what is compared with them needs them."""
+        if self.heldout_dir is not None and self.heldout_share is not None:
+            raise UsageError("`heldout_dir` and `heldout_share` were both given: give one of them")
+        if self.method.skip_false_rate and not self.holds_out:
+            raise UsageError(
+                f"`skip_false_rate` {self.method.skip_false_rate}: is of images that are not trained on; give their "
+                "folder as `heldout_dir`, or a `heldout_share`"
+            )
+        self._check_monitor(self.holds_out)
+        if self.holds_out and not (self.method.skip_false_rate or self.monitor_every):
+            name = "heldout_dir" if self.heldout_share is None else "heldout_share"
+            raise UsageError(
+                f"`{name}` {getattr(self, name)}: is for `monitor_every` and `skip_false_rate`; give one of them, or "
+                "leave it out"
+            )
 
     def _check_privacy(self):
         """DP-SGD accounts for samples that are judged by nothing but themselves, and opacus for plain layers."""
@@ -141,6 +159,7 @@ class TrainingSettings(
         "differential privacy (DP-SGD)": PrivacySettings,
         "LoRA": LoraSettings,
         "objective": ObjectiveSettings,
+        "monitor": MonitorSettings,
         "checkpoints and records": RecordSettings,
         "validation": ValidationSettings,
         "Hub": HubSettings,

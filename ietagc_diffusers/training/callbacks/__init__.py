@@ -4,6 +4,7 @@ from .checkpoints import Checkpoints
 from .epochs import SavedEpochs
 from .faults import BadSamples, Diverged, Ended, NonFinite
 from .log import FileLosses, StepLog
+from .monitor import Monitor
 from .privacy import PrivacySpent
 from .progress import Progress
 from .rounds import RoundRecords, SavedRounds
@@ -16,6 +17,7 @@ __all__ = [
     "Diverged",
     "Ended",
     "FileLosses",
+    "Monitor",
     "NonFinite",
     "PrivacySpent",
     "Progress",
