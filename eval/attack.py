@@ -101,7 +101,7 @@ def attack(
     settings = settings or Settings()
     target = Target.of_model(model)
     record = training.record
-    resolution = settings.resolution or (record and record.resolution)
+    resolution = settings.resolution or (None if record is None else record.resolution)
     if resolution is None:
         raise UsageError(f"`resolution`: {model} does not record at which it was trained; give it")
     reference, without_base = _base(base, record, target, settings.attacks)
@@ -113,7 +113,7 @@ def attack(
         left_out = {name: why for name, one in ATTACKS.items() if (why := one.missing(opened.family))}
         left_out |= {name: without_base for name, one in ATTACKS.items() if one.base and without_base}
         names = _names(settings.attacks, left_out)
-        interpolation = (record and record.interpolation) or "bilinear"
+        interpolation = (None if record is None else record.interpolation) or "bilinear"
         sets = {
             name: chosen(one, resolution, settings.max_images, settings.seed, name, told, interpolation, "an attack")
             for name, one in images.items()
@@ -128,7 +128,7 @@ def attack(
             of_base = ask(opened, _fixed(opened.family, sets, settings, levels), ["loss"], "Base")
     asked = Asked(sets, images, answers, of_base)
     scores = {name: ATTACKS[name].score(answers, of_base) for name in names}
-    result = {
+    result: dict[str, Any] = {
         "version": __version__,
         "model": str(model),
         "model_hash": model_hash(model),
@@ -159,7 +159,7 @@ def _base(
     given: str | None, record: TrainingRecord | None, target: Target, attacks: Sequence[str]
 ) -> tuple[Target | None, str | None]:
     """The base, or why there is none."""
-    place = given or (record and record.settings.get("pretrained_model_name_or_path"))
+    place = given or (None if record is None else record.settings.get("pretrained_model_name_or_path"))
     needed = given is not None or any(ATTACKS[name].base for name in attacks if name in ATTACKS)
     if place is None:
         return None, "needs the model that the training started from, and none is recorded; give `base`"
