@@ -119,8 +119,9 @@ def risk(
     _add_losses(risks, run, attack, notes)
     _add_copies(risks, run, audit, notes)
     _add_duplicates(risks, images, descriptor, threshold, cache, notes)
+    median = _median_share(risks)
     for one in risks:
-        one.reasons = _reasons(one, _median_share(risks))
+        one.reasons = _reasons(one, median)
     places = sorted(range(len(risks)), key=lambda place: risks[place].order)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -166,6 +167,9 @@ def _add_losses(risks: list[Risk], run: str | Path, attack: str | Path | None, n
         if (row := known.get((one.name, str(one.sample_id)))) is not None:
             one.model_loss, one.base_loss = float(row["model_loss"]), float(row["base_loss"])
             one.given_away = one.base_loss / one.model_loss > threshold
+    missing = sum(one.given_away is None for one in risks)
+    if missing:
+        notes.append(f"The attack was not made on {missing} of these images: their losses are not known.")
 
 
 def _add_copies(risks: list[Risk], run: str | Path, audit: str | Path | None, notes: list[str]) -> None:
@@ -262,16 +266,18 @@ def _reasons(one: Risk, median: float) -> list[str]:
     return reasons
 
 
-COLUMNS = ("visits", "skips", "skip_share", "model_loss", "base_loss", "ratio", "given_away")
-FOUND = ("copies", "most_similar", "group", "size", "twin")
+COLUMNS = (
+    *("visits", "skips", "skip_share", "model_loss", "base_loss", "ratio", "given_away"),
+    *("copies", "most_similar", "group", "size", "twin"),
+)  # of the table, besides names and words
 
 
 def _write_table(path: Path, risks: list[Risk]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["rank", "file_name", SAMPLE_ID, "memorized", *COLUMNS, *FOUND, "text", "reasons"])
+        writer.writerow(["rank", "file_name", SAMPLE_ID, "memorized", *COLUMNS, "text", "reasons"])
         for rank, one in enumerate(risks, 1):
-            values = [getattr(one, name) for name in (*COLUMNS, *FOUND)]
+            values = [getattr(one, name) for name in COLUMNS]
             told = ["" if value is None else int(value) if isinstance(value, bool) else value for value in values]
             words = [one.text or "", " ".join(one.reasons)]
             writer.writerow([rank, one.name, one.sample_id, int(one.memorized), *told, *words])
@@ -281,7 +287,7 @@ def summary(risks: list[Risk]) -> str:
     """The result in a sentence or two."""
     memorized = sum(one.memorized for one in risks)
     others = sum(bool(one.reasons) and not one.memorized for one in risks)
-    if risks[0].copies is None and risks[0].given_away is None:
+    if all(one.copies is None and one.given_away is None for one in risks):
         return f"{others} of {len(risks)} training images may be memorized."
     return (
         f"{memorized} of {len(risks)} training images are memorized: the model copied them, or its loss gives them "
