@@ -5,36 +5,17 @@ of the last rounds (stochastic weight averaging, Izmailov et al. 2018), made fro
     ietagc front --run none=RUN --run "none, averaged=AVERAGED" --heldout DIR
 
 ``--last`` is a number of rounds, or with a % sign a share of those so far: 50% averages the second half at any point.
-AVERAGED is a folder that the front reads like a run's, and nothing else.
+AVERAGED is a folder that the front reads like a run's, and nothing else; `ietagc average` makes a model of it.
 """
 
 import argparse
-import math
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ietagc_diffusers.families import WEIGHTS_FILE
 from ietagc_diffusers.run_folder import RunFolder
-
-
-def mean(files: list[Path]) -> dict[str, torch.Tensor]:
-    """The mean of models, summed in float64."""
-    sums: dict[str, torch.Tensor] = {}
-    for file in files:
-        for name, tensor in load_file(file).items():
-            sums[name] = sums[name] + tensor.double() if name in sums else tensor.double()
-    return {name: (total / len(files)).float() for name, total in sums.items()}
-
-
-def window(last: str, number: int) -> int:
-    """How many of the first ``number`` rounds are averaged: the last so many, or the last share of them."""
-    if last.endswith("%"):
-        return max(1, math.ceil(number * float(last[:-1]) / 100))
-    return min(int(last), number)
+from ietagc_diffusers.training.weight_averaging import average_weights, window
 
 
 def average(run: Path, output: Path, last: str, denoiser: str = "unet") -> None:
@@ -44,12 +25,8 @@ def average(run: Path, output: Path, last: str, denoiser: str = "unet") -> None:
     for file in (folder.config_file, folder.rounds_file, folder.training_set_file, folder.training_rows_file):
         shutil.copy2(file, averaged.records / file.name)
     models = [folder.round(row["round"]) / denoiser for row in folder.rounds()]
-    for number, model in enumerate(tqdm(models, desc="Averaging"), start=1):
-        some = models[number - window(last, number) : number]
-        place = averaged.round(number) / denoiser
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(model / "config.json", place / "config.json")
-        save_file(mean([each / WEIGHTS_FILE for each in some]), place / WEIGHTS_FILE, metadata={"format": "pt"})
+    for number in tqdm(range(1, len(models) + 1), desc="Averaging"):
+        average_weights(models[number - window(last, number) : number], averaged.round(number) / denoiser)
 
 
 def main():

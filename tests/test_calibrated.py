@@ -205,7 +205,7 @@ def test_presets_are_the_paper_s_with_another_judge():
     ("more", "message"),
     [
         (["--mitigation=none", "--calibrate=base"], "`calibrate` base: calibrates the control by loss, which is off"),
-        (["--skip_rate=0.3", "--skip_threshold=0.5"], "`skip_rate` and `skip_threshold` were both given"),
+        (["--skip_rate=0.3", "--skip_threshold=0.5"], "`skip_threshold` and `skip_rate` were both given"),
         (["--skip_rate=1"], r"`skip_rate` 1.0: must be in \[0, 1\)"),
         (["--mitigation=agc-c", "--random_skip_rate=0.1"], "`random_skip_rate` and `random_augment_rate` replace"),
         (["--mitigation=iet-agc-c", "--lora_rank=4", "--lora_average=fold"], "`calibrate` base: with `lora_average`"),

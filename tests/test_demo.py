@@ -150,8 +150,9 @@ def lora_runs(tmp_path_factory):
 def test_fewer_pictures_are_the_first_of_the_demo(folder, lora_runs):
     few = load_images(lora_runs[0] / "pictures", "few")
     assert len(few) == 120 and sum(name.endswith("_0.png") for name in few.names) == 90
+    pictures = training_pictures()
     for row, name in enumerate(few.names):
-        assert np.array_equal(few.image(row), training_pictures()[int(name[:5])])
+        assert np.array_equal(few.image(row), pictures[int(name[:5])])
     prompts = (lora_runs[0] / "prompts.jsonl").read_text().splitlines()
     assert prompts == (folder / "prompts.jsonl").read_text().splitlines()[:90]
 

@@ -48,7 +48,7 @@ def process(rank, folder, bucket_bytes):
 
 @pytest.mark.parametrize("bucket_bytes", [1, 5000, 10**9])
 def test_sums_are_those_of_the_processes_by_themselves(tmp_path, bucket_bytes):
-    mp.spawn(process, (tmp_path, bucket_bytes), nprocs=2)
+    mp.start_processes(process, (tmp_path, bucket_bytes), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"sums-{rank}.pt", weights_only=True) for rank in range(2))
     for step in range(STEPS):
         own = zip(own_gradients(0, step), own_gradients(1, step), strict=True)

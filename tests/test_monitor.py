@@ -124,10 +124,13 @@ class _Levels:
         self.levels = torch.arange(draws * number).view(draws, number) * 7 % 1000
 
 
-def test_a_stopped_run_measures_the_same(flags, watched, tmp_path):
-    more = ["--resume_from_checkpoint=latest"]
+@pytest.mark.parametrize("lora", [[], ["--lora_rank=2", "--lora_average=fold", "--train_text_encoder"]])
+def test_a_stopped_run_measures_the_same(flags, watched, tmp_path, lora):
+    """It measures its base again, which is no longer what it trains."""
+    more = [*lora, "--resume_from_checkpoint=latest"]
+    wanted = rows_of(train_here([*flags, *lora], tmp_path / "whole") if lora else watched)
     train_here([*flags, *more], tmp_path / "cut", stop_at=10)
-    rows, wanted = rows_of(train_here([*flags, *more], tmp_path / "cut")), rows_of(watched)
+    rows = rows_of(train_here([*flags, *more], tmp_path / "cut"))
     assert len(rows) == len(wanted)
     for row, other in zip(rows, wanted, strict=True):
         assert row["heldout_loss"] == other["heldout_loss"] and row["gap"] == pytest.approx(other["gap"], abs=1e-7)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ietagc_diffusers import Layout, PlainControl, Proxy, RunFolder, UsageError
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.data import Batch
-from ietagc_diffusers.data.rows import load_prior_rows
+from ietagc_diffusers.data.rows import load_other_rows
 from ietagc_diffusers.method.control import DecidingControl, Decision
 from ietagc_diffusers.training.build import build_run, load_family, load_rows
 from ietagc_diffusers.training.prior import Prior, PriorSet
@@ -162,7 +162,7 @@ def test_the_loss_is_the_mean_over_the_kept_plus_the_weighted_mean_over_the_prio
     if size == 1:
         steps_of_process(0, tmp_path, 1)
     else:
-        mp.spawn(steps_of_process, (tmp_path, size), nprocs=size)
+        mp.start_processes(steps_of_process, (tmp_path, size), nprocs=size, start_method="forkserver")
     for number, (accumulation, skipped) in enumerate(CASES):
         rows = size * accumulation * BATCH
         (x, y), (prior_x, prior_y) = (tuple(part[:rows] for part in numbers(seed, 100)) for seed in (1, 2))
@@ -425,7 +425,7 @@ def test_captions_are_those_of_the_folder_and_are_not_mitigated(base, prior_dir,
     for seed in range(5):
         assert torch.equal(prior.samples.__getitems__([(0, seed)]).inputs["input_ids"][0], wanted)
     settings, family, _ = prior_of(base, prior_dir, *captions)
-    rows = load_prior_rows(settings, family.condition(settings, settings.method))
+    rows = load_other_rows(settings, "prior_dir", family.condition(settings, settings.method))
     assert rows["caption"][:2] == ["a red picture", "a green picture"]
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "write one HTML file about one or more scored models",
     "attack": "tell training images from held-out ones by membership attacks: what an attacker learns from the model",
     "risk": "find which training images a run memorizes, and why: a table and a page with pictures",
+    "average": "average the last models of one run, which the training left behind",
     "front": "compare runs with plain training stopped at any point: held-out loss and memorization",
     "figures": "draw the paper's Figs. 3, 6, 7, 8 and 9, as far as the given inputs allow",
     "calibrate": "measure from which similarity an image counts as a copy, on pictures of your own kind",

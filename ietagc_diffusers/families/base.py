@@ -217,18 +217,24 @@ class Family(ABC):
             self._put(own)
 
     @contextmanager
-    def merged(self, adapter: str | Path) -> Iterator[None]:
-        """Within it the trained modules are those of the base, with the adapter of a folder added to their weights."""
+    def at_base(self) -> Iterator[None]:
+        """Within it the trained modules are those of the base, loaded again; float32, on the host."""
         own = self.trained
         try:
             self._put({name: self.load_again(name) for name in own})
-            pipeline: Any = self.pipeline()
-            pipeline.load_lora_weights(Path(adapter), weight_name=ADAPTER_FILE)
-            pipeline.fuse_lora(components=list(own))
-            pipeline.unload_lora_weights()
             yield
         finally:
             self._put(own)
+
+    @contextmanager
+    def merged(self, adapter: str | Path) -> Iterator[None]:
+        """Within it the trained modules are those of the base, with the adapter of a folder added to their weights."""
+        with self.at_base():
+            pipeline: Any = self.pipeline()
+            pipeline.load_lora_weights(Path(adapter), weight_name=ADAPTER_FILE)
+            pipeline.fuse_lora(components=list(self.trained))
+            pipeline.unload_lora_weights()
+            yield
 
     def _put(self, modules):
         """Modules, by their name in a pipeline, in the place of those that the family has."""

@@ -265,8 +265,10 @@ class ThresholdAwareControl(DecidingControl):
     def decide(self, losses: torch.Tensor, levels: torch.Tensor) -> Decision:
         """losses (B,), levels (B,) -> ``Decision``. A sample whose noise level has no history is kept as it is."""
         ratio = self.bank.loss_ratio(losses, levels)
-        fixed = self.quantile is None
-        threshold = torch.full_like(ratio, self.skip_threshold) if fixed else self.quantile(levels)
+        if isinstance(self.skip_threshold, RunningQuantile):
+            threshold = self.skip_threshold(levels)
+        else:
+            threshold = torch.full_like(ratio, self.skip_threshold)
         skip = ratio < threshold
         near = ~skip & (ratio < self.augment_range * threshold)
         strength = augmentation_strength(ratio, threshold, self.augment_decay)

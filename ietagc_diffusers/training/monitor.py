@@ -76,7 +76,7 @@ class Meter:
             ``train_loss``, ``heldout_loss``; ``gap``, the second minus the first, less the base's, and its 95% interval
             over the images ``gap_ci95``; ``levels``, the same by range of noise levels, from the least noise.
         """
-        learned = [found - start for found, start in zip(losses, base or (0.0, 0.0), strict=True)]
+        learned = [*losses] if base is None else [found - start for found, start in zip(losses, base, strict=True)]
         of_images = [change.mean(dim=0) for change in learned]
         gap = (of_images[1].mean() - of_images[0].mean()).item()
         error = sum(change.var().item() / len(change) for change in of_images if len(change) > 1) ** 0.5

@@ -196,8 +196,10 @@ def monitor_of(
 
     def base():
         """What the model from which the training started says, which is no longer on the device."""
-        start = accelerator.prepare_model(family.load_again(family.denoiser_name), evaluation_mode=True)
-        return meter.losses(start)
+        with family.at_base(), accelerator.autocast():
+            for module in family.trained.values():
+                module.to(accelerator.device)
+            return meter.losses(family.denoiser)
 
     return Monitor(
         accelerator,
