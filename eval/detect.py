@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
@@ -24,8 +23,8 @@ from ietagc_diffusers.mitigations import text_conditional_noise
 
 from .generate import Settings, load_pipeline, model_hash, trained_resolution
 from .plots import COLOURS, png
+from .roc import by_label, roc_auc, threshold_at
 
-FALSE_POSITIVES = 0.01
 RESULT, SCORES, PICTURE = "detect.json", "detect.csv", "detect.png"
 SETTINGS, MAGNITUDES = ".settings.json", ".magnitudes.jsonl"  # of an interrupted run, to continue it
 
@@ -51,30 +50,6 @@ class Detection:
     seed: int = 0
     resolution: int | None = None
     lora: tuple[str, ...] = ()
-
-
-def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Probability that a memorized prompt (label True) scores higher than another; ties count half. (N,) each."""
-    positive, negative = _by_label(scores, labels)
-    # Mann and Whitney: ranks of the positives among all, the mean rank where several tie.
-    ordered = np.sort(scores)
-    ranks = (np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right") + 1) / 2
-    return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
-
-
-def threshold_at(scores: ArrayLike, labels: ArrayLike, false_positives: float = FALSE_POSITIVES) -> tuple[float, float]:
-    """The lowest threshold that at most the share ``false_positives`` of the other prompts exceed, and the share of the
-    memorized prompts that exceed it: (threshold, TPR@FPR).
-    """
-    positive, negative = _by_label(scores, labels)
-    threshold = np.sort(negative)[::-1][int(false_positives * len(negative))]  # as many lie over it, or fewer
-    return float(threshold), float((positive > threshold).mean())
-
-
-def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the memorized prompts, and of the others."""
-    values, memorized = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
-    return values[memorized], values[~memorized]
 
 
 def detect(
@@ -213,7 +188,7 @@ def _histogram(scores: np.ndarray, labels: Sequence[bool] | None, result: dict[s
     if labels is None:
         axes.hist(scores, color=COLOURS[1], **style)
     else:
-        memorized, others = _by_label(scores, labels)
+        memorized, others = by_label(scores, labels)
         axes.hist(memorized, color=COLOURS[0], label=f"memorized ({len(memorized)})", **style)
         axes.hist(others, color=COLOURS[1], label=f"others ({len(others)})", **style)
         axes.axvline(result["threshold"], color="#888888", linestyle="--", label="1% of the others lie above")

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,30 +29,51 @@ from .told import CAPTIONS, Told
 Shown = tuple[torch.Tensor, list[Any]]  # images, and what models are told of them
 
 
-def shown(
-    images: ImageSet, resolution: int, max_images: int, seed: int = 0, setting: str = "train", told: Told = CAPTIONS
-) -> Shown:
+class Chosen(NamedTuple):
+    """Some images of a set as a model is shown them, uint8 (N, 3, H, W), what it is told of each, and their places in
+    the set.
+    """
+
+    pixels: torch.Tensor
+    told: list[Any]
+    indices: list[int]
+
+
+def chosen(
+    images: ImageSet,
+    resolution: int,
+    max_images: int,
+    seed: int = 0,
+    setting: str = "train",
+    told: Told = CAPTIONS,
+    interpolation: str = "bilinear",
+    user: str = "the front",
+) -> Chosen:
     """Images as the training transform with a centre crop shows them, and what models are told of them. Those of which
     there is nothing to tell, and those that do not decode, are left out.
 
-    ``setting`` names the source in messages: ``train`` or ``heldout``.
-
-    Returns:
-        uint8 (N, 3, resolution, resolution), and N captions, labels or None.
+    ``setting`` names the source in messages, ``train`` or ``heldout``, and ``user`` what needs the images.
     """
-    transform = image_transform(resolution, True, False, "bilinear").transforms[:2]  # resize, crop
+    transform = image_transform(resolution, True, False, interpolation).transforms[:2]  # resize, crop
     values = (told.of_heldout if setting == "heldout" else told.of_training)(images)
-    pixels, chosen = [], []
+    pixels, rows = [], []
     for index, value in choose(values, min(max_images, len(values)), seed) if values else []:
         with suppress(BadImage):
             image = images.image(index)
             for step in transform:
                 image = step(image)
             pixels.append(to_tensor(image))
-            chosen.append(value)
+            rows.append((value, index))
     if len(pixels) < 2:
-        raise UsageError(f"`{setting}` {images.source}: the front needs at least two images{told.needed}")
-    return torch.stack(pixels), chosen
+        raise UsageError(f"`{setting}` {images.source}: {user} needs at least two images{told.needed}")
+    return Chosen(torch.stack(pixels), [value for value, _ in rows], [index for _, index in rows])
+
+
+def shown(
+    images: ImageSet, resolution: int, max_images: int, seed: int = 0, setting: str = "train", told: Told = CAPTIONS
+) -> Shown:
+    """``chosen`` without the places: uint8 (N, 3, resolution, resolution), and N captions, labels or None."""
+    return chosen(images, resolution, max_images, seed, setting, told)[:2]
 
 
 @dataclass(frozen=True)

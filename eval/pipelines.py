@@ -25,10 +25,10 @@ ADAPTERS = (ADAPTER_FILE, "pytorch_lora_weights.bin", "adapter_config.json")
 ADVICE = "set `model` to its base model, and `lora` to this"
 
 
-def pipeline_folder(model: str | Path) -> Path:
+def pipeline_folder(model: str | Path, setting: str = "model") -> Path:
     """The folder of a pipeline: the given one, the base's if a run left only an adapter, the one that a checkpoint in a
     single file is converted into, or the one that a Hub id was downloaded to, with what the repository records of the
-    training.
+    training. ``setting`` names it in messages.
 
     Raises:
         UsageError: a file that is no checkpoint, or neither a folder nor a Hub id.
@@ -50,7 +50,7 @@ def pipeline_folder(model: str | Path) -> Path:
     try:
         folder = Path(DiffusionPipeline.download(str(model)))
     except Exception as error:
-        raise UsageError(f"`model` {model}: neither a folder nor a Hub id: {one_line(error)}") from error
+        raise UsageError(f"`{setting}` {model}: neither a folder nor a Hub id: {one_line(error)}") from error
     _fetch_records(str(model), folder)
     return folder
 

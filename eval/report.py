@@ -138,17 +138,27 @@ class Pictures:
             images, index = self._sets[source]
             image = images.image(index[name])
         except (KeyError, BadImage, UsageError, OSError):
-            image, crop = Image.new("RGB", (8, 8), "grey"), None
+            image, crop = grey(), None
             self.num_missing += 1
         if crop is not None:
             top, left, size = crop_boxes(image.height, image.width, *scores["protocol"]["patches"])[crop]
             image = image.crop((left, top, left + size, top + size))
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        kind = "png" if max(image.size) < 100 else "jpeg"  # PNG of a small picture is small too, and exact
-        image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
-        code = base64.b64encode(buffer.getvalue()).decode()
-        return {"uri": f"data:image/{kind};base64,{code}", "side": max(image.size)}
+        return thumbnail(image)
+
+
+def grey() -> Image.Image:
+    """What is shown of an image that cannot be read."""
+    return Image.new("RGB", (8, 8), "grey")
+
+
+def thumbnail(image: Image.Image) -> dict[str, Any]:
+    """A small version of an RGB image: ``uri``, a data address, and ``side``, its longer one in pixels."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    kind = "png" if max(image.size) < 100 else "jpeg"  # PNG of a small picture is small too, and exact
+    image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
+    code = base64.b64encode(buffer.getvalue()).decode()
+    return {"uri": f"data:image/{kind};base64,{code}", "side": max(image.size)}
 
 
 def _number(value: float | None, digits: int = 4) -> float | None:
@@ -248,7 +258,7 @@ def _lead(scored: list[Scored]) -> str:
     return f"Generated images: {'; '.join(', '.join(pair) for pair in zip(numbers, against, strict=True))}."
 
 
-def _html(sentence: str) -> str:
+def as_html(sentence: str) -> str:
     """A sentence as HTML; settings in backquotes as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(sentence))
 
@@ -258,7 +268,7 @@ def _verdict(verdict: tuple[str, str] | None) -> str:
         return ""
     outcome, sentence = verdict
     word, space, rest = sentence.partition(" ")
-    return f'<p class="verdict {outcome}"><b>{_html(word)}</b>{space}{_html(rest)}</p>'
+    return f'<p class="verdict {outcome}"><b>{as_html(word)}</b>{space}{as_html(rest)}</p>'
 
 
 def _histogram(scored: list[Scored]) -> str:
@@ -320,11 +330,11 @@ def _notes(scored: list[Scored], num_missing: int) -> str:
                 some = "; ".join(f"{name}: {why}" for name, why in skipped[:5])
                 lines.append(f"{model.name}: {len(skipped)} {SIDES[side]} files were left out. {some}")
     missing = "".join(
-        f"<li>{html.escape(model.name)}: <code>{html.escape(key)}</code>: {_html(why)}</li>"
+        f"<li>{html.escape(model.name)}: <code>{html.escape(key)}</code>: {as_html(why)}</li>"
         for model in scored
         for key, why in model.scores["reasons"].items()
     )
-    shown = "".join(f'<p class="muted">{_html(line)}</p>' for line in lines)
+    shown = "".join(f'<p class="muted">{as_html(line)}</p>' for line in lines)
     if missing:
         shown += f"<details><summary>Numbers that were not computed</summary><ul>{missing}</ul></details>"
     return shown

@@ -28,6 +28,7 @@ NEEDED = {
     "front": ["--run", "a=b", "--heldout", "h"],
     "mq": ["--generated", "g", "--train", "t"],
     "detect": ["--model", "m"],
+    "attack": ["--model", "m", "--heldout", "h"],
 }  # flags without defaults
 
 

@@ -15,30 +15,13 @@ from PIL import Image
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import detect as module
-from ietagc_diffusers.eval.detect import Detection, detect, roc_auc, threshold_at
+from ietagc_diffusers.eval.detect import Detection, detect
 from ietagc_diffusers.eval.guard import SimilarityGuard, TrainingIndex
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.mitigations import mitigate, text_conditional_noise
 from ietagc_diffusers.sscd import pixel_descriptor
 
 PROMPTS = [f"a {colour} picture" for colour in ("red", "green", "blue", "white", "red")]
-
-
-def test_auc_is_the_share_of_ordered_pairs():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 10, 60).astype(float), rng.random(60) < 0.4
-    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
-    assert roc_auc(scores, labels) == pytest.approx(np.mean(pairs))
-    assert roc_auc([3, 4, 1, 2], [True, True, False, False]) == 1
-    assert roc_auc([1, 1], [True, False]) == 0.5
-
-
-def test_at_most_the_given_share_of_others_lies_over_the_threshold():
-    scores = np.concatenate([np.arange(200.0), np.array([150.0, 197.5, 198.5, 300.0])])
-    labels = np.arange(204) >= 200
-    threshold, rate = threshold_at(scores, labels)
-    assert (scores[:200] > threshold).sum() == 2 and rate == 0.75
-    assert threshold_at([5.0, 5.0, 5.0, 9.0], [False, False, False, True], 0.5) == (5.0, 1.0)
 
 
 @pytest.fixture(scope="module")

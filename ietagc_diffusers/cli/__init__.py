@@ -21,6 +21,8 @@ COMMANDS = {
     "score": "compare generated images with the training set",
     "mq": "count memorized images (MQ, Gu et al.'s ratio) under every definition in print",
     "report": "write one HTML file about one or more scored models",
+    "attack": "tell training images from held-out ones by membership attacks: what an attacker learns from the model",
+    "risk": "find which training images a run memorizes, and why: a table and a page with pictures",
     "average": "average the last models of one run, which the training left behind",
     "front": "compare runs with plain training stopped at any point: held-out loss and memorization",
     "figures": "draw the paper's Figs. 3, 6, 7, 8 and 9, as far as the given inputs allow",

@@ -86,6 +86,19 @@ class Objective(ABC):
         """Weights (B,) that depend on the level only and so cancel in the loss ratio, or None."""
         return None
 
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether what the model predicts says which noise it sees, so that there is ``noise_in``."""
+        return False
+
+    def noise_in(self, model: Callable, drawn: Any, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """The noise that the model sees in what is denoised, float32 (B, ...), at the levels of ``drawn``.
+
+        noise: is added first, as much as these levels say, like what is denoised; None shows it as it is, without
+        noise.
+        """
+        raise NotImplementedError
+
 
 class Family(ABC):
     """One kind of model, loaded.
@@ -252,6 +265,10 @@ class Family(ABC):
     @abstractmethod
     def condition(self, settings: Any, config: MitigationConfig) -> Condition:
         """What the model is told of a training row."""
+
+    def unconditional(self) -> Tensors:
+        """The condition that stands for no caption, named tensors (1, ...); {} for a family without captions."""
+        return {}
 
     @abstractmethod
     def encoder_marks(self) -> dict[str, dict[str, str]]:

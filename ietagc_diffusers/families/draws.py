@@ -1,6 +1,6 @@
 """Random draws for a batch, and a batch with everything random drawn."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -9,7 +9,7 @@ import torch
 @dataclass(frozen=True)
 class DrawnBatch:
     """The base of dataclasses whose fields are tensors (B, ...), or dicts of such tensors: rows and devices of them.
-    ``levels`` (B,) are the noise levels.
+    ``levels`` (B,) are the noise levels, ``condition`` is what the model is told of each sample: named tensors.
 
     own: what each image keeps for the whole training, named tensors (B, ...).
     """
@@ -25,6 +25,12 @@ class DrawnBatch:
 
     def to(self, device: torch.device | str) -> Self:
         return self._map(lambda tensor: tensor.to(device))
+
+    def told(self, condition: dict[str, torch.Tensor]) -> Self:
+        """The same samples, all told ``condition``, tensors (1, ...), in the place of their own of the same names."""
+        of_dataclass: Any = self
+        same = {name: tensor.expand(len(self), *tensor.shape[1:]) for name, tensor in condition.items()}
+        return replace(of_dataclass, condition=of_dataclass.condition | same)
 
     def _names(self):
         of_dataclass: Any = self

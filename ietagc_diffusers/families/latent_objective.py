@@ -208,11 +208,8 @@ class LatentObjective(Objective):
         noisy, target = self.noisy_and_target(model, drawn)
         prediction = self.call(model, noisy, drawn, drawn.condition)
         with torch.no_grad():
-            nothing = {
-                name: tensor.expand(len(drawn), *tensor.shape[1:])
-                for name, tensor in self.embedded(self.unconditional).items()
-            }
-            unconditional = self.call(model, noisy, drawn, drawn.condition | nothing)
+            nothing = drawn.told(self.embedded(self.unconditional))
+            unconditional = self.call(model, noisy, nothing, nothing.condition)
             magnitudes = (prediction.float() - unconditional.float()).flatten(1).norm(dim=1)
         return _of_samples(squared_errors(prediction, target, mixture)), magnitudes
 

@@ -132,6 +132,19 @@ class PixelObjective(Objective):
         prediction = model(with_mask(model, noisy, shown), drawn.timesteps, **drawn.condition, return_dict=False)[0]
         return prediction, target, rule
 
+    @property
+    def predicts_noise(self) -> bool:
+        return True
+
+    def noise_in(self, model: Callable, drawn: DrawnImages, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """From an image x in z = a x + b e it is (z - a x) / b."""
+        shown = drawn.images if noise is None else self.scheduler.add_noise(drawn.images, noise, drawn.timesteps)
+        prediction = model(with_mask(model, shown), drawn.timesteps, **drawn.condition, return_dict=False)[0].float()
+        if not self.predicts_images:
+            return prediction
+        signal, spread = (scale[:, None, None, None] for scale in self._scales(drawn))
+        return (shown - signal * prediction) / spread
+
     def _mixture(self, drawn):
         assert self.noisy_data is not None
         kind = self.scheduler.config.prediction_type

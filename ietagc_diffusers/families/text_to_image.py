@@ -166,6 +166,21 @@ class TextToImageObjective(LatentObjective):
         # The official script's rule: a model of this kind says the image and the noise together.
         return prediction - drawn.noise if self.prediction_type == "sample" else prediction
 
+    @property
+    def predicts_noise(self) -> bool:
+        """Not of a model that says image and noise together, see ``call``."""
+        return self.prediction_type != "sample"
+
+    def noise_in(self, model: Callable, drawn: Drawn, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """From a velocity v in z = a x + b e, which is a e - b x, it is a v + b z."""
+        condition = self.embedded(drawn.condition)
+        shown = drawn.latents if noise is None else self.scheduler.add_noise(drawn.latents, noise, drawn.timesteps)
+        prediction = self.call(model, shown.to(self.dtype), drawn, condition).float()
+        if self.prediction_type == "epsilon":
+            return prediction
+        signal, spread = (scale[:, None, None, None] for scale in self.scales(drawn))
+        return signal * prediction + spread * shown
+
     def arguments(self, condition: Tensors) -> dict[str, Any]:
         """The denoiser's keyword arguments that a condition stands for: here its own."""
         return condition

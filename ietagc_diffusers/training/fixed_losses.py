@@ -1,10 +1,12 @@
 """Denoising losses under fixed noise and noise levels: precise enough to compare models, and free of sampling."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..data import Batch
 from ..families import Family
@@ -26,6 +28,7 @@ class FixedLosses:
         seed: of the noise.
         batch_size: images at once; the draws do not depend on it.
         sweep: each draw is at one level for all images, and the draws cover the range of levels.
+        levels: these levels instead, one for each draw, the same for all images.
 
     Attributes:
         levels: int64 (draws, N), the noise level of each draw of each image.
@@ -40,11 +43,15 @@ class FixedLosses:
         seed: int = 0,
         batch_size: int = 100,
         sweep: bool = False,
+        levels: Sequence[int] | None = None,
     ):
         chunks = torch.arange(len(images)).split(DRAWN_TOGETHER)
         batches = (family.batch(_centred(images[rows]), [told[row] for row in rows]) for rows in chunks)
-        levels = (_swept if sweep else _spread)(draws, len(images), family.objective.num_levels)
-        self._draw(family.objective, family.device, batches, levels, seed, batch_size)
+        if levels is not None:
+            drawn_at = torch.tensor(levels)[:, None].expand(-1, len(images))
+        else:
+            drawn_at = (_swept if sweep else _spread)(draws, len(images), family.objective.num_levels)
+        self._draw(family.objective, family.device, batches, drawn_at, seed, batch_size)
 
     @classmethod
     def of_batches(
@@ -80,13 +87,22 @@ class FixedLosses:
                     self.batches.append((draw, rows, drawn.to("cpu")))
 
     @torch.no_grad()
+    def of_draws(
+        self, statistic: Callable[[Any], torch.Tensor], draws: int | None = None, desc: str | None = None
+    ) -> torch.Tensor:
+        """``statistic`` (B,) of what ``Objective.draw`` returns, of each image at each draw, or at the first ``draws``:
+        float32 (draws, N). ``desc``: of a progress bar; None shows none.
+        """
+        values = torch.zeros(self.levels[:draws].shape)
+        for draw, rows, drawn in tqdm(self.batches, desc=desc, disable=desc is None):
+            if draw < len(values):
+                for some in torch.arange(len(rows)).split(self.batch_size):
+                    values[draw, rows[some]] = statistic(drawn[some].to(self.device)).cpu()
+        return values
+
     def by_draw(self, denoiser: torch.nn.Module) -> torch.Tensor:
         """Loss of each image at each draw: float32 (draws, N)."""
-        losses = torch.zeros(self.levels.shape)
-        for draw, rows, drawn in self.batches:
-            for some in torch.arange(len(rows)).split(self.batch_size):
-                losses[draw, rows[some]] = self.objective.losses(denoiser, drawn[some].to(self.device)).cpu()
-        return losses
+        return self.of_draws(partial(self.objective.losses, denoiser))
 
     def __call__(self, denoiser: torch.nn.Module) -> torch.Tensor:
         """Mean loss of each image over its draws: float32 (N,)."""

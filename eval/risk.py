@@ -1,0 +1,320 @@
+"""Which training images a model memorizes, and why: joined from what its run, an attack and an audit left behind."""
+
+import csv
+import html
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ietagc_diffusers.data.sources import SAMPLE_ID
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.files import read_json, write_text
+from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.sscd import Descriptor
+
+from .attack import IMAGES, RESULT
+from .features import embed
+from .generate import model_hash
+from .image_sets import BadImage, ImageSet
+from .record import TrainingSet
+from .report import as_html, grey, thumbnail
+from .roc import FALSE_POSITIVES, threshold_at
+from .score import load_scores
+
+TABLE, PAGE = "risk.csv", "risk.html"
+TEMPLATE = Path(__file__).with_suffix(".html")
+OFTEN = 2  # times the median share of skips, from which an image counts as skipped often
+ROWS = 4096  # images that are compared with all others at once
+
+
+@dataclass
+class Risk:
+    """What is known of one training image. None: not known.
+
+    Attributes:
+        name, text, sample_id: of the image, the text being its caption.
+        visits, skips: of the training.
+        model_loss, base_loss: on the same noise; given_away: whether their ratio is over that of all but 1% of the
+            held-out images.
+        copies: drawn images that are copies of it; most_similar: the highest similarity of a drawn image to it.
+        group: the number of its group of near duplicates; size: of the group; twin: the similarity to the nearest.
+        reasons: why it is memorized, or may be, in words.
+    """
+
+    name: str
+    text: str | None
+    sample_id: int
+    visits: int | None = None
+    skips: int | None = None
+    model_loss: float | None = None
+    base_loss: float | None = None
+    given_away: bool | None = None
+    copies: int | None = None
+    most_similar: float | None = None
+    group: int | None = None
+    size: int | None = None
+    twin: float | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def skip_share(self) -> float | None:
+        return self.skips / self.visits if self.visits and self.skips is not None else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the model's loss the base's is."""
+        return self.base_loss / self.model_loss if self.model_loss and self.base_loss is not None else None
+
+    @property
+    def memorized(self) -> bool:
+        """Whether the model itself shows it: by a copy, or by its loss."""
+        return bool(self.copies or self.given_away)
+
+    @property
+    def order(self) -> tuple:
+        """The most memorized first: copies, then losses that give an image away, then the number of reasons."""
+        return -(self.copies or 0), not self.given_away, -len(self.reasons), -(self.ratio or 0), -(self.skip_share or 0)
+
+
+def risk(
+    run: str | Path,
+    training: TrainingSet,
+    output: str | Path,
+    descriptor: Descriptor,
+    duplicate_similarity: float | None = None,
+    attack: str | Path | None = None,
+    audit: str | Path | None = None,
+    cache: str | Path | None = None,
+    max_shown: int = 200,
+) -> list[Risk]:
+    """Join what is known of each training image, and write risk.csv and risk.html into the folder ``output``.
+
+    Args:
+        run: the run's folder; training: its images.
+        descriptor: by which near duplicates are looked for; duplicate_similarity: two images over it are near
+            duplicates, None is from which the descriptor counts a copy.
+        attack, audit: folders that these commands wrote about this model, or None.
+        max_shown: images on the page.
+
+    Returns:
+        The images, the most memorized first.
+
+    Raises:
+        UsageError: results of another model, files that are missing or broken, or a descriptor without a threshold.
+    """
+    folder, images = RunFolder(run), training.images
+    threshold = descriptor.threshold(duplicate_similarity, "duplicate_similarity")
+    risks = [
+        Risk(name, text, row[SAMPLE_ID])
+        for name, text, row in zip(images.names, images.texts, images.rows, strict=True)
+    ]
+    notes = [*training.warnings]
+    _add_skips(risks, folder, notes)
+    _add_losses(risks, run, attack, notes)
+    _add_copies(risks, run, audit, notes)
+    _add_duplicates(risks, images, descriptor, threshold, cache, notes)
+    median = _median_share(risks)
+    for one in risks:
+        one.reasons = _reasons(one, median)
+    places = sorted(range(len(risks)), key=lambda place: risks[place].order)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    ordered = [risks[place] for place in places]
+    _write_table(output / TABLE, ordered)
+    shown = [place for place in places if risks[place].reasons][:max_shown]
+    write_text(output / PAGE, _page(folder.path, risks, shown, images, notes))
+    return ordered
+
+
+def _add_skips(risks: list[Risk], folder: RunFolder, notes: list[str]) -> None:
+    if not folder.skip_counts_file.is_file():
+        notes.append("How often each image was skipped is not recorded.")
+        return
+    try:
+        rows = pq.read_table(folder.skip_counts_file).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UsageError(f"{folder.skip_counts_file}: cannot be read: {error}") from error
+    known = {row[SAMPLE_ID]: row for row in rows}
+    for one in risks:
+        if (row := known.get(one.sample_id)) is not None:
+            one.visits, one.skips = row["visits"], row["skips"]
+    if not any(one.skips for one in risks):
+        notes.append("The run skipped no image: its skip counts say nothing.")
+
+
+def _add_losses(risks: list[Risk], run: str | Path, attack: str | Path | None, notes: list[str]) -> None:
+    if attack is None:
+        notes.append("Losses are not compared: run the command `attack` with held-out images, and give its folder.")
+        return
+    _check_model(read_json(Path(attack) / RESULT), run, "attack", attack)
+    try:
+        with (Path(attack) / IMAGES).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UsageError(f"`attack` {attack}: cannot be read: {error}") from error
+    if not rows or not {"model_loss", "base_loss"} <= rows[0].keys():
+        raise UsageError(f"`attack` {attack}: has no losses of the base; attack with `base`, and by ratio")
+    ratios = [float(row["base_loss"]) / float(row["model_loss"]) for row in rows]
+    threshold, _ = threshold_at(ratios, [row["set"] == "train" for row in rows], FALSE_POSITIVES)
+    known = {(row["file_name"], row[SAMPLE_ID]): row for row in rows if row["set"] == "train"}
+    for one in risks:
+        if (row := known.get((one.name, str(one.sample_id)))) is not None:
+            one.model_loss, one.base_loss = float(row["model_loss"]), float(row["base_loss"])
+            one.given_away = one.base_loss / one.model_loss > threshold
+    missing = sum(one.given_away is None for one in risks)
+    if missing:
+        notes.append(f"The attack was not made on {missing} of these images: their losses are not known.")
+
+
+def _add_copies(risks: list[Risk], run: str | Path, audit: str | Path | None, notes: list[str]) -> None:
+    if audit is None:
+        notes.append("Drawn images are not looked at: run the command `audit`, and give its folder.")
+        return
+    scores, nearest, _ = load_scores(audit)
+    _check_model(scores, run, "audit", audit)
+    for one in risks:
+        one.copies = 0
+    by_name: dict[str, list[Risk]] = {}
+    for one in risks:
+        by_name.setdefault(one.name, []).append(one)
+    for name, similarity, copy in zip(nearest["nearest"], nearest["similarity"], nearest["copy"], strict=True):
+        for one in by_name.get(name, []):
+            one.copies = (one.copies or 0) + bool(copy)
+            one.most_similar = max(similarity, one.most_similar if one.most_similar is not None else -1.0)
+
+
+def _check_model(found: dict[str, Any], run: str | Path, setting: str, folder: str | Path) -> None:
+    recorded = found.get("model_hash")
+    if recorded is not None and recorded != model_hash(run):
+        raise UsageError(f"`{setting}` {folder}: is about another model ({found.get('model')}), not about {run}")
+
+
+def _add_duplicates(
+    risks: list[Risk],
+    images: ImageSet,
+    descriptor: Descriptor,
+    threshold: float,
+    cache: str | Path | None,
+    notes: list[str],
+) -> None:
+    described = embed(images, {"whole": descriptor}, cache, desc="Describing training images")
+    vectors = described.features["whole"]
+    groups, twins = near_duplicates(vectors, threshold)
+    sizes = groups.bincount(minlength=len(groups))
+    for place, group, twin in zip(described.kept, groups.tolist(), twins.tolist(), strict=True):
+        one = risks[place]
+        one.group, one.size, one.twin = group, int(sizes[group]), twin if np.isfinite(twin) else None
+    notes.append(f"Near duplicates are more similar than {threshold:g} by {descriptor.name}.")
+    if len(described.kept) < len(risks):
+        notes.append(f"{len(risks) - len(described.kept)} images cannot be read.")
+
+
+def near_duplicates(vectors: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of images that are linked by similarities over a threshold, however many links lie between two of them.
+
+    Args:
+        vectors: (N, D) of unit length.
+
+    Returns:
+        int64 (N,): the lowest number of an image of the same group; float32 (N,): the similarity to the nearest other
+        image, -inf for a single one.
+    """
+    twins, links = torch.full((len(vectors),), -torch.inf), []
+    for rows in torch.arange(len(vectors)).split(ROWS):
+        similarity = vectors[rows] @ vectors.T
+        similarity[torch.arange(len(rows)), rows] = -torch.inf
+        twins[rows] = similarity.max(dim=1).values
+        first, second = (similarity > threshold).nonzero(as_tuple=True)
+        links.append(torch.stack([rows[first], second]))
+    first, second = torch.cat(links, dim=1)
+    groups = torch.arange(len(vectors))
+    while True:
+        lower = groups.scatter_reduce(0, first, groups[second], "amin")
+        lower = lower[lower]  # the group's lowest may itself have found a lower one
+        if lower.equal(groups):
+            return groups, twins
+        groups = lower
+
+
+def _median_share(risks: list[Risk]) -> float:
+    shares = [one.skip_share for one in risks if one.skip_share is not None]
+    return float(np.median(shares)) if shares else 0.0
+
+
+def _reasons(one: Risk, median: float) -> list[str]:
+    reasons = []
+    if one.copies:
+        times = "an image that is a copy" if one.copies == 1 else f"{one.copies} images that are copies"
+        reasons.append(f"The model drew {times} of it (similarity up to {one.most_similar:.2f}).")
+    if one.given_away and one.ratio is not None:
+        reasons.append(
+            f"The base's loss on it is {one.ratio:.1f} times the model's; of the held-out images at most 1% reach that."
+        )
+    if (one.size or 1) > 1:
+        others = "another image" if one.size == 2 else f"{(one.size or 1) - 1} others"
+        reasons.append(f"The set has {others} like it (similarity {one.twin:.2f}): the model sees it more often.")
+    if one.skips and one.skip_share is not None and one.skip_share >= OFTEN * median:
+        reasons.append(
+            f"It was skipped in {one.skip_share:.0%} of its visits, as its loss was too low (median: {median:.0%})."
+        )
+    return reasons
+
+
+COLUMNS = (
+    *("visits", "skips", "skip_share", "model_loss", "base_loss", "ratio", "given_away"),
+    *("copies", "most_similar", "group", "size", "twin"),
+)  # of the table, besides names and words
+
+
+def _write_table(path: Path, risks: list[Risk]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rank", "file_name", SAMPLE_ID, "memorized", *COLUMNS, "text", "reasons"])
+        for rank, one in enumerate(risks, 1):
+            values = [getattr(one, name) for name in COLUMNS]
+            told = ["" if value is None else int(value) if isinstance(value, bool) else value for value in values]
+            words = [one.text or "", " ".join(one.reasons)]
+            writer.writerow([rank, one.name, one.sample_id, int(one.memorized), *told, *words])
+
+
+def summary(risks: list[Risk]) -> str:
+    """The result in a sentence or two."""
+    memorized = sum(one.memorized for one in risks)
+    others = sum(bool(one.reasons) and not one.memorized for one in risks)
+    if all(one.copies is None and one.given_away is None for one in risks):
+        return f"{others} of {len(risks)} training images may be memorized."
+    return (
+        f"{memorized} of {len(risks)} training images are memorized: the model copied them, or its loss gives them "
+        f"away. For {others} others there is a reason why they may be."
+    )
+
+
+def _page(run: Path, risks: list[Risk], shown: list[int], images: ImageSet, notes: list[str]) -> str:
+    values = {
+        "title": html.escape(f"Images at risk: {run.name}"),
+        "lead": html.escape(summary(risks)),
+        "notes": "".join(f"<li>{as_html(note)}</li>" for note in notes),
+        "count": html.escape(f"{len(shown)} images, the most memorized first. {TABLE} has all {len(risks)}."),
+        "cards": "".join(_card(risks[place], images, place) for place in shown),
+    }
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _card(one: Risk, images: ImageSet, place: int) -> str:
+    try:
+        picture = thumbnail(images.image(place))
+    except (BadImage, OSError):
+        picture = thumbnail(grey())
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in one.reasons)
+    small = ' class="small"' if picture["side"] < 100 else ""
+    return (
+        f'<figure class="{"memorized" if one.memorized else "maybe"}"><img{small} src="{picture["uri"]}" alt="">'
+        f"<figcaption><b>{html.escape(one.name)}</b> {html.escape(one.text or '')}<ul>{reasons}</ul></figcaption>"
+        "</figure>"
+    )
