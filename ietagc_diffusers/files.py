@@ -4,7 +4,7 @@ import json
 import os
 import re
 from importlib.resources import files
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
@@ -98,5 +98,4 @@ def without_places(value: Any) -> Any:
 
 
 def _last_part(path: str) -> str:
-    kind = PureWindowsPath if "\\" in path else PurePosixPath
-    return kind(path).name or path
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path

@@ -108,11 +108,12 @@ class FakeHub:
         return 200, {"files": found}, None
 
     def batch(self, name, body):
-        objects = [
-            {"oid": each["oid"], "size": each["size"]}
-            | ({} if each["oid"] in self.objects else {"actions": {"upload": {"href": f"{self.address}/lfs/{each['oid']}"}}})
-            for each in json.loads(body)["objects"]
-        ]
+        objects = []
+        for asked in json.loads(body)["objects"]:
+            upload = {"actions": {"upload": {"href": f"{self.address}/lfs/{asked['oid']}"}}}
+            objects.append(
+                {"oid": asked["oid"], "size": asked["size"]} | ({} if asked["oid"] in self.objects else upload)
+            )
         return 200, {"transfer": "basic", "objects": objects}, None
 
     def commit(self, name, branch, body):

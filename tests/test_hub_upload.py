@@ -2,14 +2,12 @@
 
 import io
 import json
-import types
 from email.utils import formatdate
 
 import pytest
 import yaml
-from fake_hub import CUT, HALF_ANSWER, TOKEN, serving
+from fake_hub import CUT, HALF_ANSWER, TOKEN
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from PIL import Image
 
 from ietagc_diffusers import RunFolder, UsageError
@@ -31,27 +29,6 @@ UPLOADED = {
 BUSY = (503, {}, "busy")
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that the client is directed to."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        template = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + template)
-        yield hub
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """The seconds that were waited for, by this package and by the Hub's client, none of which pass."""
-    waits = []
-    clock = types.SimpleNamespace(sleep=waits.append, time=lambda: 1000.0, perf_counter=lambda: 0.0)
-    monkeypatch.setattr(_http, "time", clock)
-    return waits
-
-
 def place(name="me/model", waits=None, **more):
     patience = Patience(sleep=[].append if waits is None else waits.append, clock=lambda: 1000.0)
     return Repository(name, token=TOKEN, patience=patience, **more)
@@ -65,8 +42,8 @@ def run(tmp_path):
     Image.new("RGB", (8, 8)).save(picture, "png")
     files = {
         "README.md": "---\nbase_model: some/base\n---\n# me/model\n",
-        "model_index.json": {"_class_name": "P", "unet": ["d", "U"], "scheduler": ["d", "S"], "checkpoint-3": ["a", "b"],
-                             "private": ["a", "b"], "..": ["a", "b"], "ietagc": ["a", "b"]},
+        "model_index.json": {"_class_name": "P", "unet": ["d", "U"], "scheduler": ["d", "S"], "checkpoint-3": ["a"],
+                             "private": ["a", "b"], "..": ["a", "b"], "ietagc": ["a", "b"], "vae": ["d", "V"]},
         "unet/config.json": {"_name_or_path": f"{home}/models/base", "sample_size": 8},
         "unet/diffusion_pytorch_model.safetensors": WEIGHTS,
         "unet/notes.txt": "mine",
@@ -109,8 +86,6 @@ def run(tmp_path):
     (tmp_path / "elsewhere" / "model.safetensors").write_text("mine")
     (out / "unet" / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
     (out / "vae").symlink_to(tmp_path / "elsewhere")
-    index = json.loads((out / "model_index.json").read_text())
-    (out / "model_index.json").write_text(json.dumps(index | {"vae": ["d", "V"]}))
     return RunFolder(out)
 
 

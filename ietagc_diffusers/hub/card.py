@@ -284,9 +284,9 @@ def _outcome(facts):
         from ..training.privacy import in_words
 
         outcome += (
-            f"\nTrained by DP-SGD, noise multiplier {values['dp_noise_multiplier']:g}, each image's gradient clipped to "
-            f"{values['dp_max_grad_norm']:g}: {in_words(dict(last), values['dp_delta'])}. This holds against those who "
-            "do not know the seed, from which the noise was drawn.\n"
+            f"\nTrained by DP-SGD, noise multiplier {values['dp_noise_multiplier']:g}, each image's gradient clipped "
+            f"to {values['dp_max_grad_norm']:g}: {in_words(dict(last), values['dp_delta'])}. This holds against those "
+            "who do not know the seed, from which the noise was drawn.\n"
         )
     return outcome
 

@@ -29,7 +29,7 @@ SHOWN = {
 }
 LIMITS = {name: SHOWN[name][0] for name in ("copy_rate", "excess_copy_rate", "patch_copy_rate", "sim_score")}
 # What a result says of its protocol, where it is recorded.
-PROTOCOL = ("name", "descriptor", "copy_similarity", "neighbours", "views")
+PROTOCOL = ("descriptor", "copy_similarity", "neighbours", "views")
 DRAWING = ("num_images", "num_prompts", "num_inference_steps", "guidance_scale", "scheduler", "dtype")
 
 
@@ -44,7 +44,8 @@ class Audit:
     def protocol(self) -> dict[str, Any]:
         """How it was measured: plain values by name."""
         protocol, drawing = (_table(self.scores.get(key)) for key in ("protocol", "drawing"))
-        found = {name: protocol.get(name) for name in PROTOCOL} | {name: drawing.get(name) for name in DRAWING}
+        found = {"protocol": protocol.get("name")} | {name: protocol.get(name) for name in PROTOCOL}
+        found |= {name: drawing.get(name) for name in DRAWING}
         found["num_training_images"] = self.scores.get("num_train")
         return {name: without_places(value) for name, value in found.items() if _is_plain(value)}
 
@@ -111,8 +112,12 @@ def _section(audit):
     for name, value, around in audit.numbers:
         ends = "" if around is None else " to ".join(_shown(name, end) for end in around)
         lines.append(f"| {SHOWN[name][0]} | {_shown(name, value)} | {ends} |")
-    protocol = [f"{name} {plain(value)}" for name, value in audit.protocol.items()]
-    return "\n".join([*lines, "", f"Protocol: {', '.join(protocol)}.", ""])
+    protocol = [f"{_words(name)} {plain(value)}" for name, value in audit.protocol.items()]
+    return "\n".join([*lines, "", f"Measured with: {', '.join(protocol)}.", ""])
+
+
+def _words(name):
+    return name.removeprefix("num_").replace("_", " ")
 
 
 def results(audits: Sequence[Audit], task: str, dataset: str, dataset_type: str) -> list[EvalResult]:

@@ -191,12 +191,14 @@ def _repository(settings: RunSettings, is_main: bool) -> hub.Repository | None:
     """Where the result is uploaded, made by the main process; all processes hear if it cannot be."""
     if not settings.push_to_hub:
         return None
-    answer: list[hub.Repository | UsageError] = [settings.repository]
+    repository = settings.repository
+    answer: list[hub.Repository | UsageError] = [repository]
     if is_main:
         try:
-            answer = [settings.repository.create()]
+            named = replace(repository, patience=hub.Patience(longest=30.0)).create()  # the others wait meanwhile
+            answer = [replace(repository, name=named.name)]
         except hub.UploadError as error:
-            answer = [UsageError(f"`push_to_hub` {settings.repository.name}: {error}")]
+            answer = [UsageError(f"`push_to_hub` {repository.name}: {error}")]
     (found,) = broadcast_object_list(answer)
     if isinstance(found, UsageError):
         raise found

@@ -53,7 +53,6 @@ class Uploads(Callback):
         every: a number of steps, or None for every round. With several shards the model exists only between rounds: it
             is that after the next one.
         card: writes the model's card into a folder, for a run.
-        start: see ``start_push``.
     """
 
     def __init__(
@@ -62,9 +61,8 @@ class Uploads(Callback):
         repository: Repository | None,
         every: int | None,
         card: Callable[[IterativeEnsemble, Path], None],
-        start: Callable[[Path, Repository, str, Path], subprocess.Popen] = start_push,
     ):
-        self.folder, self.repository, self.every, self.card, self.start = folder, repository, every, card, start
+        self.folder, self.repository, self.every, self.card = folder, repository, every, card
         self.process: subprocess.Popen | None = None
         self.message = ""  # of the upload under way
 
@@ -119,7 +117,7 @@ class Uploads(Callback):
                 shutil.copyfile(getattr(self.folder, name), getattr(folder, name))
         self.card(run, folder.path)
         self.message = f"Step {run.global_step} of {run.rounds.total_steps}, after {run.round} rounds"
-        self.process = self.start(folder.path, self.repository, self.message, self._log)
+        self.process = start_push(folder.path, self.repository, self.message, self._log)
 
     def _under_way(self):
         """Whether an upload is; of one that is over the log says how it ended."""
