@@ -251,11 +251,13 @@ def test_the_card_of_a_run_s_records_is_that_of_its_settings(tmp_path):
     run.rounds_file.write_text(json.dumps(rows[0]) + "\n")
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (run.path / "model_index.json").write_text(json.dumps(index))
-    cards.write_card(settings, "me/model", [], rows, StableDiffusion.tags)
+    cards.write_card(settings, "me/model", [Image.new("RGB", (8, 8))], rows, StableDiffusion.tags)
     of_settings = run.card_file.read_text()
-    run.card_file.unlink()
-    cards.write_card_of_records(run, "me/model")
-    assert run.card_file.read_text() == of_settings and "3e-05" in of_settings
+    assert "3e-05" in of_settings and "Prompts: “a cat”" in of_settings
+    for _ in range(2):  # with a card and without one
+        cards.write_card_of_records(run, "me/model")
+        assert run.card_file.read_text() == of_settings
+        run.card_file.unlink()
 
 
 @pytest.mark.parametrize(

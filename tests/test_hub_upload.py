@@ -245,3 +245,18 @@ def test_without_a_network_nothing_is_waited_for(run, waits, monkeypatch):
 
 def test_the_times_of_the_default_patience_are_those_of_the_clock():
     assert (Patience().sleep, Patience().clock) == (repository.time.sleep, repository.time.time)
+
+
+def test_a_later_push_brings_the_audit_and_keeps_what_people_wrote_on_the_hub(hub, run):
+    assert push(run.path, "model", "--token", TOKEN) == 0
+    there = hub.files()
+    there["README.md"] = there["README.md"].replace(b"# me/model", b"# Ours\n\nRead this.") + b"\n## And this\n"
+    scores = {"weights_hash": run.weights_hash(), "copy_rate": 0.25, "protocol": {"descriptor": "pixel"}}
+    for name, value in {"scores": scores, "verdict": {"verdict": "failed"}}.items():
+        (run.path / "audit").mkdir(exist_ok=True)
+        (run.path / "audit" / f"{name}.json").write_text(json.dumps(value))
+    assert push(run.path, "model", "--token", TOKEN) == 0
+    card = there["README.md"].decode()
+    assert "# Ours\n\nRead this." in card and card.endswith("\n## And this\n")
+    assert "Verdict: **failed**" in card and yaml.safe_load(card.split("---")[1])["model-index"]
+    assert hub.commits[-1][-1] == ["README.md"] and not any(name.startswith("audit") for name in there)

@@ -30,10 +30,9 @@ def run(args: Namespace) -> int:
     contents(folder)  # what is missing is told before the Hub is asked
     try:
         repository = repository.create()
-        if not folder.card_file.is_file():
-            write_card_of_records(folder, repository.name, args.token)
+        write_card_of_records(folder, repository.name, args.token)
         say(f"Uploaded: {upload(folder, repository, args.message)}")
-    except UploadError as error:
+    except (UploadError, OSError) as error:  # of the network, or of a disk
         print(f"{args.prog} push: {args.repo}: {error}. Nothing is lost: the same command tries again", file=sys.stderr)
         return 1
     return 0

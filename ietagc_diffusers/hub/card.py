@@ -19,7 +19,7 @@ from ..run_folder import RunFolder
 from .content import CARD
 from .findings import Audit, as_markdown, audits_of, plain, results
 from .repository import Patience, Repository, UploadError
-from .sections import END, START, join, merge, split
+from .sections import END, START, join, merge, read_card, split
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,6 +52,7 @@ class Facts:
         prompted: whether the model draws what a prompt says.
         gallery: the images, as Markdown.
         licence: of the base, as its card's metadata have it; {} if that is not known.
+        stated: whether the card states a licence already.
         audits: what audits found.
     """
 
@@ -62,6 +63,7 @@ class Facts:
     prompted: bool
     gallery: str = ""
     licence: Mapping[str, Any] = field(default_factory=dict)
+    stated: bool = False
     audits: Sequence[Audit] = ()
 
     @property
@@ -98,33 +100,27 @@ def write_card(
         tags: of the model's family.
         folder: another folder to write into.
     """
-    run, gallery = RunFolder(folder or settings.output_dir), ""
+    run = RunFolder(folder or settings.output_dir)
     if images:
         from diffusers.utils import make_image_grid
 
         per_prompt, _ = settings.validation
         columns = per_prompt if per_prompt > 1 else len(images)
         make_image_grid(list(images), len(images) // columns, columns).save(run.card_grid_file)
-        gallery = f"![Validation images](./{run.card_grid_file.name})\n"
-        if settings.prompted:
-            gallery += f"\nPrompts: {', '.join(f'“{plain(prompt)}”' for prompt in settings.drawn)}\n"
-    values = settings.values()
-    licence = licence_of(values, settings.hub_token)
-    _write(run, Facts(repo_id, values, rows, tags, settings.prompted, gallery, licence, audits_of(run)))
+    _write(run, repo_id, settings.values(), rows, tags, settings.prompted, settings.hub_token)
 
 
 def write_card_of_records(run: RunFolder, repo_id: str, token: str | None = None) -> None:
     """The same for a run that is finished, from what it recorded. Images are not drawn again."""
-    values, tags = run.config(), _tags(run)
-    gallery = f"![Validation images](./{run.card_grid_file.name})\n" if run.card_grid_file.is_file() else ""
-    prompted = UNPROMPTED not in tags
-    _write(
-        run, Facts(repo_id, values, run.rounds(), tags, prompted, gallery, licence_of(values, token), audits_of(run))
-    )
+    tags = _tags(run)
+    _write(run, repo_id, run.config(), run.rounds(), tags, UNPROMPTED not in tags, token)
 
 
-def _tags(run: RunFolder) -> tuple[str, ...]:
-    """The tags of the model's family; those of an adapter are its base's."""
+def _tags(run: RunFolder) -> Sequence[str]:
+    """The tags of the model's family, or of the card if it is there; those of an adapter are its base's."""
+    metadata, _, text = split(read_card(run) or "")
+    if metadata and START in text and isinstance(metadata.get("tags"), list):
+        return metadata["tags"]
     from ..families import family_of
 
     values = run.config()
@@ -179,11 +175,27 @@ def _card_of(base: str, revision: str | None, cache_dir: str | None, token: str 
     return Repository(base, revision, token=token, patience=Patience(tries=2)).card()
 
 
-def _write(run: RunFolder, facts: Facts) -> None:
+def _write(
+    run: RunFolder,
+    repo_id: str,
+    values: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    tags: Sequence[str],
+    prompted: bool,
+    token: str | None,
+) -> None:
+    """Write the card, or its part of a card that is there."""
+    there = read_card(run)
+    gallery = ""
+    if run.card_grid_file.is_file():
+        gallery = f"![Validation images](./{run.card_grid_file.name})\n"
+        prompts = values.get("validation_prompts") or []
+        if prompted and prompts:
+            gallery += f"\nPrompts: {', '.join(f'“{plain(prompt)}”' for prompt in prompts)}\n"
+    stated = bool((split(there or "")[0] or {}).get("license"))
+    facts = Facts(repo_id, values, rows, tags, prompted, gallery, licence_of(values, token), stated, audits_of(run))
     card = join(metadata_of(facts), f"\n# {facts.repo_id}\n\n{START}\n{_section(facts)}\n{END}\n")
-    if run.card_file.is_file():
-        card = merge(run.card_file.read_text(encoding="utf-8"), card, str(run.card_file))
-    write_text(run.card_file, card)
+    write_text(run.card_file, card if there is None else merge(there, card, str(run.card_file)))
 
 
 def metadata_of(facts: Facts) -> dict[str, Any]:
@@ -240,6 +252,8 @@ def _cell(value):
 def _licence(facts):
     if facts.licence:
         return f"That of the base model: {plain(facts.licence.get('license_name') or facts.licence['license'])}."
+    if facts.stated:
+        return "As the metadata of this card state it."
     if facts.base:
         return "The licence of the base model is not known here, so none is stated: it holds for this model too."
     return "None was chosen yet."

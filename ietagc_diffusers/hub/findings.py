@@ -56,9 +56,9 @@ class Audit:
         for name in SHOWN:
             value, interval = _number(self.scores.get(name)), self.scores.get(f"{name}_ci95")
             ends = [_number(end) for end in interval] if isinstance(interval, list) else []
-            around = (ends[0], ends[1]) if len(ends) == 2 and None not in ends else None
+            known = [end for end in ends if end is not None]
             if value is not None:
-                found.append((name, value, around))
+                found.append((name, value, (known[0], known[1]) if len(ends) == len(known) == 2 else None))
         return found
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from ..errors import UsageError, one_line
 from ..run_folder import RunFolder
 from .content import CARD, Content, contents
-from .sections import merge
+from .sections import merge, read_card
 
 AGAIN = {408, 409, 425, 429}  # besides those of 500 and more: the same request may succeed later
 REFUSED = {401: "log in with `hf auth login`, or give a token that may write", 403: "the token may not write there"}
@@ -224,6 +224,6 @@ def upload(run: RunFolder, repository: Repository, message: str) -> str:
         UsageError: the folder is not that of a finished run, or a card's section has lost its end.
     """
     files = contents(run)
-    own, there = run.card_file.read_text(encoding="utf-8"), repository.card()
+    own, there = read_card(run) or "", repository.card()
     card = own if there is None else merge(there, own, f"the card of {repository.name}")
     return repository.commit({**files, CARD: card.encode()}, message)

@@ -6,13 +6,24 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
+from ..run_folder import RunFolder
 
 START, END = "<!-- ietagc: this section is written by ietagc -->", "<!-- end of the section by ietagc -->"
 # What programs write: the run's section, and that of `audit --card`.
 SECTIONS = ((START, END), ("<!-- memorization audit -->", "<!-- end of memorization audit -->"))
 SOURCE = "IET-AGC+ for Diffusers"  # of the results in ``model-index``
 _METADATA = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def read_card(run: RunFolder) -> str | None:
+    """The card in a run's folder; None if there is none. Raises ``UsageError`` for one that cannot be read."""
+    if not run.card_file.is_file():
+        return None
+    try:
+        return run.card_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{run.card_file}: cannot be read: {one_line(error)}") from error
 
 
 def split(card: str) -> tuple[dict[str, Any] | None, str, str]:

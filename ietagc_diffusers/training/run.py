@@ -265,7 +265,7 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     if settings.saved_every is not None:
         saved = SavedEpochs(folder, settings.saved_every, budget.steps_per_epoch)
     uploads = None
-    if settings.push_to_hub and settings.hub_strategy != "end":
+    if repository and settings.hub_strategy != "end":
         uploads = Uploads(
             folder,
             repository,
@@ -305,7 +305,7 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
                 saved.clear()
             if validation:
                 validation.draw(run)
-            if settings.push_to_hub:
+            if repository:
                 images = validation.images if validation else []
                 _push(
                     settings,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
 
@@ -49,7 +50,7 @@ class Uploads(Callback):
 
     Args:
         folder: of the run.
-        repository: where to; only the main process needs it.
+        repository: where to.
         every: a number of steps, or None for every round. With several shards the model exists only between rounds: it
             is that after the next one.
         card: writes the model's card into a folder, for a run.
@@ -58,12 +59,12 @@ class Uploads(Callback):
     def __init__(
         self,
         folder: RunFolder,
-        repository: Repository | None,
+        repository: Repository,
         every: int | None,
         card: Callable[[IterativeEnsemble, Path], None],
     ):
         self.folder, self.repository, self.every, self.card = folder, repository, every, card
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None
         self.message = ""  # of the upload under way
 
     @property
@@ -136,13 +137,13 @@ class Uploads(Callback):
         return False
 
     def _stop(self):
-        self.process.terminate()
+        process, self.process = self.process, None
+        process.terminate()
         try:
-            self.process.wait(GRACE)
+            process.wait(GRACE)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
+            process.kill()
+            process.wait()
         logger.info(f"“{self.message}” was still being uploaded and was stopped")
 
     def _clear(self):
