@@ -245,7 +245,7 @@ def test_the_card_of_a_run_s_records_is_that_of_its_settings(tmp_path):
     rows = [{"round": 1, "skip_rate": 0.25, "augment_rate": 0.5}]
     run = audited(tmp_path)
     argv = ["--pretrained_model_name_or_path=some/base", "--dataset_name=some/data", f"--output_dir={tmp_path}"]
-    settings = parse_args([*argv, "--validation_prompts", "a cat", "--prior_dir=p", "--learning_rate=3e-5"])
+    settings = parse_args([*argv, "--validation_prompts", "a cat", "--prior_dir=p", "--learning_rate=3e-5", "--seed=0"])
     run.records.mkdir()
     write_config(settings, run)
     run.rounds_file.write_text(json.dumps(rows[0]) + "\n")
@@ -253,7 +253,7 @@ def test_the_card_of_a_run_s_records_is_that_of_its_settings(tmp_path):
     (run.path / "model_index.json").write_text(json.dumps(index))
     cards.write_card(settings, "me/model", [Image.new("RGB", (8, 8))], rows, StableDiffusion.tags)
     of_settings = run.card_file.read_text()
-    assert "3e-05" in of_settings and "Prompts: “a cat”" in of_settings
+    assert "3e-05" in of_settings and "| seed | 0 |" in of_settings and "Prompts: “a cat”" in of_settings
     for _ in range(2):  # with a card and without one
         cards.write_card_of_records(run, "me/model")
         assert run.card_file.read_text() == of_settings

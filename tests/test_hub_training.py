@@ -15,6 +15,7 @@ from safetensors.torch import load
 from ietagc_diffusers import RunFolder
 from ietagc_diffusers.arguments import parse_args
 from ietagc_diffusers.hub import Repository, contents
+from ietagc_diffusers.hub.sections import END, START
 from ietagc_diffusers.training.callbacks import Uploads, uploads
 from ietagc_diffusers.training.run import _push
 
@@ -152,7 +153,7 @@ class Ensemble:
         self.rounds = SimpleNamespace(total_steps=10, steps_before=lambda number: 3 * number)
         self.waited = []
         self.layout = SimpleNamespace(is_main=is_main, barrier=lambda: self.waited.append(self.global_step))
-        self.weights = SimpleNamespace(save_pipeline=lambda folder: folder.mkdir(parents=True))
+        self.weights = SimpleNamespace(save_pipeline=lambda folder: folder.mkdir(parents=True), output_bytes=1000)
 
     def step(self, callback, last=False):
         before, self.global_step, self.finished = self.global_step, self.global_step + 1, last
@@ -215,6 +216,15 @@ def test_the_model_of_several_shards_exists_only_between_rounds(tmp_path, proces
     assert run.waited == [6, 9]  # 4 and 8 lie in the rounds before
 
 
+def test_no_model_is_saved_for_an_upload_where_the_result_would_not_fit_any_more(tmp_path, processes, monkeypatch):
+    run, callback = Ensemble(), uploader(tmp_path)
+    for left, started in ((1999, 0), (2000, 1)):
+        monkeypatch.setattr(uploads, "room", lambda folder, left=left: left)
+        run.step(callback)
+        run.step(callback)
+        assert len(processes) == started
+
+
 def test_a_full_disk_costs_only_the_upload(tmp_path, processes, caplog):
     def full(run, folder):
         raise OSError("No space left on device")
@@ -230,7 +240,7 @@ def test_a_full_disk_costs_only_the_upload(tmp_path, processes, caplog):
 def test_an_upload_is_a_process_of_its_own_that_is_told_the_token_privately(hub, plain, tmp_path, monkeypatch):
     for name, value in {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}.items():
         monkeypatch.setenv(name, value)
-    (plain / "README.md").write_text("---\ntags: [a]\n---\n# me/model\n")
+    (plain / "README.md").write_text(f"---\ntags: [a]\n---\n# me/model\n{START}\n{END}\n")
     there = Repository("me/model", "v1", token=TOKEN).create()
     process = uploads.start_push(plain, there, "Step 4", tmp_path / "log")
     assert TOKEN not in " ".join(process.args) and os.getpgid(process.pid) != os.getpgid(0)

@@ -120,7 +120,7 @@ def _tags(run: RunFolder) -> Sequence[str]:
     """The tags of the model's family, or of the card if it is there; those of an adapter are its base's."""
     metadata, _, text = split(read_card(run) or "")
     if metadata and START in text and isinstance(metadata.get("tags"), list):
-        return metadata["tags"]
+        return [tag for tag in metadata["tags"] if isinstance(tag, str)]
     from ..families import family_of
 
     values = run.config()
@@ -223,7 +223,8 @@ def _section(facts: Facts) -> str:
         for entry in fields(MitigationConfig)
         if (value := values.get(entry.name)) is not None
     ]
-    training = [(title, values.get(name) or "none") for name, title in NUMBERS.items()]
+    known = {name: values[name] for name in NUMBERS if values.get(name) is not None}
+    training = [(title, known.get(name, "none")) for name, title in NUMBERS.items()]
     if values.get("prior_dir"):
         training.insert(0, ("prior preservation, weight", values.get("prior_loss_weight")))
     if values.get("lora_rank"):

@@ -66,10 +66,8 @@ class Patience:
         text = next((r.headers.get("Retry-After") for r in _responses(error)), None)
         if text is None:
             return None
-        try:
-            return max(float(text), 0.0)
-        except ValueError:
-            pass
+        if text.strip().isdecimal():
+            return float(text)
         try:
             return max(parsedate_to_datetime(text).timestamp() - self.clock(), 0.0)
         except ValueError:
@@ -103,14 +101,13 @@ def may_pass(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model's repository on the Hub.
+    """A model's repository on the Hub, which ``HF_ENDPOINT`` may say the address of.
 
     Args:
         name: ``name`` or ``owner/name``.
         revision: a branch, or ``refs/pr/N``; None: main.
         private: whether it is made private, if it is created; None: as the account has it.
         token: None: the one that this machine is logged in with.
-        endpoint: the Hub's address; None: ``HF_ENDPOINT``, or the public Hub.
 
     Raises:
         UsageError: a name that the Hub does not take.
@@ -120,7 +117,6 @@ class Repository:
     revision: str | None = None
     private: bool | None = None
     token: str | None = field(default=None, repr=False)
-    endpoint: str | None = None
     patience: Patience = Patience()
 
     def __post_init__(self):
@@ -129,7 +125,7 @@ class Repository:
 
     @property
     def _api(self) -> HfApi:
-        return HfApi(endpoint=self.endpoint, token=self.token)
+        return HfApi(token=self.token)
 
     def _ask(self, what: str, ask: Callable[[], Result]) -> Result:
         try:
@@ -144,7 +140,7 @@ class Repository:
         for token in filter(None, (self.token, get_token())):
             text = text.replace(token, "***")
         advice = next((REFUSED.get(answer.status_code) for answer in _responses(error)), None)
-        return f"{text[:300]}; {advice}" if advice else text[:300]
+        return f"{text[:200]}; {advice}" if advice else text[:200]
 
     def create(self) -> "Repository":
         """Create the repository and the branch, or find them. Returns it with its owner's name.
@@ -168,7 +164,7 @@ class Repository:
 
         def ask() -> str | None:
             revision = None if self.revision is None else quote(self.revision, safe="")
-            address = hf_hub_url(self.name, CARD, revision=revision, endpoint=self.endpoint)
+            address = hf_hub_url(self.name, CARD, revision=revision)
             headers = build_hf_headers(token=self.token)
             answer = get_session().get(address, headers=headers, timeout=SECONDS, follow_redirects=True)
             if answer.status_code == 404:

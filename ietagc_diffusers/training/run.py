@@ -205,7 +205,9 @@ def _repository(settings: RunSettings, is_main: bool) -> hub.Repository | None:
     return found
 
 
-def _push(settings: RunSettings, repository: hub.Repository, write_card: Callable[[str], None], say) -> None:
+def _push(
+    settings: RunSettings, repository: hub.Repository, write_card: Callable[[str], None], say: Callable[[str], None]
+) -> None:
     """Upload the result. The training was good whatever comes of it: a failure is said, and what to do later."""
     folder = RunFolder(settings.output_dir)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
+from ...checkpoint import gigabytes, room
 from ...hub import Repository
 from ...run_folder import RunFolder
 from ..ensemble import Callback, IterativeEnsemble
@@ -109,6 +110,9 @@ class Uploads(Callback):
             logger.warning(f"“{self.message}” is still being uploaded: the model of step {run.global_step} is not")
             return
         self._clear()
+        needed, left = 2 * run.weights.output_bytes, room(self.folder.path)
+        if left < needed:
+            raise OSError(f"it and the trained one need {gigabytes(needed)}, the disk has {gigabytes(left)} left")
         # A name of its own: what an upload of a killed run may still be reading is never written to.
         folder = RunFolder(self.folder.snapshot / f"step-{run.global_step}")
         run.weights.save_pipeline(folder.path)
