@@ -125,6 +125,7 @@ def test_a_second_card_changes_its_section_and_leaves_what_people_wrote(tmp_path
         + START
         + after.replace(END, f"{END}\n\n## Mine\n\nToo.")
     )
+    mine = mine.replace("some/base\n", "another/base\n", 1)
     mine = mine.replace("tags:\n", "language: de\nlicense: mit\ntags:\n- cats\n")
     (tmp_path / "README.md").write_text(mine)
     second = card_of(tmp_path, "--mitigation=iet", rows=[{"skip_rate": 0.25, "augment_rate": 0}])

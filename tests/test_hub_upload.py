@@ -191,6 +191,13 @@ def test_a_refusal_is_told_at_once_and_without_the_token(hub, waits, name, token
     assert hub.count("POST", "/repos/create") == 1
 
 
+def test_a_token_that_an_answer_repeats_is_not_shown(hub, run):
+    hub.fail("POST", "/commit/", (400, {}, json.dumps({"error": f"Bad: Bearer {TOKEN}"})))
+    with pytest.raises(UploadError, match=r"Bad: Bearer \*\*\*") as refused:
+        upload(run, place().create(), "once")
+    assert TOKEN not in str(refused.value)
+
+
 def test_a_conflict_with_another_commit_is_tried_again(hub, run, waits):
     hub.fail("POST", "/commit/", (409, {}, "another commit came first"))
     upload(run, place(waits=waits).create(), "after it")
