@@ -87,6 +87,7 @@ def audit(
     about = {
         "model": str(model),
         "model_hash": model_hash(model, lora=settings.lora),
+        "weights_hash": RunFolder(model).weights_hash() if Path(model).is_dir() else None,
         "settings": asdict(settings),
         "drawing": drawing_of(output / IMAGES, len(prompts), pipeline_folder(model), prompts_file),
     }

@@ -1,12 +1,15 @@
-"""Text and JSON files, written whole or not at all; and where caches are."""
+"""Text and JSON files, written whole or not at all; where caches are; and what is said of a place of this machine."""
 
 import json
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+
+_ABSOLUTE = re.compile(r"(?:file:|[A-Za-z]:[\\/]|\\\\|[/~]).*", re.DOTALL)
 
 
 def cache_folder() -> Path:
@@ -68,3 +71,31 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
+
+
+def place_name(place: str) -> str:
+    """A path of this machine as its last part; anything else, such as a Hub id, as it is."""
+    try:
+        return Path(place).resolve().name if place and Path(place).exists() else place
+    except OSError:  # too long for a path
+        return place
+
+
+def without_places(value: Any) -> Any:
+    """A JSON value in which each path of this or another machine is its last part: what is there, what is absolute, and
+    whatever is the value of a setting of a folder (``*_dir``).
+    """
+    if isinstance(value, dict):
+        return {
+            key: _last_part(each) if isinstance(each, str) and str(key).endswith("_dir") else without_places(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return _last_part(value) if _ABSOLUTE.fullmatch(value) else place_name(value)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path

@@ -1,5 +1,6 @@
 """The paths of a training run, for those who write them and those who read them."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,7 @@ class RunFolder:
         identity_file: the fingerprints that the run has had;
         lock_file: held by the process that trains, see ``training.lock``;
         waiting: tensors that wait on the disk while others train;
+        snapshot: the model that is uploaded along the way, with its records, as the folder of a run;
         unfinished: the model of the last ``--save_model_epochs``, as a pipeline, until the run ends.
     """
 
@@ -50,6 +52,7 @@ class RunFolder:
         self.identity_file = self.records / "run.json"
         self.lock_file = self.records / "lock"
         self.waiting = self.records / "waiting"
+        self.snapshot = self.records / "snapshot"
         self.unfinished = self.path / "unfinished"
         self.card_file = self.path / "README.md"
         self.card_grid_file = self.path / "val_imgs_grid.png"
@@ -75,16 +78,32 @@ class RunFolder:
 
     def belongings(self) -> list[Path]:
         """All that a run leaves in the folder and that is there, but for the trackers' logs."""
-        pipeline = [self.path / "model_index.json", self.path / ADAPTER_FILE]
-        if pipeline[0].is_file():
-            try:
-                parts = json.loads(pipeline[0].read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                parts = {}
-            pipeline += [self.path / part for part in parts if (self.path / part).is_dir()]
-        records = [path for path in self.records.glob("*") if path not in (self.waiting, self.lock_file)]
+        pipeline = [self.path / "model_index.json", self.path / ADAPTER_FILE, *self.parts()]
+        passing = (self.waiting, self.snapshot, self.lock_file)
+        records = [path for path in self.records.glob("*") if path not in passing]
         own = [*records, self.path / "rounds", self.unfinished, self.card_file, self.card_grid_file]
         return [path for path in [*self.checkpoints(), *own, *pipeline] if path.exists()]
+
+    def parts(self) -> list[Path]:
+        """The folders of the pipeline's parts, by name."""
+        try:
+            index = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return (
+            sorted(self.path / part for part in index if (self.path / part).is_dir()) if isinstance(index, dict) else []
+        )
+
+    def weights_hash(self) -> str:
+        """A hash, 16 hexadecimal digits, of the weights of the trained model: the pipeline's or the adapter."""
+        digest = hashlib.sha256()
+        weights = [path for part in self.parts() for path in sorted(part.glob("*.safetensors"))]
+        for path in [*weights, *self.path.glob(ADAPTER_FILE)]:
+            with path.open("rb") as file:
+                digest.update(
+                    path.relative_to(self.path).as_posix().encode() + hashlib.file_digest(file, "sha256").digest()
+                )
+        return digest.hexdigest()[:16]
 
     @property
     def is_finished(self) -> bool:
@@ -95,26 +114,6 @@ class RunFolder:
     def is_adapter(self) -> bool:
         """Whether the trained model is only an adapter for its base."""
         return (self.path / ADAPTER_FILE).is_file() and not (self.path / "model_index.json").is_file()
-
-    @property
-    def private(self) -> list[str]:
-        """Patterns of what is never uploaded: training pictures, paths of this machine, and what only a resumed run
-        needs.
-        """
-        return [
-            "checkpoint-*",
-            "earlier-run-*",
-            "rounds/**",
-            "unfinished/**",
-            "ietagc/shards/**",
-            "ietagc/bad_samples.jsonl",
-            "ietagc/run.json",
-            "ietagc/training_rows.parquet",
-            "ietagc/monitor.*",
-            "ietagc/best/**",
-            "ietagc/lock",
-            "ietagc/waiting/**",
-        ]
 
     def config(self) -> dict[str, Any]:
         """The settings that the run recorded. Raises ``UsageError`` if there are none that can be read."""

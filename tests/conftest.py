@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from fake_hub import serving
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from PIL import Image
 
 from ietagc_diffusers import testing
@@ -58,6 +62,27 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data") / "pictures", 22, copies=(0, 1))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that the client is directed to."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + template)
+        yield hub
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that were waited for, by this package and by the Hub's client, none of which pass."""
+    waits = []
+    clock = types.SimpleNamespace(sleep=waits.append, time=lambda: 1000.0, perf_counter=lambda: 0.0)
+    monkeypatch.setattr(_http, "time", clock)
+    return waits
 
 
 def environment():

@@ -212,12 +212,15 @@ def test_what_a_run_writes_never_becomes_its_training_data(base, tmp_path):
 
 
 def test_an_upload_that_cannot_work_is_refused_before_training(base, pictures, tmp_path, monkeypatch):
-    from ietagc_diffusers import hub
+    from huggingface_hub import HfApi
 
-    def away(**options):
+    from ietagc_diffusers.hub import Patience
+
+    def away(self, **options):
         raise ConnectionError("refused")
 
-    monkeypatch.setattr(hub, "create_repo", away)
+    monkeypatch.setattr(HfApi, "create_repo", away)
+    monkeypatch.setattr(Patience, "__call__", lambda self, ask: ask())
     with pytest.raises(UsageError, match="`push_to_hub` me/model: the repository cannot be created: refused"):
         train_here(train_flags(base, pictures, *PLAIN, "--push_to_hub", "--hub_model_id=me/model"), tmp_path)
 

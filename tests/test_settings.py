@@ -55,7 +55,8 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "validation_prompts", "num_validation_images", "validation_epochs", "debug_loss", "enable_npu_flash_attention",
         "prior_dir", "heldout_dir", "monitor_every", "monitor_budget", "stop_at_gap", "keep_best",
         "on_bad_sample", "log_every", "save_shards", "save_rounds",
-        "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "proxy_state", "save_merged", "dp_delta",
+        "push_to_hub", "hub_strategy", "hub_revision", "hub_model_id", "hub_token", "hub_private_repo",
+        "proxy_state", "save_merged", "dp_delta",
     }  # fmt: skip
     for name in ("alpha", "image_column", "pretrained_model_name_or_path", "revision", "variant", "seed"):
         assert name in settings.shaping(Resume.SAME)

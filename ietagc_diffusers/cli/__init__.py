@@ -29,6 +29,7 @@ COMMANDS = {
     "calibrate": "measure from which similarity an image counts as a copy, on pictures of your own kind",
     "detect": "find memorized prompts without the training images (Wen et al.)",
     "benchmark": "train and score a matrix of runs, and write the paper's tables",
+    "push": "upload a finished run to the Hub, with its card",
     "emm": "measure the largest training set that a model still memorizes (Gu et al.), by configuration",
 }
 TRAIN = "train"  # has its own parser, which also reads recipes

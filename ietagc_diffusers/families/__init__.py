@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 
 from ..errors import UsageError
 from ..run_folder import ADAPTER_FILE
-from .base import WEIGHTS_FILE, Family, Objective, drawn_edge, place_name
+from .base import WEIGHTS_FILE, Family, Objective, drawn_edge
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
@@ -72,5 +72,4 @@ __all__ = [
     "Unconditional",
     "drawn_edge",
     "family_of",
-    "place_name",
 ]

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from ..data import Batch, Condition, ImageSettings, View
+from ..files import place_name
 from ..method.config import MitigationConfig
 from ..run_folder import ADAPTER_FILE
 from .settings import PipelineSettings
@@ -320,11 +321,6 @@ class Family(ABC):
 def drawn_edge(resolution: int) -> int:
     """The height and width at which a model of this resolution draws: pipelines draw multiples of 8."""
     return max(8, resolution // 8 * 8)
-
-
-def place_name(place: str) -> str:
-    """A path of this machine as its last part; anything else, such as a Hub id, as it is."""
-    return Path(place).resolve().name if Path(place).exists() else place
 
 
 def _name_places(folder: Path) -> None:

@@ -366,8 +366,19 @@ class HubSettings:
     """Upload of the result."""
 
     push_to_hub: bool = setting(False, "Upload the result to the Hub.", resume=Resume.FREE, type=bool)
+    hub_strategy: str = setting(
+        "end",
+        "When: at the end, or also along the way: the averaged model after every_round, or of each checkpoint (with "
+        "several shards: after the next round). An upload never holds up training; while one is under way the next is "
+        "left out.",
+        resume=Resume.FREE,
+        choices=["end", "every_round", "checkpoint"],
+    )
     hub_model_id: str | None = setting(
         None, "Repository on the Hub. Default: the name of the output folder.", resume=Resume.FREE
+    )
+    hub_revision: str | None = setting(
+        None, "Branch of it, made if it is not there. Default: main.", resume=Resume.FREE
     )
     hub_token: str | None = setting(None, "Token for the upload.", resume=Resume.FREE, secret=True)
     hub_private_repo: bool = setting(

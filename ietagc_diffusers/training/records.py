@@ -13,8 +13,7 @@ from datasets import Dataset
 from .. import __version__
 from ..data.contents import contents
 from ..data.sources import SAMPLE_ID, stored_column
-from ..families import place_name
-from ..files import write_json, write_text
+from ..files import place_name, write_json, write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble
 from .settings import RunSettings

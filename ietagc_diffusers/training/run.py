@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from .. import hub
 from ..checkpoint import fingerprints
 from ..data.rows import file_names
 from ..data.sources import SAMPLE_ID
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..families.settings import BaseModelSettings
 from ..run_folder import RunFolder
 from ..single_file import folder_of
@@ -41,6 +42,7 @@ from .callbacks import (
     SavedRounds,
     Signals,
     StepLog,
+    Uploads,
     Validation,
 )
 from .cost import cost_of, describe
@@ -86,7 +88,7 @@ def set_up(settings: RunSettings) -> Accelerator:
         library.utils.logging.set_verbosity(quiet)
     if not accelerator.is_local_main_process:
         datasets.disable_progress_bars()
-    for name in ("httpx", "huggingface_hub"):
+    for name in ("httpx", "httpx2", "huggingface_hub"):  # they log addresses, which may be signed
         logging.getLogger(name).setLevel(logging.WARNING)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -213,6 +215,41 @@ def monitor_of(
     )
 
 
+def _repository(settings: RunSettings, is_main: bool) -> hub.Repository | None:
+    """Where the result is uploaded, made by the main process; all processes hear if it cannot be."""
+    if not settings.push_to_hub:
+        return None
+    repository = settings.repository
+    answer: list[hub.Repository | UsageError] = [repository]
+    if is_main:
+        try:
+            named = replace(repository, patience=hub.Patience(longest=30.0)).create()  # the others wait meanwhile
+            answer = [replace(repository, name=named.name)]
+        except hub.UploadError as error:
+            answer = [UsageError(f"`push_to_hub` {repository.name}: {error}")]
+    (found,) = broadcast_object_list(answer)
+    if isinstance(found, UsageError):
+        raise found
+    return found
+
+
+def _push(
+    settings: RunSettings, repository: hub.Repository, write_card: Callable[[str], None], say: Callable[[str], None]
+) -> None:
+    """Upload the result. The training was good whatever comes of it: a failure is said, and what to do later."""
+    folder = RunFolder(settings.output_dir)
+    try:
+        write_card(repository.name)
+        logger.info(f"Uploaded: {hub.upload(folder, repository, 'End of training')}")
+    except Exception as error:  # of the network, the Hub, the disk, or a card that someone wrote
+        words = ["ietagc", "push", str(folder.path), repository.name]
+        words += ["--revision", repository.revision] if repository.revision else []
+        say(
+            f"The trained model is in {folder.path}, whole, but not on the Hub: {one_line(error)}\n"
+            f"Upload it later with: {shlex.join(words)}"
+        )
+
+
 def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
     if isinstance(settings, BaseModelSettings):
         settings.pretrained_model_name_or_path = folder_of(
@@ -224,9 +261,7 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
     seed = agree_on_seed(settings)
-    repo_id = ""
-    if accelerator.is_main_process and settings.push_to_hub:
-        repo_id = hub.create(settings)
+    repository = _repository(settings, accelerator.is_main_process)
     family = load_family(settings, accelerator)
     if accelerator.is_main_process:
         family.pipeline()  # what the end needs is proved before the first step
@@ -263,6 +298,14 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     saved = None
     if settings.saved_every is not None:
         saved = SavedEpochs(folder, settings.saved_every, budget.steps_per_epoch)
+    uploads = None
+    if repository and settings.hub_strategy != "end":
+        uploads = Uploads(
+            folder,
+            repository,
+            settings.checkpointing_steps if settings.hub_strategy == "checkpoint" else None,
+            lambda run, place: hub.write_card(settings, repository.name, [], run.rows, family.tags, place),
+        )
     sample_ids = rows[SAMPLE_ID]
     progress = Progress(accelerator.is_local_main_process)
     checkpoints = Checkpoints(folder, marks, settings.checkpointing_steps, settings.checkpoints_total_limit)
@@ -280,6 +323,7 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
         *([SavedRounds(folder)] if settings.save_rounds else []),
         *([saved] if saved else []),
         checkpoints,
+        *([uploads] if uploads else []),
         signals,
     ]
     finished = run.run(callbacks)
@@ -298,9 +342,13 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
                 saved.clear()
             if validation:
                 validation.draw(run)
-            if settings.push_to_hub:
+            if repository:
                 images = validation.images if validation else []
-                hub.write_card(settings, repo_id, images, run.rows, family.tags)
-                hub.upload(settings, repo_id)
+                _push(
+                    settings,
+                    repository,
+                    lambda name: hub.write_card(settings, name, images, run.rows, family.tags),
+                    say,
+                )
             logger.info(f"Saved to {folder.path}")
     accelerator.end_training()

@@ -1,11 +1,15 @@
 """Settings of a training script: a choice of groups, what they have in common, and what must agree between them."""
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ..data.settings import DataSettings, ImageSettings, PriorSettings
 from ..errors import UsageError
 from ..families.settings import BaseModelSettings, CaptionSettings, ObjectiveSettings, PipelineSettings
+from ..hub import Repository
+from ..hub.repository import check_name, check_revision
 from ..method.config import MitigationConfig
 from ..settings import Resume, check_values, declared
 from .groups import (
@@ -48,11 +52,14 @@ class RunSettings(
     def __post_init__(self):
         if self.dataset_name is None and self.train_data_dir is None:
             raise UsageError("`dataset_name` or `train_data_dir` is needed")
-        if self.report_to == "wandb" and self.hub_token is not None:
+        stores_commands = self.report_to == "wandb" or (self.report_to == "all" and find_spec("wandb"))
+        if stores_commands and self.hub_token is not None:
             raise UsageError(
-                "`hub_token` with `report_to` wandb would store the token in the tracker: use `hf auth login` instead"
+                f"`hub_token` with `report_to` {self.report_to} would store the token in the tracker: use `hf auth "
+                "login` instead"
             )
         check_values(self)
+        self._check_hub()
         for name in ("save_shards", "group_duplicates"):
             if getattr(self, name) and not self.method.shard_data:
                 raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
@@ -77,6 +84,38 @@ class RunSettings(
                 f"`{name}` {getattr(self, name)}: is for `monitor_every` and `skip_false_rate`; give one of them, or "
                 "leave it out"
             )
+
+    def _check_hub(self):
+        """Names that the Hub would refuse when the training is done."""
+        if not self.push_to_hub:
+            for name, usual in (("hub_strategy", "end"), ("hub_revision", None)):
+                if getattr(self, name) != usual:
+                    raise UsageError(
+                        f"`{name}` {getattr(self, name)}: is for `push_to_hub`; give that too, or leave this out"
+                    )
+            return
+        if self.hub_model_id is not None:
+            check_name(self.hub_model_id, "hub_model_id")
+        else:
+            try:
+                check_name(self._repository_name, "output_dir")
+            except UsageError as error:
+                raise UsageError(f"{error}; give another as `hub_model_id`") from error
+        check_revision(self.hub_revision, "hub_revision")
+
+    @property
+    def _repository_name(self):
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    @property
+    def repository(self) -> Repository:
+        """Where the result is uploaded."""
+        return Repository(
+            self._repository_name,
+            self.hub_revision,
+            self.hub_private_repo or None,  # None: as the account has it
+            self.hub_token,
+        )
 
     def _check_privacy(self):
         """DP-SGD accounts for samples that are judged by nothing but themselves, and opacus for plain layers."""

@@ -9,6 +9,7 @@ from .privacy import PrivacySpent
 from .progress import Progress
 from .rounds import RoundRecords, SavedRounds
 from .signals import Signals
+from .uploads import Uploads
 from .validation import Validation
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "SavedRounds",
     "Signals",
     "StepLog",
+    "Uploads",
     "Validation",
 ]
