@@ -13,6 +13,7 @@ import pytest
 from conftest import environment, train_flags, train_here
 
 from ietagc_diffusers import RunFolder, UsageError
+from ietagc_diffusers.hub import contents
 from ietagc_diffusers.training import lock
 from ietagc_diffusers.training.lock import locked
 from ietagc_diffusers.training.run import _entered
@@ -34,7 +35,7 @@ def test_a_training_does_not_enter_a_folder_that_is_in_use(base, pictures, tmp_p
     assert run.lock_file.exists() and run.lock_file not in run.belongings()
     train_here([*flags, "--seed=6"], run.path)
     assert run.lock_file.exists() and not (run.earlier(1) / "ietagc" / "lock").exists()
-    assert "ietagc/lock" in run.private
+    assert "ietagc/lock" not in contents(run)
 
 
 HOLDER = """

@@ -1,7 +1,7 @@
 """Threshold-aware control: skip, augment or keep each sample (eq. 5, 8), and reduce what is kept to one loss."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -142,7 +142,7 @@ class DecidingControl(Control):
         """The losses (B,) to differentiate, and a tuple of what ``decide`` takes beside losses and noise levels."""
         return objective.losses(model, drawn), ()
 
-    def calibrated(self, losses: torch.Tensor, objective, drawn) -> torch.Tensor:
+    def calibrated(self, losses: torch.Tensor, objective: Any, drawn: Any) -> torch.Tensor:
         """The losses (B,), over the reference's if there is one: +inf, which nothing is decided on or learned from,
         where it has none to divide by.
         """

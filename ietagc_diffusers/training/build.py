@@ -131,10 +131,11 @@ def load_rows(settings: RunSettings, condition: Condition, accelerator: Accelera
         rows, heldout, hashes = rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held)), hashes[~held]
         logger.info(f"{len(heldout)} rows are held out, {len(rows)} are trained on")
     num_images = len(np.unique(hashes))
-    if len(rows) < settings.method.num_parts:
+    why = [f"`{name}`" for name in ("deduplicate", "heldout_share") if getattr(settings, name)]
+    if why and len(rows) < settings.method.num_parts:
         raise UsageError(
-            f"`num_shards` {settings.method.num_shards}: more than the {num_images} different images that are left to "
-            "train on"
+            f"`num_shards` {settings.method.num_shards}: more than the {num_images} different images that "
+            f"{' and '.join(why)} left"
         )
     return Rows(rows, hashes if settings.group_duplicates and num_images < len(rows) else None, heldout)
 
