@@ -152,12 +152,15 @@ class TrainingSet:
         record: of the model's training, or None.
         warnings: sentences on images that are not those that the model was trained on, or may not be.
         notes: what else to keep in mind.
+        heldout: the images of the same source that a run with ``heldout_share`` left out, and no copy of which it was
+            trained on; None for other runs.
     """
 
     images: ImageSet
     record: TrainingRecord | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    heldout: ImageSet | None = None
 
 
 def training_set(
@@ -233,9 +236,22 @@ def _compared(
             has_captions = "caption_column" in record.settings  # unlike models without prompts
             if has_captions and found.captions != record.settings.get("captions_hash"):
                 warnings = (f"{_trained_on(record)} Its captions were others than those of {images.source}.",)
-            return TrainingSet(images.select(used), record, warnings, _of_selection(used, rows, images))
+            notes = _of_selection(used, rows, images)
+            return TrainingSet(
+                images.select(used), record, warnings, notes, _left_out(record, rows, images, used, settings)
+            )
     what = f"The images of {source} are others" if source is not None else f"Since then, {images.source} has changed"
     return TrainingSet(images, record, (f"{_trained_on(record)} {what}: {len(rows)} rows.",))
+
+
+def _left_out(
+    record: TrainingRecord, rows: Dataset, images: ImageSet, used: np.ndarray, settings: _Settings
+) -> ImageSet | None:
+    """The images that were held out, of those that were found."""
+    if not record.selection.heldout_share:
+        return None
+    hashes = pixel_hashes(rows, settings.image_column, default_cache(), allow_bad=True)
+    return images.select(np.flatnonzero(~np.isin(hashes, hashes[used])))
 
 
 def _of_selection(used: np.ndarray, rows: Dataset, images: ImageSet) -> tuple[str, ...]:

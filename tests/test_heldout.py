@@ -1,6 +1,8 @@
 """What is abnormal is told from images that were never trained on."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +12,7 @@ from conftest import train_flags, train_here, unet_bytes, write_folder
 
 from ietagc_diffusers import LossMemoryBank, ThresholdAwareControl, UsageError, WenControl, testing
 from ietagc_diffusers.arguments import parse_flags
+from ietagc_diffusers.cli import main
 from ietagc_diffusers.data import Batch
 from ietagc_diffusers.data.hashes import pixel_hashes
 from ietagc_diffusers.data.rows import held_out, load_training_rows
@@ -147,12 +150,32 @@ def test_a_share_is_held_out_with_all_its_rows(base, tmp_path):
     RunFolder(share).training_rows_file.unlink()
     compared = training_set(share, str(pictures))
     assert len(compared.images) == (~held).sum() < len(held) and not compared.warnings
+    left_out = {row["file_name"] for row in map(json.loads, lines)} - {row["file_name"] for row in _rows(rest)}
+    assert {Path(name).name for name in compared.heldout.names} == left_out
 
 
 def test_something_is_left_to_train_on(base, tmp_path):
     pictures = write_folder(tmp_path / "two", 2)
     with pytest.raises(UsageError, match=r"`heldout_share` 0.1: the training set has 2 different images, of which 2"):
         train_here(train_flags(base, pictures, "--heldout_share=0.1", "--monitor_every=1"), tmp_path / "out")
+
+
+def _rows(folder):
+    return map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+
+
+def test_what_a_run_held_out_is_what_it_is_attacked_with(base, pictures, tmp_path, capsys):
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=2", "--report_to=none", "--save_rounds")
+    run = train_here([*flags, "--heldout_share=0.3", "--monitor_every=9"], tmp_path / "share")
+    command = ["attack", "--model", str(run), "--attack=loss", "--draws=1", "--output", str(tmp_path / "attack")]
+    assert main([*command, "--device=cpu"]) == 0
+    result = json.loads((tmp_path / "attack" / "attack.json").read_text())
+    assert result["num_heldout"] == len(training_set(run).heldout) > 2
+    front = ["front", "--run", f"none={run}", "--draws=1", "--output", str(tmp_path / "front"), "--device=cpu"]
+    assert main(front) == 0 and (tmp_path / "front" / "front.csv").exists()
+    whole = train_here(flags, tmp_path / "whole")
+    assert main([*command[:2], str(whole), *command[3:]]) == 2
+    assert "--heldout: the run held no images out; give" in capsys.readouterr().err
 
 
 def load_rows_of(pictures):

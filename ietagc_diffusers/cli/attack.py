@@ -15,10 +15,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     common.add_training_images(parser, required=False)
     parser.add_argument(
         "--heldout",
-        required=True,
         metavar="DIR|ID",
         help="images that were not trained on and differ from the training images in nothing else, captioned or "
-        "labelled as these",
+        "labelled as these; default: those that the run held out (--heldout_share)",
     )
     parser.add_argument(
         "--base",
@@ -59,7 +58,8 @@ def run(args: Namespace) -> None:
         recorded = training.record.columns
         columns["text_column"] = args.caption_column or recorded["caption_column"]
         columns["label_column"] = training.record.settings.get("label_column")
-    heldout = load_images(args.heldout, "heldout", **{key: value for key, value in columns.items() if value})
+    given = {key: value for key, value in columns.items() if value}
+    heldout = common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **given))
     settings = Settings(tuple(args.attacks), args.draws, args.seed, args.resolution, args.max_images, args.batch_size)
     result = attack(args.model, training, heldout, args.output, settings, args.base, device)
     say(with_flags(f"{table(result)}{args.output}/attack.json, attack.md, roc.png, roc.csv, images.csv", vars(args)))

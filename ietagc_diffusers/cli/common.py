@@ -3,6 +3,7 @@
 import math
 import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,6 +331,15 @@ def heldout_images(args: Namespace) -> "ImageSet | None":
 
     columns = args.image_column or "image", args.caption_column or "text"
     return load_images(args.heldout, "heldout", *columns) if args.heldout else None
+
+
+def heldout_or_left_out(args: Namespace, training: "TrainingSet", load: Callable[[], "ImageSet"]) -> "ImageSet":
+    """The images of ``--heldout``, which ``load`` reads, or those that the run held out of its training set."""
+    if args.heldout:
+        return load()
+    if training.heldout is None:
+        raise UsageError("`heldout`: the run held no images out; give images that were not trained on")
+    return training.heldout
 
 
 def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) -> None:

@@ -20,9 +20,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--control", help="name of the plain run; default: the first")
     parser.add_argument(
         "--heldout",
-        required=True,
         metavar="DIR|ID",
-        help="images that were not trained on, captioned or labelled as the others",
+        help="images that were not trained on, captioned or labelled as the others; default: those that the first run "
+        "held out (--heldout_share)",
     )
     common.add_training_images(parser, required=False)
     parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from, if any")
@@ -66,7 +66,7 @@ def run(args: Namespace) -> None:
     configs = [RunFolder(folder).config() for folders in runs.values() for folder in folders]
     label_column = next((column for config in configs if (column := config.get("label_column"))), None)
     common.check_apart(args, "train", "heldout", "reference", model=first)
-    training = common.training_set(args, first, label_column=label_column).images
+    training = common.training_set(args, first, label_column=label_column)
     columns = {"image_column": args.image_column, "text_column": args.caption_column}
     columns["label_column"] = label_column
     columns = {name: column for name, column in columns.items() if column is not None}
@@ -85,8 +85,8 @@ def run(args: Namespace) -> None:
     output = Path(args.output)
     result = front(
         runs,
-        training,
-        load_images(args.heldout, "heldout", **columns),
+        training.images,
+        common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **columns)),
         output,
         base=args.base,
         control=args.control,
