@@ -15,18 +15,19 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ietagc_diffusers.run_folder import RunFolder
-from ietagc_diffusers.training.weight_averaging import average_weights, window
+from ietagc_diffusers.training.weight_averaging import average_adapters, average_weights, window
 
 
-def average(run: Path, output: Path, last: str, denoiser: str = "unet") -> None:
-    """Write the averaged models of a run's saved rounds into ``output``."""
+def average(run: Path, output: Path, last: str) -> None:
+    """Write the averaged models of a run's saved rounds, pipelines with a UNet or adapters, into ``output``."""
     folder, averaged = RunFolder(run), RunFolder(output)
     averaged.records.mkdir(parents=True, exist_ok=True)
     for file in (folder.config_file, folder.rounds_file, folder.training_set_file, folder.training_rows_file):
         shutil.copy2(file, averaged.records / file.name)
-    models = [folder.round(row["round"]) / denoiser for row in folder.rounds()]
+    inside, mean = ("", average_adapters) if folder.is_adapter else ("unet", average_weights)
+    models = [folder.round(row["round"]) / inside for row in folder.rounds()]
     for number in tqdm(range(1, len(models) + 1), desc="Averaging"):
-        average_weights(models[number - window(last, number) : number], averaged.round(number) / denoiser)
+        mean(models[number - window(last, number) : number], averaged.round(number) / inside)
 
 
 def main():

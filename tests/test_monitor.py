@@ -160,6 +160,21 @@ def test_without_a_kept_model_the_one_that_was_stopped_is_saved(flags, watched, 
     assert unet_bytes(folder) == unet_bytes(watched / "rounds" / "round-0001")
 
 
+def test_a_disk_that_is_full_costs_the_page_and_not_the_run(flags, watched, tmp_path, monkeypatch, caplog):
+    def full(path, text):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ietagc_diffusers.training.callbacks.monitor.write_text", full)
+    assert unet_bytes(train_here(flags, tmp_path / "out")) == unet_bytes(watched)
+    assert "The monitor could not write: No space left on device; training continues" in caplog.text
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_best(flags, tmp_path, monkeypatch):
+    script(monkeypatch, (0.9, 0), (math.nan, 0.1), (0.4, 0.2), (0.6, 0.3), (0.7, 0.4))
+    folder = train_here([*flags, "--save_rounds", "--keep_best=heldout"], tmp_path / "out")
+    assert unet_bytes(folder) == unet_bytes(folder / "rounds" / "round-0002")
+
+
 def test_a_budget_leaves_out_all_but_the_first_and_the_last(flags, tmp_path):
     folder = train_here([*flags, "--monitor_budget=1e-6"], tmp_path / "out")
     assert [row["round"] for row in rows_of(folder)] == [0, 4]

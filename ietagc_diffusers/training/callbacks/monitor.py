@@ -1,6 +1,7 @@
 """Losses of training and held-out images along the run, and what follows from them."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from accelerate.logging import get_logger
 
 from ...files import read_json, read_json_lines, write_json, write_text
 from ...run_folder import RunFolder
+from ...tensor_files import NotFinite
 from ..ensemble import Callback, IterativeEnsemble
 from ..monitor import Meter, Row, advice
 from ..monitor_page import page
@@ -132,13 +134,17 @@ class Monitor(Callback):
         return visits * run.layout.size / len(proxies[0].total_visits)
 
     def _write(self, run, ended=False):
-        write_text(self.folder.monitor_file, "".join(json.dumps(row) + "\n" for row in self.rows))
         title = self.folder.path.resolve().name
-        write_text(self.folder.monitor_page, page(self.rows, title, advice(self.rows), run.rounds.total_steps, ended))
+        text = page(self.rows, title, advice(self.rows), run.rounds.total_steps, ended)
+        try:
+            write_text(self.folder.monitor_file, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_text(self.folder.monitor_page, text)
+        except OSError as error:  # what is only watched must not end the training
+            logger.error(f"The monitor could not write: {error}; training continues")
 
     def _is_best(self, row):
-        if self.keep_best is None or row["round"] == 0:
-            return False
+        if self.keep_best is None or row["round"] == 0 or not math.isfinite(row["heldout_loss"]):
+            return False  # nothing would be better than a loss that is not a number
         if self.keep_best == "gap":
             return row["gap"] <= self.stop_at_gap
         best = self._best()
@@ -156,7 +162,7 @@ class Monitor(Callback):
             write_json(part / "measurement.json", row)
             shutil.rmtree(self.folder.best, ignore_errors=True)
             part.replace(self.folder.best)
-        except OSError as error:
+        except (OSError, NotFinite) as error:
             shutil.rmtree(part, ignore_errors=True)
             logger.error(f"The model of step {run.global_step} could not be kept: {error}; training continues")
 
