@@ -25,7 +25,7 @@ from .tables import COLUMNS
 
 UNET_CONFIG = "model_config_name_or_path"  # of a model from scratch
 KEYS = {
-    "script", "base", "train", "reference", "prompts", "num_images", "output", "seeds", "launcher", "common",
+    "script", "base", "train", "reference", "heldout", "prompts", "num_images", "output", "seeds", "launcher", "common",
     "training", "inference", "generate", "score", "columns", "tables",
 }  # fmt: skip
 NEEDED = {"train", "output", "training", "tables"}
@@ -62,6 +62,7 @@ class Benchmark:
         inference: {name: chain of mitigations}; ``none`` is always among them.
         train: training images.
         reference: images for the Fréchet distance; default: the training images.
+        heldout: pictures that were not trained on, which scores compare with; default: none.
         prompts, num_images: prompts and how many of them; default: the training captions, all of them. Models without
             prompts need ``num_images`` and take no ``prompts``; of classes, each is drawn equally often.
         generate: fields of ``Settings``.
@@ -88,7 +89,7 @@ class Benchmark:
         self.script, self.kind = script, SCRIPTS[script]
         self.base, self.common = part("base", str), part("common", dict, {})
         self.inference = {"none": "none", **part("inference", dict, {})}
-        self.train, self.reference = part("train", str), part("reference", str)
+        self.train, self.reference, self.heldout = part("train", str), part("reference", str), part("heldout", str)
         self.prompts, self.num_images = part("prompts", str), part("num_images", int)
         self.output, self.seeds = Path(part("output", str)), part("seeds", list, [0])
         self.launcher = shlex.split(part("launcher", str, "")) or [sys.executable]
@@ -165,8 +166,8 @@ class Benchmark:
         )
 
     # Folders are named by a hash of all that decides their content, so that results of another configuration are never
-    # taken for this one's. Models, their configurations and prompts enter by content, training and reference images
-    # by path.
+    # taken for this one's. Models, their configurations and prompts enter by content, training and other images by
+    # path.
 
     def drawn(self, cell: Cell) -> Path:
         """The folder of a cell's images."""
@@ -180,7 +181,8 @@ class Benchmark:
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell's scores."""
-        return self.drawn(cell) / f"scored-{short_hash([self.score, self.reference])}"
+        compared = [self.score, self.reference, *([self.heldout] if self.heldout else [])]
+        return self.drawn(cell) / f"scored-{short_hash(compared)}"
 
     def flags(self, training: str) -> dict[str, Any]:
         """A variant's training flags, except seed and folder."""
@@ -212,11 +214,13 @@ class Benchmark:
         model = self.model(cell.training, cell.seed)
         prompts = self._prompts(cell, model, training)
         settings = self._settings(cell, len(prompts))
-        tools = Tools(Protocol(**self.score | {"device": device}))  # before anything is drawn, to fail early
-        generate(model, prompts, images, settings, device, desc=cell.name)
+        # Before anything is drawn, to fail early.
+        tools = Tools(Protocol(**self.score | {"device": device}))
         reference = load_images(self.reference, "reference") if self.reference else None
+        heldout = load_images(self.heldout, "heldout") if self.heldout else None
+        generate(model, prompts, images, settings, device, desc=cell.name)
         about = {"model": model, "model_hash": model_hash(model), "cell": [cell.training, cell.inference, cell.seed]}
-        score(load_images(images, "output"), training, self.folder(cell), tools, cache, reference, about)
+        score(load_images(images, "output"), training, self.folder(cell), tools, cache, reference, about, heldout)
 
     def _settings(self, cell: Cell, num_images: int) -> Settings:
         """How a cell's images are drawn. No two cells of a row share an image's seed."""

@@ -189,7 +189,8 @@ def _describe(
             )
     heldout_features = None
     if heldout is not None:
-        described: dict[str, Extractor] = {"pixels": pixels, **tools.queries, **small}
+        as_training = tools.training_extractors(pixels)["views"]  # what training would have shown of them
+        described: dict[str, Extractor] = {"pixels": pixels, **tools.queries, **small, "as_training": as_training}
         heldout_features = describe(heldout.files(), described, desc="Describing held-out pictures").distinct()
         _check_held_out(heldout_features, training_features)
     return ImageSets(

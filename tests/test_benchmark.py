@@ -73,6 +73,7 @@ def test_the_matrix_is_filled_kept_and_tabled(base, pictures, tmp_path, capsys, 
 
 
 def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monkeypatch):
+    heldout = write_folder(tmp_path / "heldout", 5, seed=8)
     calls = []
 
     def call(self, command, log):
@@ -85,13 +86,15 @@ def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monk
         return None
 
     rows = [{"label": "plain", "training": "none"}, {"label": "base", "training": "given"}]
-    path = config(tmp_path, base, pictures, tables={"T": {"title": "x", "rows": rows}})
+    changes = {"tables": {"T": {"title": "x", "rows": rows}}, "heldout": str(heldout)}
+    path = config(tmp_path, base, pictures, columns=["copy_rate", "training_preference"], **changes)
     monkeypatch.setattr(module.Processes, "call", call)
     assert run(path) == 2
     text = (tmp_path / "out" / "tables.md").read_text()
     assert "failed: seed 0: training: exit 1: out of memory" in text and "| plain (0 of 2 seeds) | – |" in text
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [("scores" in r, r["seed"]) for r in results if r["training"] == "given"] == [(True, 0), (True, 1)]
+    assert all(r["scores"]["num_heldout"] == 5 for r in results if "scores" in r) and "preference for training" in text
     calls.clear()
     assert run(path) == 2 and all("--cell" not in command for command in calls) and len(calls) == 2  # only what failed
 
@@ -106,6 +109,7 @@ def test_cells_of_another_configuration_are_not_taken_for_these(base, pictures, 
     assert places() == (drawn, scored, trained)
     assert places(score={"descriptor": "pixel", "copy_similarity": 0.8})[0] == drawn
     assert places(score={"descriptor": "pixel", "copy_similarity": 0.8})[1] != scored
+    assert places(heldout=str(pictures))[0] == drawn and places(heldout=str(pictures))[1] != scored
     assert places(num_images=4)[0] != drawn and places(num_images=4)[2] == trained
     assert places(common={"resolution": 16})[2] != trained
 

@@ -522,6 +522,7 @@ def test_held_out_pictures_are_compared_like_generated_ones(training, fresh, tmp
     assert scores["excess_copy_rate"] == pytest.approx(8 / 9)
     assert scores["excess_copy_rate_ci95"][0] < 8 / 9 < scores["excess_copy_rate_ci95"][1] <= 1
     assert scores["heldout_sim_score"] < 0.95 and any("taken for other versions" in x for x in scores["notes"])
+    assert scores["training_preference"] == 1  # all are training images
     # The same pictures, in another file format and under another name, are refused.
     Image.open(training / "030_0.png").save(held / "other.bmp")
     with pytest.raises(UsageError, match=r"`heldout`.*: 1 of its 11 pictures are also among the training images"):
@@ -570,6 +571,42 @@ def test_noise_is_told_from_pictures_of_the_same_kind_and_few_images_from_nothin
     torch.jit.script(Blobs()).save(str(tmp_path / "blobs.torchscript.pt"))
     network = Protocol(descriptor=str(tmp_path / "blobs.torchscript.pt"), copy_similarity=0.9)
     assert scored(noise, known, tmp_path / "s", network)["plausibility"] == bad
+
+
+def test_a_part_of_a_held_out_picture_is_as_near_as_one_of_a_training_image(training, fresh, tmp_path):
+    """Both sets are shown as training shows its images: by crops along the long side, and mirrored."""
+    wide = write_folder(tmp_path / "wide", 2, size=40, seed=4)
+    for path in wide.glob("*.png"):
+        Image.open(path).crop((0, 10, 43, 30)).save(path)
+    (tmp_path / "drawn").mkdir()
+    left = Image.open(wide / "000_0.png").crop((0, 0, 20, 20))
+    ImageOps.mirror(left).save(tmp_path / "drawn" / "0.png")
+    drawn, training_images = load_images(tmp_path / "drawn", "x"), load_images(training, "x")
+    scores = score(drawn, training_images, tmp_path / "s", Tools(PIXEL), heldout=load_images(wide, "heldout"))
+    assert scores["num_heldout"] == 2 and scores["training_preference"] == pytest.approx(-60 / 2)
+    unlike = load_images(fresh, "x")
+    scores = score(unlike, training_images, tmp_path / "t", Tools(PIXEL), heldout=load_images(wide, "heldout"))
+    low, high = scores["training_preference_ci95"]
+    assert -30 <= low <= scores["training_preference"] <= high <= 1
+
+
+def test_preference_is_zero_by_chance_and_one_for_copies():
+    """Of sets that one distribution gives, however unequal in size."""
+    generator = torch.Generator().manual_seed(0)
+    for num_training, num_heldout in ((200, 200), (300, 20), (20, 300)):
+        vectors = torch.nn.functional.normalize(
+            torch.randn(4000 + num_training + num_heldout, 8, generator=generator), dim=1
+        )
+        images, training, heldout = vectors.split([4000, num_training, num_heldout])
+        nearest = [(images @ others.T).amax(dim=1) for others in (training, heldout)]
+        values = similarity.preference(*nearest, num_training, num_heldout)
+        # The sets themselves are random: their share varies as if each of their images were drawn once.
+        spread = values.std() / 4000**0.5 + (num_training / num_heldout / min(num_training, num_heldout)) ** 0.5
+        assert abs(values.mean()) < 3 * spread
+        nearest = [(training @ others.T).amax(dim=1) for others in (training, heldout)]
+        assert similarity.preference(*nearest, num_training, num_heldout).eq(1).all()
+    same = torch.rand(9)
+    assert similarity.preference(same, same, 5, 5).eq(0).all()
 
 
 def test_names_with_signs_of_a_formula_or_a_leading_underscore_are_shown_as_they_are(training, fresh, tmp_path):

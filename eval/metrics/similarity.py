@@ -66,7 +66,36 @@ EXCESS_COPY_RATE = Metric(
     digits=1,
     percent=True,
 )
-OF_HELDOUT = (HELDOUT_SIM_SCORE, HELDOUT_COPY_RATE, EXCESS_COPY_RATE)
+TRAINING_PREFERENCE = Metric(
+    "training_preference",
+    "preference for training over held-out pictures",
+    mean,
+    "bootstrap",
+    digits=1,
+    percent=True,
+)
+OF_HELDOUT = (HELDOUT_SIM_SCORE, HELDOUT_COPY_RATE, EXCESS_COPY_RATE, TRAINING_PREFERENCE)
+
+
+def preference(
+    to_training: torch.Tensor, to_heldout: torch.Tensor, num_training: int, num_heldout: int
+) -> torch.Tensor:
+    """How much more often an image's nearest is a training image than by chance: its mean is 0 for a model that draws
+    training and held-out images alike, and 1 for one whose images all have a training image nearest.
+
+    With N training and M held-out images of the same kind, the nearest of them all to an image that has nothing to do
+    with the training is a training image with probability c = N / (N + M). An image that simple pictures resemble by
+    chance resembles those of both sets, so that, unlike a copy rate, this does not depend on how simple they are.
+
+    Args:
+        to_training, to_heldout: similarity to the nearest of each set, (N,) each; equal ones count half.
+
+    Returns:
+        (hit - c) / (1 - c) of each image, float64 (N,), where a hit is 1 or 0.
+    """
+    chance = num_training / (num_training + num_heldout)
+    hits = (to_training > to_heldout).double() + (to_training == to_heldout).double() / 2
+    return (hits - chance) / (1 - chance)
 
 
 class Similarity(Kind):
@@ -96,14 +125,16 @@ class Similarity(Kind):
             protocol={"copy_similarity": copy_threshold, "neighbours": self.protocol.index},
         )
         searched = self.searched("descriptor", similarity, exact, copy_threshold)
-        return measured | searched | self._background(sets) | self._heldout(sets, copies)
+        return measured | searched | self._background(sets) | self._heldout(sets, similarity)
 
-    def _nearest(self, images: Embedded, training: Embedded, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nearest(
+        self, images: Embedded, training: Embedded, views: str = "views", **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The similarity (N,) of each image to the nearest training image, and the number (N,) of that image.
 
-        ``options``: of the search, if not the protocol's.
+        ``views``: the name of what is searched; ``options``: of the search, if not the protocol's.
         """
-        shown = training.several["views"]
+        shown = training.several[views]
         options = options or self.protocol.search_options
         search = functools.partial(most_similar, references=shown.vectors, **options)
         similarity, rows = best_of(search, images.both_ways())
@@ -112,8 +143,9 @@ class Similarity(Kind):
     def _copies(self, similarity: torch.Tensor) -> torch.Tensor:
         return is_copy(similarity, self.protocol.copy_threshold(self.descriptor))
 
-    def _heldout(self, sets: ImageSets, copies: torch.Tensor) -> Measured:
-        """The scores of held-out pictures, compared like the generated images, of which ``copies`` (N,) are copies.
+    def _heldout(self, sets: ImageSets, of_generated: torch.Tensor) -> Measured:
+        """The scores of held-out pictures, compared like the generated images, whose similarities to the nearest
+        training image are ``of_generated`` (N,).
 
         A picture that is in the training set in another version is not held out, and would make copies look usual.
         """
@@ -131,7 +163,11 @@ class Similarity(Kind):
             return missing(OF_HELDOUT, "all held-out pictures are also in the training set", counts, notes=notes)
         usual = self._copies(kept)
         scores = HELDOUT_SIM_SCORE.of(kept) | HELDOUT_COPY_RATE.of(usual)
-        scores |= EXCESS_COPY_RATE.of(copies, usual, groups=sets.prompts)
+        scores |= EXCESS_COPY_RATE.of(self._copies(of_generated), usual, groups=sets.prompts)
+        # With all held-out pictures: without those that resemble training images, these would seem preferred.
+        to_heldout, _ = self._nearest(sets.generated, sets.heldout, "as_training")
+        preferred = preference(of_generated, to_heldout, len(sets.distinct_training.kept), len(similarity))
+        scores |= TRAINING_PREFERENCE.of(preferred, groups=sets.prompts)
         return Measured(scores | counts, notes=notes if num_near else ())
 
     def _same_thumbnail(self, heldout: Embedded, training: Embedded) -> torch.Tensor:
