@@ -50,18 +50,9 @@ def config(tmp_path, pipeline, pictures, **changes):
 
 
 def test_the_matrix_is_filled_kept_and_tabled(base, pictures, tmp_path, capsys, monkeypatch):
-    path = config(tmp_path, base, pictures, seeds=[0])
-    flags = [
-        "benchmark",
-        "--config",
-        str(path),
-        "--device",
-        "cpu",
-        "--feature_cache",
-        str(tmp_path / "cache"),
-        "--jobs",
-        "2",
-    ]
+    rows = [{"label": "RT", "training": "given", "inference": "rt", "phase": "inference"}]
+    path = config(tmp_path, base, pictures, seeds=[0], tables={"T": {"title": "All", "rows": rows}})
+    flags = ["benchmark", "--config", str(path), "--device", "cpu", "--feature_cache", str(tmp_path / "cache")]
     assert main(flags) == 0
     text = capsys.readouterr().out
     assert "| inference | RT |" in text and "CLIP" not in text.partition("Table T")[2].partition("images a cell")[0]

@@ -98,14 +98,21 @@ def test_a_stranger_runs_every_command(installed):
         assert code == 0 and "usage: ietagc" in text, text
 
 
-def test_a_stranger_imports_what_the_readme_does(installed):
+def test_a_stranger_imports_what_the_readme_does_and_names_a_recipe(installed):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith(("import ", "from "))]
     assert len(lines) >= 3
-    code, text = installed("python", "-c", "\n".join([*lines, "import ietagc_diffusers as package"
-        "\nfor name in package.__all__: getattr(package, name)\nprint(package.__file__)"]))  # fmt: skip
-    assert code == 0, text
-    assert "/stranger" in text.splitlines()[-1]
+    code = [
+        *lines,
+        "import ietagc_diffusers as package",
+        "from ietagc_diffusers.__main__ import main",
+        "for name in package.__all__: getattr(package, name)",
+        "print(package.__file__)",
+        "main(['train', '--config', 'laion10k_iet_agc_plus'])",  # a recipe without its path
+    ]
+    exit_code, text = installed("python", "-c", "\n".join(code))
+    assert exit_code == 2 and "--pretrained_model_name_or_path is needed" in text, text
+    assert "/stranger" in text  # not the sources'
 
 
 def test_a_stranger_scores_images(installed, tmp_path):
@@ -114,11 +121,6 @@ def test_a_stranger_scores_images(installed, tmp_path):
     code, text = installed("ietagc", "score", *flags, "--output", tmp_path / "scored", "--feature_cache", "none")
     assert code == 0 and (tmp_path / "scored" / "scores.json").is_file(), text
     assert "ietagc report" in text
-
-
-def test_a_stranger_names_a_recipe_without_its_path(installed):
-    code, text = installed("ietagc", "train", "--config", "laion10k_iet_agc_plus")
-    assert code == 2 and "--pretrained_model_name_or_path is needed" in text, text
 
 
 def normal(name):
