@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..data import Batch, Condition, ImageSettings, View
 from ..files import place_name
 from ..method.config import MitigationConfig
 from ..run_folder import ADAPTER_FILE
+from ..tensor_files import link
 from .settings import PipelineSettings
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a folder that diffusers loads
@@ -295,15 +297,22 @@ class Family(ABC):
     def pipeline(self) -> DiffusionPipeline:
         """The base's pipeline with the denoiser as it is now. Raises ``UsageError`` if it cannot be assembled."""
 
-    def save_pipeline(self, folder: Path) -> None:
+    def save_pipeline(self, folder: Path, earlier: Path | None = None) -> None:
         """Write the pipeline as diffusers loads it: the denoiser first, so that it is there whatever happens to the
         rest, and model_index.json last, so that it is there only if all else is.
+
+        ``earlier``: a folder that this wrote before. All but the denoiser is still the same, and gets a second name
+        instead of being written again.
         """
         self.denoiser.save_pretrained(folder / self.denoiser_name)
         pipeline = self.pipeline()
         for name, part in pipeline.components.items():
-            if name != self.denoiser_name and part is not None:
+            if name == self.denoiser_name or part is None:
+                continue
+            if earlier is None:
                 part.save_pretrained(folder / name)
+            else:
+                shutil.copytree(earlier / name, folder / name, copy_function=link)
         pipeline.save_config(folder)
         _name_places(folder)
 

@@ -363,7 +363,7 @@ class LoraWeights(Weights):
         config["alpha_pattern"] = {name: self.scaling * rank for name, rank in config["rank_pattern"].items()}
         return config
 
-    def save_pipeline(self, folder: Path, final: bool = False) -> None:
+    def save_pipeline(self, folder: Path, final: bool = False, earlier: Path | None = None) -> None:
         """The adapter as ``load_lora_weights`` takes it; the result of a run on request as a whole pipeline too."""
         self.save(folder)
         if final and self.settings.save_merged:

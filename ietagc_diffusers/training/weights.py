@@ -161,13 +161,14 @@ class Weights:
         """The files that ``save_pipeline`` writes at the end of a run, nearly: their tensors."""
         return self.family.nbytes
 
-    def save_pipeline(self, folder: Path, final: bool = False) -> None:
+    def save_pipeline(self, folder: Path, final: bool = False, earlier: Path | None = None) -> None:
         """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one.
 
-        ``final``: whether this is the result of the run, not a model on its way.
+        ``final``: whether this is the result of the run, not a model on its way; ``earlier``: the folder of one on its
+        way, whose frozen parts need not be written again.
         """
         with self.averaged():
-            self.family.save_pipeline(folder)
+            self.family.save_pipeline(folder, earlier)
 
     def write_configs(self, folder: Path) -> None:
         """What diffusers and ``EMAModel`` need beside the weights of each set."""

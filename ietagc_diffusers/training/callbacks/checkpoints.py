@@ -83,12 +83,12 @@ class Checkpoints(Callback):
         except NoRoom as error:
             raise Ended(f"`output_dir` {path}: {error}") from error
         except Exception as error:
-            if not _of_the_disk(error):
+            if not of_the_disk(error):
                 raise
             again = "" if self.last is None else f"; continue with `resume_from_checkpoint` checkpoint-{self.last}"
             raise Ended(f"`output_dir` {path}: the trained pipeline could not be written: {error}{again}") from error
 
 
-def _of_the_disk(error):
+def of_the_disk(error: BaseException) -> bool:
     """Whether an error says that a file could not be written; safetensors has one of its own for that."""
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"

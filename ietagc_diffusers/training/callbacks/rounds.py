@@ -1,10 +1,16 @@
 """Records of the rounds."""
 
 import json
+import shutil
+
+from accelerate.logging import get_logger
 
 from ...files import write_text
 from ...run_folder import RunFolder
 from ..ensemble import Callback
+from .checkpoints import of_the_disk
+
+logger = get_logger(__name__)
 
 
 class RoundRecords(Callback):
@@ -25,11 +31,23 @@ class RoundRecords(Callback):
 
 
 class SavedRounds(Callback):
-    """The aggregated model of every round, as a pipeline."""
+    """The aggregated model of every round, as a pipeline. What training leaves as it is is on the disk once."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
     def on_round(self, run, row, before):
-        if run.layout.is_main:
-            run.weights.save_pipeline(self.folder.round(run.round))
+        if not run.layout.is_main:
+            return
+        target, earlier = self.folder.round(run.round), self.folder.round(run.round - 1)
+        part = target.with_name(f"{target.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            run.weights.save_pipeline(part, earlier=earlier if earlier.is_dir() else None)
+            shutil.rmtree(target, ignore_errors=True)
+            part.replace(target)
+        except Exception as error:
+            if not of_the_disk(error):
+                raise
+            shutil.rmtree(part, ignore_errors=True)
+            logger.error(f"The model of round {run.round} could not be written: {error}; training continues")
