@@ -68,6 +68,7 @@ class Cost:
         on_cpu: the device is the host.
         adapters: what is trained, if that is not the denoiser.
         reference: bytes of a second, frozen denoiser on the device.
+        save_rounds: the model of every round is kept.
     """
 
     parameters: int
@@ -82,6 +83,7 @@ class Cost:
     on_cpu: bool = False
     adapters: Adapters | None = None
     reference: int = 0
+    save_rounds: bool = False
 
     @property
     def copy(self) -> int:
@@ -153,6 +155,14 @@ class Cost:
             return self.copy + self.frozen
         return self.theta(num_rounds) + self.adapters.merged
 
+    def saved(self, num_rounds: int) -> int:
+        """The models of the rounds that are kept; their frozen parts are on the disk once."""
+        if not self.save_rounds:
+            return 0
+        if self.adapters is None:
+            return num_rounds * self.copy + self.frozen
+        return sum(self.theta(index + 1) for index in range(num_rounds))
+
     def files(self, rounds: Rounds, step: int) -> dict[tuple, int]:
         """The large files of the checkpoint at a step, by (name, version): equal keys are one file on the disk."""
         if not self.several:
@@ -184,7 +194,7 @@ class Cost:
         return max(sum(self.files(rounds, step).values()) for step in checkpoint_steps(rounds, every))
 
     def disk(self, rounds: Rounds, every: int, total_limit: int | None) -> int:
-        """Room that a run takes at most: its checkpoints, what waits, and the trained pipeline."""
+        """Room that a run takes at most: its checkpoints, what waits, models of rounds, and the trained pipeline."""
         groups = min(self.processes, self.num_shards)
         most, kept = self.waiting * groups * self.on_disk, []
         # What waits is part of the next checkpoint, by links, but for the theta_hat that every other process has.
@@ -193,7 +203,7 @@ class Cost:
             kept.append(self.files(rounds, step))
             most = max(most, _together(kept) + others)
             kept = kept[-total_limit:] if total_limit else kept
-        return most + self.output(rounds.num_rounds)
+        return most + self.saved(rounds.num_rounds) + self.output(rounds.num_rounds)
 
 
 def checkpoint_steps(rounds: Rounds, every: int) -> list[int]:
@@ -222,6 +232,7 @@ def cost_of(settings: RunSettings, family: Family, layout: Layout, on_disk: bool
         on_cpu=layout.device.type == "cpu",
         adapters=None if settings.adapters is None else adapters_of(settings.adapters, family),
         reference=sum(p.numel() for p in family.denoiser.parameters()) * family.dtype.itemsize if copied else 0,
+        save_rounds=settings.save_rounds,
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 
 from accelerate.logging import get_logger
 
+from ...checkpoint import NoRoom, gigabytes, room
 from ...files import write_text
 from ...run_folder import RunFolder
 from ..ensemble import Callback
@@ -31,7 +32,9 @@ class RoundRecords(Callback):
 
 
 class SavedRounds(Callback):
-    """The aggregated model of every round, as a pipeline. What training leaves as it is is on the disk once."""
+    """The aggregated model of every round, as a pipeline. What training leaves as it is is on the disk once, and room
+    stays for the trained pipeline.
+    """
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
@@ -42,7 +45,10 @@ class SavedRounds(Callback):
         target, earlier = self.folder.round(run.round), self.folder.round(run.round - 1)
         part = target.with_name(f"{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
+        needed, left = 2 * run.weights.output_bytes, room(self.folder.path)
         try:
+            if left < needed:
+                raise NoRoom(f"it and the trained one need {gigabytes(needed)}, the disk has {gigabytes(left)} left")
             run.weights.save_pipeline(part, earlier=earlier if earlier.is_dir() else None)
             shutil.rmtree(target, ignore_errors=True)
             part.replace(target)
