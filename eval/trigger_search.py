@@ -58,6 +58,8 @@ class Search:
             raise UsageError(f"`start` {self.start}: must be one of {', '.join(STARTS)}")
         if self.drawing.dtype not in DTYPES:
             raise UsageError(f"`dtype` {self.drawing.dtype}: must be one of {', '.join(DTYPES)}")
+        if not 0 < self.learning_rate <= 10:
+            raise UsageError(f"`learning_rate` {self.learning_rate}: must be over 0 and at most 10")
         if self.check_every > self.max_steps:
             raise UsageError(f"`check_every` {self.check_every}: must be at most `max_steps`, {self.max_steps}")
 
