@@ -3,24 +3,20 @@ images that they were not trained on: measured, and written as a table, pictures
 """
 
 import csv
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.data.sources import SAMPLE_ID
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.files import read_json_lines, write_json, write_text
+from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.sscd import Descriptor
 
 from .audit import check_held_out_files
@@ -29,33 +25,15 @@ from .generate import model_hash
 from .image_sets import ImageSet
 from .losses import Chosen, chosen
 from .membership import Target
-from .metrics.intervals import newcombe_interval
+from .metrics.intervals import difference, newcombe_interval
 from .plots import COLOURS, as_label, png
 from .record import TrainingSet, recorded_training
-from .trigger_search import Search, TriggerSearch, check_captions
+from .searches import DRAWN, Finished, KeptSearches, Searches
+from .trigger_search import Search, check_captions
 
 RESULT, TABLE, CURVES, SHEET, IMAGES = "retrigger.json", "retrigger.md", "retrigger.png", "sheet.png", "images.csv"
-FINISHED, DRAWN = "finished.jsonl", "drawn"
 SHOWN = {"train": 8, "heldout": 4}  # images on the sheet
 SETS = {"train": "training", "heldout": "held-out"}
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The search for one image in one model.
-
-    similarities, steps, diverged: see ``trigger_search.Found``.
-    first, best: names of the pictures in the folder ``drawn``.
-    """
-
-    similarities: list[float]
-    steps: int | None
-    diverged: bool
-    first: str
-    best: str
-
-
-Searches = dict[str, list[Finished]]  # of each image of the sets ``train`` and ``heldout``
 
 
 def retrigger(
@@ -103,12 +81,14 @@ def retrigger(
     images = {"train": training.images, "heldout": heldout}
     interpolation = (None if record is None else record.interpolation) or "bilinear"
     sets = {
-        name: chosen(one, resolution, max_images, search.drawing.seed, name, interpolation=interpolation, user="this")
+        name: chosen(
+            one, resolution, max_images, search.drawing.seed, name, interpolation=interpolation, user="re-triggering"
+        )
         for name, one in images.items()
     }
     (output / DRAWN).mkdir(parents=True, exist_ok=True)
-    measured = Measurement(output, descriptor, threshold, search, device)
-    found = {name: measured.of(name, target, models[name], sets) for name, target in targets.items()}
+    searched = KeptSearches(output, descriptor, threshold, search, device)
+    found = {name: searched.of(name, target, models[name], sets) for name, target in targets.items()}
     result: dict[str, Any] = {
         "version": __version__,
         "descriptor": descriptor.identity,
@@ -129,58 +109,6 @@ def retrigger(
     return result
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Searches, each of which is kept in the folder ``output`` when it is finished."""
-
-    output: Path
-    descriptor: Descriptor
-    threshold: float
-    search: Search
-    device: str
-
-    def of(self, name: str, target: Target, model: str | Path, sets: dict[str, Chosen]) -> Searches:
-        """The searches of a model for all images. It is loaded only if one of them is not finished."""
-        known = {key: Finished(**row) for key, row in read_json_lines(self.output / FINISHED)}
-        known = {key: one for key, one in known.items() if all(map(self._is_there, (one.first, one.best)))}
-        conditions = self._conditions(model)
-        keys = {
-            each: [_key(conditions, pixels, text) for pixels, text in zip(one.pixels, one.told, strict=True)]
-            for each, one in sets.items()
-        }
-        missing = [(each, place) for each in keys for place, key in enumerate(keys[each]) if key not in known]
-        if missing:
-            with target.opened(self.device) as opened, (self.output / FINISHED).open("a", encoding="utf-8") as file:
-                find = TriggerSearch(opened, self.descriptor, self.threshold, self.search)
-                for each, place in tqdm(missing, desc=f"Searching {name}"):
-                    key, one = keys[each][place], sets[each]
-                    if key not in known:  # an image may be there twice
-                        known[key] = self._search(find, one.pixels[place], one.told[place], key)
-                        file.write(json.dumps([key, asdict(known[key])]) + "\n")
-                        file.flush()
-        return {each: [known[key] for key in keys[each]] for each in keys}
-
-    def _search(self, find: TriggerSearch, pixels: torch.Tensor, text: str, key: str) -> Finished:
-        found = find(pixels, text)
-        names = f"{key}-first.png", f"{key}-best.png"
-        for name, image in zip(names, (found.first, found.best), strict=True):
-            image.save(self.output / DRAWN / name)
-        return Finished(found.similarities, found.steps, found.diverged, *names)
-
-    def _is_there(self, name: str) -> bool:
-        return (self.output / DRAWN / name).is_file()
-
-    def _conditions(self, model: str | Path) -> str:
-        """What a search depends on besides the image and its caption."""
-        kind = torch.device(self.device).type
-        return json.dumps([model_hash(model), self.descriptor.identity, self.threshold, asdict(self.search), kind])
-
-
-def _key(conditions: str, pixels: torch.Tensor, text: str) -> str:
-    content = json.dumps([conditions, text]).encode() + pixels.numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
 def _done(found: Searches, checks: list[int]) -> dict[str, np.ndarray]:
     return {name: done_by([one.steps for one in some], checks) for name, some in found.items()}
 
@@ -199,9 +127,9 @@ def _measured(found: Searches, checks: list[int]) -> dict[str, Any]:
             "share_interval": [low.tolist(), high.tolist()],
             "num_diverged": sum(each.diverged for each in found[name]),
         }
-    last = [one[:, -1] for one in done.values()]
-    numbers["excess"] = float(last[0].mean() - last[1].mean())
-    numbers["excess_interval"] = newcombe_interval(*last)
+    train, heldout = (one[:, -1] for one in done.values())
+    numbers["excess"] = difference(train, heldout)
+    numbers["excess_interval"] = newcombe_interval(train, heldout)
     return numbers
 
 
@@ -282,7 +210,7 @@ def table(result: dict[str, Any]) -> str:
             low, high = (band[-1] for band in numbers["share_interval"])
             shares = f"{numbers['share'][0]:.0%} | {numbers['share'][-1]:.0%} ({low:.0%} – {high:.0%})"
             low, high = (_steps(value, most) for value in numbers["median_interval"])
-            middle = f"{_steps(numbers['median_steps'], most)} ({low} – {high})"
+            middle = _steps(numbers["median_steps"], most) + (f" ({low} – {high})" if low != high else "")
             lines.append(f"| {name} | {result[f'num_{each}']} {called} | {shares} | {middle} |")
     lines.append("")
     for name, one in result["models"].items():
@@ -354,9 +282,8 @@ def _curves(result: dict[str, Any]) -> Figure:
             numbers = one[each]
             label = f"{as_label(name)}, {SETS[each]}"
             axes.step(result["checks"], numbers["share"], style, where="post", color=colour, linewidth=1.6, label=label)
-        axes.fill_between(
-            result["checks"], *one["train"]["share_interval"], step="post", color=colour, alpha=0.12, linewidth=0
-        )
+        low, high = one["train"]["share_interval"]
+        axes.fill_between(result["checks"], low, high, step="post", color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="optimisation steps", ylabel="share of images drawn", ylim=(-0.02, 1.02))
     axes.set_xlim(0, result["checks"][-1])
     axes.grid(alpha=0.25)
@@ -377,8 +304,8 @@ def _sheet(output: Path, found: dict[str, Searches], sets: dict[str, Chosen]) ->
             one = searches[each][place]
             first, best = (np.asarray(Image.open(output / DRAWN / name)) for name in (one.first, one.best))
             steps = "not drawn" if one.steps is None else f"{one.steps} steps"
-            shown.append((first, f"start: {one.similarities[0]:.2f}"))
-            shown.append((best, f"{steps}: {max(one.similarities):.2f}"))
+            shown.append((first, f"start: {one.similarities[0]:.3f}"))
+            shown.append((best, f"{steps}: {max(one.similarities):.3f}"))
         for axes, (picture, title) in zip(line, shown, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(title, fontsize=7, pad=2)

@@ -289,7 +289,7 @@ def test_an_interrupted_run_continues_to_the_same_files_and_a_finished_one_loads
         (["--compare", "other={ddpm}"], "--model {ddpm}: is unconditional"),
         (["--compare", "{base}"], "two of them are named sd"),
         (["--heldout", "{members}"], "--heldout {members}: 2 of its 2 pictures are also among the training images"),
-        (["--heldout", "{one}"], "--heldout {one}: this needs at least two images with captions"),
+        (["--heldout", "{one}"], "--heldout {one}: re-triggering needs at least two images with captions"),
         (["--check_every", "300"], "--check_every 300: must be at most --max_steps, 200"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
         (["--learning_rate", "1e38"], "--learning_rate 1e+38: must be over 0 and at most 10"),
