@@ -4,6 +4,7 @@ that are resumed, and wrong use.
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,11 @@ def test_searches_start_where_they_are_told_to(made, pixels):
         of = {start: searching(opened, start=start) for start in STARTS}
         encoded = of["caption"]._encoded(pixels, CAPTIONS[0])
         starts = {start: next(iter(search.prepare(encoded)[0].values())).detach() for start, search in of.items()}
+        rates = [search.prepare(encoded)[1].param_groups[0]["lr"] for search in of.values()]
+        wide = replace(encoded, condition={name: 5 * value for name, value in encoded.condition.items()})
+        assert [search.prepare(wide)[1].param_groups[0]["lr"] for search in of.values()] == pytest.approx(
+            [5 * rate for rate in rates]
+        )
     pipeline = DiffusionPipeline.from_pretrained(made("sd"))
     torch.testing.assert_close(starts["empty"], pipeline.encode_prompt([""], "cpu", 1, False)[0].detach())
     assert abs(starts["noise"].mean() - starts["caption"].mean()) < 0.1
