@@ -115,7 +115,7 @@ class TriggerSearch:
         target = self.descriptor(pixels[None])[0]
         similarities: list[float] = []
         first = best = Image.new("RGB", (1, 1))
-        with torch.random.fork_rng(), frozen(self.denoiser), self._autocast():
+        with torch.random.fork_rng(), frozen(self.denoiser):
             seed = seed_of(pixels, self.search.drawing.seed)
             torch.manual_seed(seed)
             encoded = self._encoded(pixels, text)
@@ -136,14 +136,16 @@ class TriggerSearch:
                     return Found(similarities, step, False, first, best)
         return Found(similarities, None, False, first, best)
 
-    def _autocast(self):
+    def _autocast(self) -> torch.autocast:
+        """Of the model's arithmetic, not of the descriptor's."""
         dtype = getattr(torch, self.search.drawing.dtype)
         return torch.autocast(self.family.device.type, dtype, enabled=dtype != torch.float32)
 
     def _encoded(self, pixels: torch.Tensor, text: str) -> Any:
         """The image as often as there are noise draws, encoded."""
         images = (pixels.float() / 127.5 - 1).expand(self.search.draws, *pixels.shape)
-        return self.objective.encode(self.family.batch(images, [text] * len(images)).to(self.family.device))
+        with self._autocast():
+            return self.objective.encode(self.family.batch(images, [text] * len(images)).to(self.family.device))
 
     def prepare(self, encoded: Any) -> tuple[Tensors, torch.optim.Optimizer]:
         """The embeddings to start from, tensors (1, ...), and what changes them."""
@@ -165,7 +167,8 @@ class TriggerSearch:
         draws, number = self.search.draws, self.objective.num_levels
         levels = ((torch.arange(draws) + torch.rand(draws)) / draws * number).long().clamp(max=number - 1)
         drawn = self.objective.at_levels(self.objective.draw(encoded), levels).told(embeddings)
-        loss = self.objective.losses(self.denoiser, drawn).mean()
+        with self._autocast():
+            loss = self.objective.losses(self.denoiser, drawn).mean()
         if not loss.isfinite():
             return False
         optimizer.zero_grad()
@@ -181,14 +184,15 @@ class TriggerSearch:
             {name: one.detach().expand(number, *one.shape[1:]) for name, one in each.items()}
             for each in (embeddings, self.nothing)
         ]
-        return self.pipeline(
-            **self.family.in_place_of_prompt(*told),
-            num_inference_steps=drawing.num_inference_steps,
-            guidance_scale=drawing.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + place) for place in range(number)],
-            height=drawn_edge(size[0]),
-            width=drawn_edge(size[1]),
-        ).images
+        with self._autocast():
+            return self.pipeline(
+                **self.family.in_place_of_prompt(*told),
+                num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed + place) for place in range(number)],
+                height=drawn_edge(size[0]),
+                width=drawn_edge(size[1]),
+            ).images
 
 
 def seed_of(pixels: torch.Tensor, seed: int) -> int:

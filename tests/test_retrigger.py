@@ -21,6 +21,7 @@ from ietagc_diffusers.cli import build_parser, main
 from ietagc_diffusers.cli import retrigger as command
 from ietagc_diffusers.eval.generate import Settings as Drawing
 from ietagc_diffusers.eval.generate import draw, load_pipeline
+from ietagc_diffusers.eval.image_sets import to_tensor
 from ietagc_diffusers.eval.membership import Target
 from ietagc_diffusers.eval.trigger_search import DTYPES, STARTS, Search, TriggerSearch, seed_of
 from ietagc_diffusers.families.latent_diffusion import LatentDiffusion
@@ -113,6 +114,18 @@ def test_how_often_images_are_drawn_does_not_change_the_search(made, pixels):
         seldom = searching(opened, max_steps=4, check_every=3, draws=2)(pixels, CAPTIONS[0])
     assert Search(max_steps=4, check_every=3).checks == [0, 3, 4]
     assert seldom.similarities == [often.similarities[step] for step in (0, 3, 4)]
+
+
+def test_lower_precision_is_the_model_s_and_the_best_of_several_images_counts(made, pixels):
+    settings = {"max_steps": 1, "check_every": 1, "draws": 2}
+    with Target.of_model(made("sd")).opened() as opened:
+        one = searching(opened, **settings)(pixels, CAPTIONS[0])
+        several = searching(opened, **settings, images_per_check=3)(pixels, CAPTIONS[0])
+        low = searching(opened, **settings, drawing=replace(QUICK, dtype="bfloat16"))(pixels, CAPTIONS[0])
+    assert several.similarities[0] >= one.similarities[0] and low.similarities != one.similarities
+    assert low.similarities == pytest.approx(one.similarities, abs=0.05)
+    target, drawn = (pixel_descriptor()(image[None])[0] for image in (pixels, to_tensor(low.first)))
+    assert low.similarities[0] == pytest.approx((drawn @ target).item(), abs=1e-6)
 
 
 def test_searches_start_where_they_are_told_to(made, pixels):
