@@ -317,6 +317,7 @@ def test_an_interrupted_run_continues_to_the_same_files_and_a_finished_one_loads
         (["--resolution", "20"], "--resolution 20: must be a multiple of 8"),
         (["--resolution"], "--resolution: {base} does not record at which it was trained"),
         (["--output", "{members}/here"], "--output {members}/here: what is written there would get into"),
+        (["--compare", "b={ddpm}", "--output", "{ddpm}/unet"], "--output {ddpm}/unet: is the model's folder"),
         (["--output", "{base}/unet"], "--output {base}/unet: is the model's folder or inside one of its parts"),
     ],
 )
@@ -329,7 +330,7 @@ def test_wrong_use_is_told_in_a_line(made, sets, tmp_path, capsys, flags, messag
     if flags == ["--resolution"]:
         del given["--resolution"]
     else:
-        given[flags[0]] = flags[1].format(**places)
+        given |= {name: value.format(**places) for name, value in zip(flags[::2], flags[1::2], strict=True)}
     assert main(["retrigger", *(str(word) for pair in given.items() for word in pair), "--device", "cpu"]) == 2
     assert message.format(**places) in capsys.readouterr().err
 

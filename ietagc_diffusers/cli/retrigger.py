@@ -84,7 +84,7 @@ def run(args: Namespace) -> None:
     common.place_model(args)
     models[first] = args.model
     for place in models.values():
-        common.check_apart(args, "train", "heldout", model=place)
+        common.check_apart(Namespace(**vars(args) | {"model": place}), "train", "heldout")
     from ietagc_diffusers.eval.generate import Settings
     from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.retrigger import retrigger, table
