@@ -111,17 +111,24 @@ def load_pipeline(
         check_unprompted(settings)
         _check_size(pipeline, settings)
     put_on(pipeline, adapters)
-    _check_fit(pipeline, settings)
-    if settings.scheduler is not None:
-        scheduler, options = parse_scheduler(settings.scheduler)
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
-    pipeline.set_progress_bar_config(disable=True)
+    set_up(pipeline, settings)
     pipeline = pipeline.to(device)
     if settings.mitigation:
         from ietagc_diffusers.mitigations import apply_mitigations
 
         pipeline = apply_mitigations(pipeline, settings.mitigation)
     return pipeline
+
+
+def set_up(pipeline: Any, settings: Settings) -> None:
+    """Give a pipeline the settings' scheduler and no progress bar. Raises ``UsageError`` for a scheduler or a size that
+    this kind of pipeline cannot draw with.
+    """
+    _check_fit(pipeline, settings)
+    if settings.scheduler is not None:
+        scheduler, options = parse_scheduler(settings.scheduler)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    pipeline.set_progress_bar_config(disable=True)
 
 
 def _check_fit(pipeline: Any, settings: Settings) -> None:

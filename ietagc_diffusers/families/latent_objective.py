@@ -65,7 +65,7 @@ class LatentObjective(Objective):
         trains_text: see ``Objective``; conditions then have token ids, which each forward encodes.
     """
 
-    EMBEDDINGS: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)  # of the caption, in a condition
+    EMBEDDINGS: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)  # of the caption: of tokens, then pooled
 
     def __init__(
         self,
