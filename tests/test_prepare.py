@@ -1,7 +1,8 @@
-"""Prepared sets: what goes in comes out, whatever the source, its order and its files, and however often it is killed."""
+"""Prepared sets: what goes in comes out, whatever the source and its order, and however often it is killed."""
 
 import json
 import os
+import re
 import signal
 import tracemalloc
 from pathlib import Path
@@ -256,14 +257,14 @@ def test_a_complete_set_is_left_as_it_is_and_another_one_is_not_mixed_in(tmp_pat
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert prepared(source, tmp_path / "out") == report
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    with pytest.raises(UsageError, match="`output` .*`min_side` was 1, and is 5 now"):
+    with pytest.raises(UsageError, match=r"`output` .*`min_side` was 1, and is 5 now"):
         prepared(source, tmp_path / "out", Settings(min_side=5))
     sources.folder(source, some_items(5))
-    with pytest.raises(UsageError, match="`output` .*the source is another one or has changed"):
+    with pytest.raises(UsageError, match=r"`output` .*the source is another one or has changed"):
         prepared(source, tmp_path / "out")
-    with pytest.raises(UsageError, match="`output` .*is not empty"):
+    with pytest.raises(UsageError, match=r"`output` .*is not empty"):
         prepared(source, tmp_path)
-    with pytest.raises(UsageError, match="`output` .*lies in the source"):
+    with pytest.raises(UsageError, match=r"`output` .*lies in the source"):
         prepared(source, source / "out")
 
 
@@ -279,7 +280,7 @@ def test_wrong_use_is_told_with_the_flag(tmp_path, capsys):
     ):
         assert main(["prepare", *words, "--output", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert __import__("re").search(message, error), error
+        assert re.search(message, error), error
         assert not (tmp_path / "out").exists()
     assert list(FORMATS) == command.FORMATS and list(CAPTION_LINES) == command.CAPTION_LINES
 
