@@ -26,7 +26,8 @@ TRAININGS = {
     "wen: also a pass without the prompt": (4, 1),
     "iet-agc-taa, iet-agc+: also a pass that decides": (4, 1 + AUGMENTED),
 }
-NUM_TRAININGS = {"II": 7, "II, IV, V and VI": 10}
+# Trainings of each of these kinds, and rows of images, in configs/benchmark_laion10k.yaml.
+TABLES = {"Table II": ((5, 1, 1), 11), "Tables II, IV, V and VI": ((6, 1, 3), 18)}
 
 
 def operations(model: torch.nn.Module, *inputs: torch.Tensor) -> int:
@@ -59,11 +60,13 @@ def parts() -> dict[str, float]:
 
 def steps(one: dict[str, float]) -> Iterable[tuple[str, float]]:
     """(step, operations in units of 10^15)."""
-    for name, (unet, encoder) in TRAININGS.items():
-        visit = unet * one["UNet"] + encoder * one["VAE encoder"] + one["text encoder"]
-        yield f"a training: {name}", VISITS * visit / 1e3
-    image = 2 * STEPS * one["UNet"] + one["VAE decoder"]
-    yield f"{DRAWN} images of a row", DRAWN * image / 1e3
+    visits = [unet * one["UNet"] + vae * one["VAE encoder"] + one["text encoder"] for unet, vae in TRAININGS.values()]
+    trainings = [VISITS * visit / 1e3 for visit in visits]
+    images = DRAWN * (2 * STEPS * one["UNet"] + one["VAE decoder"]) / 1e3
+    yield from ((f"a training: {name}", count) for name, count in zip(TRAININGS, trainings, strict=True))
+    yield f"{DRAWN} images of a row", images
+    for name, (numbers, rows) in TABLES.items():
+        yield name, sum(number * count for number, count in zip(numbers, trainings, strict=True)) + rows * images
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Prepared sets: what goes in comes out, whatever the source and its order, and however often it is killed."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sources
-from conftest import FORKS, train_flags, train_here
+from conftest import train_flags, train_here
 from sources import KINDS, files_of, picture, read_rows, some_items, tar_files, write_tar
 
 from ietagc_diffusers.cli import main
@@ -25,6 +26,7 @@ from ietagc_diffusers.prepare.items import DUPLICATE, NO_CAPTION, SMALL, Item
 from ietagc_diffusers.prepare.prepare import _write
 from ietagc_diffusers.prepare.state import State
 
+FORK = multiprocessing.get_context("fork")  # no models are used: a fork is at once where another process starts
 SMALL_FILES = Settings(shard_size=0.002, test_share=0.4)  # MB: a few pictures each
 
 
@@ -204,7 +206,7 @@ def test_a_killed_preparation_goes_on_as_if_nothing_had_been(tmp_path):
     events = [(("shards", "add", True), 2), (("os", "replace", False), 3), (("state", "commit", True), 2),
               (("state", "commit", False), 2)]  # fmt: skip
     for event, number in events:
-        process = FORKS.Process(target=_killed, args=(tmp_path / "source", output, event, number))
+        process = FORK.Process(target=_killed, args=(tmp_path / "source", output, event, number))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
