@@ -23,7 +23,7 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.image_sets import load_images, load_training_set
 from ietagc_diffusers.prepare import FORMATS, Options, Settings, prepare, shards
 from ietagc_diffusers.prepare.items import DUPLICATE, NO_CAPTION, SMALL, Item
-from ietagc_diffusers.prepare.prepare import _write
+from ietagc_diffusers.prepare.run import _write
 from ietagc_diffusers.prepare.state import State
 
 FORK = multiprocessing.get_context("fork")  # no models are used: a fork is at once where another process starts
@@ -230,27 +230,31 @@ class Synthetic:
 
     def items(self, unit):
         for number in range(self.number):
-            yield Item(str(number), self.image + number.to_bytes(30_000), (f"caption {number}",))
+            yield Item(str(number), self.image + number.to_bytes(10_000), (f"caption {number}",))
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "GROUP_BYTES", 200_000)
-    monkeypatch.setattr("ietagc_diffusers.prepare.prepare.AHEAD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "GROUP_BYTES", 50_000)
+    monkeypatch.setattr("ietagc_diffusers.prepare.run.AHEAD_BYTES", 50_000)
 
     def peak(number):
         output = tmp_path / str(number)
         state = State(output / ".prepare" / "state.sqlite", {}, output)
-        pa.default_memory_pool().release_unused()
+        usual, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(counted)
         tracemalloc.start()
-        _write(Synthetic(number), state, Settings(shard_size=0.5), output, progress=False)
+        try:
+            _write(Synthetic(number), state, Settings(shard_size=0.2), output, progress=False)
+            found = tracemalloc.get_traced_memory()[1] + counted.max_memory()
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(usual)
         state.close()
-        found = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
         assert sum(pq.read_metadata(path).num_rows for path in (output / "train").iterdir()) == number
         return found
 
     peak(20)  # what is imported on the way
-    assert peak(1000) < 1.2 * peak(100) < 3e6  # 30 MB of images, and 3 MB
+    assert peak(500) < 1.2 * peak(50) < 1e6  # of 5 MB of images, and of 0.5 MB
 
 
 def test_a_complete_set_is_left_as_it_is_and_another_one_is_not_mixed_in(tmp_path):

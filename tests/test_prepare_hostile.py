@@ -1,7 +1,10 @@
 """Sources that are damaged, or that mean harm: what can be used is, the rest is named, and nothing else happens."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import sys
 import tarfile
 
@@ -15,7 +18,7 @@ from sources import files_of, picture, read_rows, some_items, tar_files, write_t
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.prepare import Options, prepare
+from ietagc_diffusers.prepare import Options, prepare, publish
 from ietagc_diffusers.prepare.items import (
     BAD_NAME,
     BAD_TEXT,
@@ -94,6 +97,18 @@ def test_of_a_tar_that_is_cut_the_whole_part_is_kept(tmp_path, ending):
     assert captions == [f"picture {n}, caption 0" for n in range(kept)] + ["last"]
     assert left_out[DAMAGED] == 1 and report["left_out"][DAMAGED]["first"][0].startswith("0.tar: ")
     assert set(left_out) <= {DAMAGED, NO_CAPTION}  # the image whose caption is gone
+
+
+@pytest.mark.parametrize("unpack", [gzip, bz2, lzma])
+def test_a_compressed_tar_is_the_same_and_may_be_cut(tmp_path, unpack):
+    whole = unpack.compress(write_tar(tmp_path / "whole.tar", tar_files(some_items(30))).read_bytes())
+    (tmp_path / "in.tar.gz").write_bytes(whole)
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    for name in ("whole.tar", "in.tar.gz", "cut.tar.gz"):
+        _, left_out = prepared(tmp_path / name, tmp_path / f"out-{name}")
+        assert left_out.get(DAMAGED, 0) == (name == "cut.tar.gz")
+    rows, cut = read_rows(tmp_path / "out-whole.tar"), read_rows(tmp_path / "out-cut.tar.gz")
+    assert read_rows(tmp_path / "out-in.tar.gz") == rows and cut == rows[: len(cut)] and len(cut) >= 10
 
 
 def header(name, size):
@@ -202,17 +217,18 @@ def test_nothing_that_can_be_used_is_told_with_the_reason(tmp_path):
         prepared(tmp_path / "empty", tmp_path / "out")
 
 
-def test_a_set_is_uploaded_private_and_without_what_was_left_out(tmp_path, hub, waits, capsys):
+def test_a_set_is_uploaded_private_and_without_what_was_left_out(tmp_path, hub, waits, capsys, monkeypatch):
+    monkeypatch.setattr(publish, "AT_ONCE", 1)
     files = [*tar_files(some_items(8)), ("secret-name.png", picture(20))]
     source = write_tar(tmp_path / "a.tar", files)
     words = [source, "--output", tmp_path / "out", "--shard_size=0.002", "--push_to_hub=me/set", f"--token={TOKEN}"]
-    hub.fail("POST", "commit", (503, {}, "busy"), *[(400, {}, "no")] * 1)
+    hub.fail("POST", "commit", (503, {}, "busy"), (400, {}, "no"))
     assert main(["prepare", *map(str, words)]) == 1
     assert "Nothing is lost" in capsys.readouterr().err
     assert main(["prepare", *map(str, words)]) == 0
     uploaded = hub.files("me/set")
     own = {name: content for name, content in files_of(tmp_path / "out").items() if name.endswith(".parquet")}
-    assert len(own) >= 3 and {name: uploaded[name] for name in own} == own
+    assert len(own) >= 2 and {name: uploaded[name] for name in own} == own
     assert set(uploaded) == {*own, "README.md", ".gitattributes"} and hub.private == {"me/set": True}
     assert "path: train/*.parquet" in uploaded["README.md"].decode()
     assert all(b"secret-name" not in body for body in hub.bodies)

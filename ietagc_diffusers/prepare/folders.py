@@ -77,7 +77,7 @@ class FolderReader:
         self.labels = self._labels() if not repeats else None
         self.left_out = self._left_out()
         self.units = 1 + -(-len(self.rows.names) // ROWS)  # the first is what is left out as a whole
-        self.total = len(self.rows.names) + sum(one.count for one in self.left_out)
+        self.total: int | None = len(self.rows.names) + sum(one.count for one in self.left_out)
         told = [self.rows.names, self.captions, self.labels, [[one.name, one.why] for one in self.left_out]]
         self.mark = digest(json.dumps(told, default=str).encode()).hex()
 
@@ -232,7 +232,8 @@ class FetchedFilesReader:
         self.folder, self.where, self.caption_lines = Path(folder), where, caption_lines
         self.folders = fetched_folders(self.folder)
         self.columns: dict[str, Any] = {}
-        self.units, self.total = len(self.folders), None
+        self.units = len(self.folders)
+        self.total: int | None = None
         about = [[name, os.stat(self.folder / name).st_mtime_ns] for name in self.folders]
         self.mark = digest(json.dumps(about).encode()).hex()
 

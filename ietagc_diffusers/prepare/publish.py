@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..hub.repository import Repository
-from .prepare import read_report
+from .run import read_report
 
 AT_ONCE = 50  # files of a commit: one that fails costs no more than these
 CARD = "README.md"

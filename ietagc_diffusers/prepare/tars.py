@@ -3,10 +3,13 @@
 Nothing is ever unpacked to the disk, and names are only names. Items come in the order in which they lie in the file.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +27,8 @@ from .items import Item, LeftOut, captions_of
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TEXT_ENDINGS = (".txt", ".caption", ".text")
-BLOCK = 512
+COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+BLOCK = 512  # of bytes, which a tar file consists of
 OF_NO_ITEM = "__"  # begins the names of webdataset's own files
 
 
@@ -39,7 +43,8 @@ class TarReader:
     def __init__(self, files: Sequence[Path], caption_lines: str = "whole"):
         self.files, self.caption_lines = list(files), caption_lines
         self.columns: dict[str, Any] = {"label": Value("int64")}
-        self.units, self.total = len(self.files), None
+        self.units = len(self.files)
+        self.total: int | None = None
         self.mark = digest(json.dumps([[path.name, path.stat().st_size] for path in self.files]).encode()).hex()
 
     def items(self, unit: int) -> Iterator[Item | LeftOut]:
@@ -124,34 +129,30 @@ class _Bounded:
         return self.file.tell()
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> Any:
     """A tar file without its compression, which its first bytes tell."""
-    import bz2
-    import gzip
-    import lzma
-
     with open(path, "rb") as file:
         head = file.read(6)
-    for mark, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
-        if head.startswith(mark):
-            return module.open(path, "rb")  # type: ignore[return-value]
-    return open(path, "rb")
+    unpack = next((unpack for mark, unpack in COMPRESSIONS.items() if head.startswith(mark)), open)
+    return unpack(path, "rb")
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes] | LeftOut]:
     """The files in a tar that may belong to an item, (name, content), one at a time, and what is left out of it."""
     where = printable(path.name)
     try:
-        with _opened(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r:", errorlevel=0) as tar:  # type: ignore[arg-type]
-            yield from _members(tar, file, where)
+        with _opened(path) as file:
+            bounded: Any = _Bounded(file)
+            with tarfile.open(fileobj=bounded, mode="r:", errorlevel=0) as tar:
+                yield from _members(tar, file, where)
     except Exception as error:  # of damaged files tarfile raises exceptions of any kind
         yield LeftOut(where, items.DAMAGED, one_line(error))
 
 
-def _members(tar: tarfile.TarFile, file: BinaryIO, where: str) -> Iterator[tuple[str, bytes] | LeftOut]:
+def _members(tar: tarfile.TarFile, file: Any, where: str) -> Iterator[tuple[str, bytes] | LeftOut]:
     end = 0
     while (member := tar.next()) is not None:
-        tar.members.clear()  # tarfile keeps all of them
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
         if tar.offset <= end or member.size < 0:
             raise tarfile.ReadError("a member of negative size")
         end = tar.offset
