@@ -274,6 +274,39 @@ def test_a_complete_set_is_left_as_it_is_and_another_one_is_not_mixed_in(tmp_pat
         prepared(source, source / "out")
 
 
+def test_two_preparations_do_not_write_into_one_folder(tmp_path):
+    source = sources.folder(tmp_path / "source", some_items(2))
+    prepared(source, tmp_path / "out")
+    (tmp_path / "out" / "report.json").unlink()
+    first = State(tmp_path / "out" / ".prepare" / "state.sqlite", {}, "")
+    with pytest.raises(UsageError, match=r"`output` .*another run may be writing"):
+        prepared(source, tmp_path / "out")
+    first.close()
+
+
+def test_a_full_disk_is_told_and_the_same_command_continues(tmp_path, monkeypatch, capsys):
+    words = [
+        "prepare",
+        str(write_tar(tmp_path / "a.tar", tar_files(some_items(20)))),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    words.append("--shard_size=0.002")
+    replace, room = os.replace, iter([True, True])
+
+    def replace_or_fail(*names):
+        if not next(room, False):
+            raise OSError(28, "No space left on device")
+        replace(*names)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace_or_fail)
+        assert main(words) == 1
+    assert "continues from here" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "train").iterdir())) == 2
+    assert main(words) == 0 and len(read_rows(tmp_path / "out")) == 20
+
+
 def test_wrong_use_is_told_with_the_flag(tmp_path, capsys):
     source = str(sources.folder(tmp_path / "source", some_items(2)))
     for words, message in (

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..console import say
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..files import check_output
 from . import common
 
@@ -81,7 +81,12 @@ def run(args: Namespace) -> int:
     from ..prepare import Options, Settings, prepare, summary
 
     repository = _repository(args)
-    report = prepare(args.source, args.output, _made(Options, args), _made(Settings, args))
+    where = f"{args.prog} prepare: {args.output}"
+    try:
+        report = prepare(args.source, args.output, _made(Options, args), _made(Settings, args))
+    except OSError as error:  # of a disk that is full or gone
+        print(f"{where}: {one_line(error)}. The same command continues from here", file=sys.stderr)
+        return 1
     say(f"{summary(report)}\n{args.output}/report.md")
     if repository is None:
         return 0
@@ -91,7 +96,6 @@ def run(args: Namespace) -> int:
     try:
         say(f"Uploaded: {publish(args.output, repository)}")
     except (UploadError, OSError) as error:  # of the network, or of a disk
-        where = f"{args.prog} prepare: {args.push_to_hub}"
         print(f"{where}: {error}. Nothing is lost: the same command tries again", file=sys.stderr)
         return 1
     return 0

@@ -1,5 +1,6 @@
 """Which kind of source something is, and its reader."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from .parquet import ParquetReader
 from .tars import ENDINGS, TarReader
 
 FORMATS = ("auto", "folder", "dcr", "kohya", "img2dataset", "webdataset", "parquet")
-LOOKED_AT = 1 << 20  # bytes of a JSON file that tell whether it has captions
+LOOKED_AT = 1 << 14  # bytes of a JSON file that tell whether it has captions
+FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"]*)"\s*:')
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def open_source(source: str | Path, options: Options) -> tuple[str, Reader]:
         raise UsageError(f"`captions` {options.captions}: no such file")
     if options.captions is not None and kind != "dcr":
         raise UsageError(f"`captions` {options.captions}: is for `format` dcr, and {where} is {kind}")
+    if options.images is not None and not Path(options.images).is_dir():
+        raise UsageError(f"`images` {options.images}: no such folder")
     if path.is_file() and kind not in ("webdataset", "parquet"):
         raise UsageError(f"{where}: is a file; give the folder it is in")
     return kind, _reader(kind, path, where, options)
@@ -102,8 +106,8 @@ def detect(path: Path, where: str, options: Options) -> str:
 def _has_captions(path: Path) -> bool:
     """Whether a JSON file names images, and so has captions of them."""
     with path.open("rb") as file:
-        head = file.read(LOOKED_AT).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
-    return head.startswith("{") and is_picture(head[1:].partition('":')[0].strip().strip('"'))
+        found = FIRST_KEY.match(file.read(LOOKED_AT).decode("utf-8", "replace"))
+    return found is not None and is_picture(found[1])
 
 
 def _data_files(path: Path, endings: tuple[str, ...]) -> list[str]:

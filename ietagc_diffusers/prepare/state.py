@@ -57,12 +57,27 @@ class State:
         output: the folder, for messages.
 
     Raises:
-        UsageError: it was begun with other settings.
+        UsageError: it was begun with other settings, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], output: str | Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(path)
+        try:
+            self._begin(settings, output)
+        except UsageError:
+            self.close()
+            raise
+        except sqlite3.Error as error:
+            self.close()
+            raise UsageError(
+                f"`output` {output}: how far it has come cannot be read ({error}); another run may be writing there, "
+                "otherwise give another folder"
+            ) from error
+
+    def _begin(self, settings: dict[str, Any], output: str | Path) -> None:
+        self.connection.execute("PRAGMA busy_timeout = 0")
+        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # for as long as the connection is open
         self.connection.execute("PRAGMA synchronous = FULL")
         self.connection.execute("CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY, times INTEGER)")
         self.connection.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT)")
