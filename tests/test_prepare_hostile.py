@@ -193,6 +193,18 @@ def test_damaged_parquet_does_not_stop_the_rest(tmp_path):
     assert left_out[DAMAGED] >= 2 and "train-00002.parquet" in str(report["left_out"][DAMAGED])
 
 
+def test_strings_in_parquet_that_are_no_text(tmp_path):
+    texts = pa.array([b"one", b"\xff\xfe", b"three"]).view(pa.string())
+    table = pa.table({"image": [picture(n) for n in range(3)], "text": texts, "label": [1, 2, 3]})
+    table = table.replace_schema_metadata({"huggingface": '{"info": {"features": {"label": {"_type": "Nonsense"}}}}'})
+    pq.write_table(table, tmp_path / "a.parquet")
+    _, left_out = prepared(tmp_path / "a.parquet", tmp_path / "out")
+    assert left_out == {BAD_TEXT: 1}
+    assert [(row["text"], row["label"]) for row in read_rows(tmp_path / "out")] == [("one", 1), ("three", 3)]
+    with pytest.raises(UsageError, match="`caption_column` x: not a column"):
+        prepared(tmp_path / "a.parquet", tmp_path / "other", caption_column="x")
+
+
 def test_folders_with_all_that_people_leave_in_them(tmp_path):
     source = sources.kohya(tmp_path / "source", some_items(3))
     inside = source / "10_dog"

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Value
 from ..data.decoder import BadImage, is_file, native, read_stored
 from ..data.folder import FolderRows, read_folder
 from ..data.hashes import digest
-from ..data.listing import Listing, list_folder, printable, suffix_of
+from ..data.listing import Listing, list_folder, suffix_of
 from ..data.metadata import FILE_NAME, NEAR_TEXT, read_metadata
 from ..errors import UsageError, one_line
 from . import items
@@ -110,7 +110,7 @@ class FolderReader:
     def _left_out(self) -> list[LeftOut]:
         rows = self.rows
         apart = [LeftOut(split, items.OTHER_SPLIT, count=number) for split, number in rows.apart.items()]
-        loose = [LeftOut(printable(name), items.NO_ROW) for name in rows.loose]
+        loose = [LeftOut(name, items.NO_ROW) for name in rows.loose]
         return [*apart, *loose, *left_out_files(rows.listing, rows.skipped)]
 
     def items(self, unit: int) -> Iterator[Item | LeftOut]:
@@ -127,7 +127,7 @@ class FolderReader:
             why = items.BAD_NAME if fault and "outside" in fault else items.NO_IMAGE
             return LeftOut(self.rows.origin(row), why, fault or "")
         if name in self.bad_texts:
-            return LeftOut(printable(name), items.BAD_TEXT, self.bad_texts[name])
+            return LeftOut(name, items.BAD_TEXT, self.bad_texts[name])
         image = read_picture(self.rows.listing.path(name), name)
         if isinstance(image, LeftOut):
             return image
@@ -202,7 +202,7 @@ class DcrReader(FolderReader):
 
     def _left_out(self) -> list[LeftOut]:
         missing = [name for name, number in self.without_image.items() for _ in range(max(number, 0))]
-        return [*super()._left_out(), *(LeftOut(printable(name), items.NO_IMAGE) for name in missing)]
+        return [*super()._left_out(), *(LeftOut(name, items.NO_IMAGE) for name in missing)]
 
 
 def captions_files(folder: Path) -> list[Path]:
@@ -243,7 +243,7 @@ class FetchedFilesReader:
         rows = read_folder(listing, self.where, None, self.caption_lines, bad_texts=bad)
         texts = rows.columns.get("text") or [None] * len(rows.names)
         yield from left_out_files(listing, rows.skipped)
-        yield from (LeftOut(printable(name), items.BAD_TEXT, why) for name, why in bad.items())
+        yield from (LeftOut(name, items.BAD_TEXT, why) for name, why in bad.items())
         for name, text in zip(rows.names, texts, strict=True):
             if name in bad:
                 continue

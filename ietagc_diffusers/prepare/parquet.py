@@ -12,7 +12,6 @@ from datasets import ClassLabel, Features, Value
 
 from ..data.columns import image_maker
 from ..data.hashes import digest
-from ..data.listing import printable
 from ..data.metadata import near_column
 from ..errors import UsageError, one_line
 from . import items
@@ -69,6 +68,10 @@ class ParquetReader:
             about.append([path.name, path.stat().st_size, rows])
         if schema is None:
             raise UsageError(f"{where}: {about[0][0]} does not parse: {about[0][1]}")
+        if caption_column is not None and caption_column not in schema.names:
+            raise UsageError(
+                f"`caption_column` {caption_column}: not a column of {where}, which has {', '.join(schema.names)}"
+            )
         self.image_column = self._image_column(schema, image_column)
         self._check_not_addresses()
         self.columns = _labels(schema)
@@ -108,8 +111,8 @@ class ParquetReader:
             # Without a buffer a whole column of a group would be read at once.
             with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
                 yield from self._of_group(number, file, group)
-        except (OSError, pa.ArrowException) as error:
-            yield LeftOut(printable(path.name), items.DAMAGED, one_line(error))
+        except Exception as error:  # of damaged files Arrow raises exceptions of many kinds
+            yield LeftOut(path.name, items.DAMAGED, one_line(error))
 
     def _of_group(self, number: int, file: pq.ParquetFile, group: int) -> Iterator[Item | LeftOut]:
         names = file.schema_arrow.names
@@ -129,12 +132,13 @@ class ParquetReader:
                 where = f"{self.files[number].name}: row {row} of group {group}"
                 row += 1
                 try:
+                    stored = images[place].as_py()
                     about = {column: batch.column(column)[place].as_py() for column in told}
                 except ValueError as error:  # strings that are no text
-                    yield LeftOut(printable(where), items.BAD_TEXT, one_line(error))
+                    yield LeftOut(where, items.BAD_TEXT, one_line(error))
                     continue
                 more = {column: _integer(about.get(column)) for column in self.columns}
-                yield self._item(images[place].as_py(), about.get(name), captions_of(about.get(texts)), more, where)
+                yield self._item(stored, about.get(name), captions_of(about.get(texts)), more, where)
 
     def _item(
         self, stored: dict[str, Any] | None, name: Any, captions: tuple[str, ...], more: dict[str, Any], where: str
@@ -142,17 +146,17 @@ class ParquetReader:
         path = None if stored is None else stored["path"]
         if stored is not None and stored["bytes"] is not None:
             if len(stored["bytes"]) > items.MAX_BYTES:
-                return LeftOut(printable(where), items.LARGE)
+                return LeftOut(where, items.LARGE)
             return Item(str(name or os.path.basename(path or "")), stored["bytes"], captions, more)
         if path is None:
-            return LeftOut(printable(where), items.NO_IMAGE)
+            return LeftOut(where, items.NO_IMAGE)
         if "://" in path:
-            return LeftOut(printable(where), items.NO_IMAGE, ADDRESS)
+            return LeftOut(where, items.NO_IMAGE, ADDRESS)
         try:
             whole = (self.folder / path).resolve()
             own = whole.relative_to(self.folder).as_posix()
         except (OSError, ValueError):
-            return LeftOut(printable(f"{where}: {path[:200]}"), items.BAD_NAME)
+            return LeftOut(f"{where}: {path[:200]}", items.BAD_NAME)
         image = read_picture(str(whole), own)
         return image if isinstance(image, LeftOut) else Item(str(name or own), image, captions, more)
 
@@ -165,5 +169,8 @@ def _labels(schema: pa.Schema) -> dict[str, Any]:
     """The column of classes, if there is one of integers."""
     if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
         return {}
-    feature = Features.from_arrow_schema(schema)["label"]
+    try:
+        feature = Features.from_arrow_schema(schema)["label"]
+    except Exception:  # of whatever the file says of its columns
+        feature = None
     return {"label": feature if isinstance(feature, ClassLabel) else Value("int64")}

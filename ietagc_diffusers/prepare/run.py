@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..data.decoder import BadImage, decode_bytes
 from ..data.hashes import digest
+from ..data.listing import printable
 from ..data.work import THREADS
 from ..errors import UsageError
 from ..files import read_json
@@ -87,7 +88,7 @@ def prepare(
     shutil.rmtree(output / PARTS)
     if report is None:
         why, about = max(now.left_out.items(), key=lambda entry: entry[1]["count"], default=("it is empty", {}))
-        example = f" (such as {about['first'][0]})" if about else ""
+        example = f" (such as {printable(about['first'][0])[:200]})" if about else ""
         raise UsageError(f"`source` {source}: no image can be used, most often because: {why}{example}")
     return report
 
@@ -123,7 +124,6 @@ def _write(reader: Reader, state: State, settings: Settings, output: Path, progr
             if shards.bytes >= settings.shard_size * 1e6:
                 _commit(shards, state)
                 shards = Shards(output, features, now.chunk)
-        now.done = True
         _commit(shards, state)
 
 

@@ -19,11 +19,11 @@ class Progress:
 
     Attributes:
         unit, place: of the next item in the source: its unit, and how many of the unit come before it.
+        chunk: number of the next files.
         shards: files written of each split.
         rows, bytes: number of rows, and size of their images, by split.
         captions: number of captions.
         left_out: {reason: {"count", "first": names}}.
-        done: whether all of the source is written.
     """
 
     unit: int = 0
@@ -34,7 +34,6 @@ class Progress:
     bytes: dict[str, int] = field(default_factory=dict)
     captions: int = 0
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
-    done: bool = False
 
     def leave_out(self, one: LeftOut) -> None:
         about = self.left_out.setdefault(one.why, {"count": 0, "first": []})

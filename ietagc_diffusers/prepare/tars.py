@@ -18,7 +18,6 @@ from datasets import Value
 from ..data.decoder import SUFFIXES
 from ..data.folder import caption_of
 from ..data.hashes import digest
-from ..data.listing import printable
 from ..data.text_files import decode_text, writable
 from ..errors import one_line
 from . import items
@@ -67,16 +66,16 @@ class TarReader:
             return
         images = [ending for ending in files if ending in SUFFIXES]
         if not images:
-            yield LeftOut(printable(name), items.NO_IMAGE)
+            yield LeftOut(name, items.NO_IMAGE)
             return
-        yield from (LeftOut(printable(name + ending), items.UNSUPPORTED, "a second image") for ending in images[1:])
+        yield from (LeftOut(name + ending, items.UNSUPPORTED, "a second image") for ending in images[1:])
         captions: tuple[str, ...] = ()
         more: dict[str, Any] = {"label": None}
         for ending in (ending for ending in files if ending not in SUFFIXES):
             try:
                 value = self._value(ending, decode_text(files[ending]))
             except (ValueError, RecursionError) as error:
-                yield LeftOut(printable(name + ending), items.BAD_TEXT, one_line(error))
+                yield LeftOut(name + ending, items.BAD_TEXT, one_line(error))
                 continue
             if ending == ".cls":
                 more["label"] = value
@@ -139,7 +138,7 @@ def _opened(path: Path) -> Any:
 
 def members(path: Path) -> Iterator[tuple[str, bytes] | LeftOut]:
     """The files in a tar that may belong to an item, (name, content), one at a time, and what is left out of it."""
-    where = printable(path.name)
+    where = path.name
     try:
         with _opened(path) as file:
             bounded: Any = _Bounded(file)
@@ -161,7 +160,7 @@ def _members(tar: tarfile.TarFile, file: Any, where: str) -> Iterator[tuple[str,
         name = writable(member.name)
         why = _why_not(name, member)
         if why is not None:
-            yield LeftOut(f"{where}: {printable(name)[:200]}", why)
+            yield LeftOut(f"{where}: {name[:200]}", why)
         elif not os.path.basename(name).startswith(OF_NO_ITEM):
             content = tar.extractfile(member)
             assert content is not None  # of a regular file
