@@ -8,7 +8,6 @@ from ..files import place_name, write_json, write_text
 from .state import Progress
 
 REPORT, PAGE = "report.json", "report.md"
-SETTINGS = ("format", "mark")
 
 
 def write_report(output: Path, source: str | Path, settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -35,8 +34,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{number} images with {report['captions']} captions, {sum(report['bytes'].values()) / 1e6:.1f} MB: "
         + ", ".join(f"{rows[split]} {split}" for split in sorted(rows, reverse=True))
     ]
-    if report["settings"]["test_share"] and not rows.get("test"):
-        lines.append("No image fell into the test split: the set is too small for this share, or try another seed.")
+    if report["settings"]["test_share"] and len(rows) < 2:
+        lines.append("All images fell into one split: there are too few for this share, or another seed would do.")
     if left_out:
         lines.append(f"Left out: {sum(about['count'] for about in left_out.values())}")
     for why, about in left_out.items():
@@ -47,23 +46,21 @@ def summary(report: dict[str, Any]) -> str:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     settings, left_out = report["settings"], report["left_out"]
-    lines = [f"# {report['source']}, prepared", "", f"Format: {settings['format']}.", ""]
+    told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "mark" and value is not None)
+    lines = [f"# {_cell(report['source'])}, prepared", "", f"Settings: {told}.", ""]
     lines += ["| split | images | files | MB |", "|---|---|---|---|"]
     for split in sorted(report["rows"], reverse=True):
         size = f"{report['bytes'][split] / 1e6:.1f}"
         lines.append(f"| {split} | {report['rows'][split]} | {report['files'].get(split, 0)} | {size} |")
     lines += ["", f"Captions: {report['captions']}.", "", "## Left out", ""]
-    if not left_out:
-        return "\n".join([*lines, "Nothing.", ""])
-    lines += ["| number | reason | the first of them |", "|---|---|---|"]
+    lines += ["| number | reason | the first of them |", "|---|---|---|"] if left_out else ["Nothing."]
     for why, about in left_out.items():
         names = "<br>".join(_cell(name) for name in about["first"])
         more = "<br>..." if about["count"] > len(about["first"]) else ""
         lines.append(f"| {about['count']} | {why} | {names}{more} |")
-    kept = {name: value for name, value in settings.items() if name not in SETTINGS and value is not None}
-    return "\n".join([*lines, "", "Settings: " + ", ".join(f"{k} {v}" for k, v in kept.items()) + ".", ""])
+    return "\n".join([*lines, ""])
 
 
 def _cell(name: str) -> str:
-    text = printable(name)[:200].replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-    return text
+    """A name that cannot be taken for a part of the page."""
+    return printable(name)[:200].replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
