@@ -64,7 +64,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of test images; default: 0")
     parser.add_argument("--shard_size", type=float, default=256.0, metavar="MB", help="of a file; default: 256")
     group = parser.add_argument_group("upload")
-    group.add_argument("--push_to_hub", metavar="REPO", help="dataset on the Hub to upload the set to; private")
+    group.add_argument(
+        "--push_to_hub",
+        metavar="REPO",
+        help="dataset on the Hub to upload the set to; made private, if it is not there",
+    )
     group.add_argument("--public", action="store_true", help="make that dataset public, if it is made")
     group.add_argument("--token", help="default: HF_TOKEN, or the one that `hf auth login` stored")
 
