@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path, monkeypatch):
         pa.set_memory_pool(counted)
         tracemalloc.start()
         try:
-            _write(Synthetic(number), state, Settings(shard_size=0.2), output, progress=False)
+            _write(Synthetic(number), state, Settings(shard_size=2), output, progress=False)
             found = tracemalloc.get_traced_memory()[1] + counted.max_memory()
         finally:
             tracemalloc.stop()
