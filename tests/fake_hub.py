@@ -100,7 +100,7 @@ class FakeHub:
     def preupload(self, name, branch, body):
         there, found = self.repositories[name][branch], []
         for file in json.loads(body)["files"]:
-            known, large = there.get(file["path"]), file["path"].endswith(".safetensors")
+            known, large = there.get(file["path"]), file["path"].endswith((".safetensors", ".parquet"))
             oid = known and (hashlib.sha256(known) if large else hashlib.sha1(b"blob %d\0" % len(known) + known))
             mode = "lfs" if large else "regular"
             about = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
@@ -138,12 +138,12 @@ NAME = r"([^/]+/[^/]+)"
 ROUTES = [
     ("POST", "/api/repos/create", FakeHub.create),
     ("POST", "/api/validate-yaml", FakeHub.validate),
-    ("POST", f"/api/models/{NAME}/branch/([^/]+)", FakeHub.branch),
-    ("GET", f"/{NAME}/resolve/([^/]+)/(.+)", FakeHub.resolve),
-    ("POST", f"/api/models/{NAME}/preupload/([^/]+)", FakeHub.preupload),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", FakeHub.batch),
-    ("POST", f"/api/models/{NAME}/commit/([^/]+)", FakeHub.commit),
-    ("GET", f"/api/models/{NAME}/revision/([^/]+)", FakeHub.about),
+    ("POST", f"/api/(?:models|datasets)/{NAME}/branch/([^/]+)", FakeHub.branch),
+    ("GET", f"/(?:datasets/)?{NAME}/resolve/([^/]+)/(.+)", FakeHub.resolve),
+    ("POST", f"/api/(?:models|datasets)/{NAME}/preupload/([^/]+)", FakeHub.preupload),
+    ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", FakeHub.batch),
+    ("POST", f"/api/(?:models|datasets)/{NAME}/commit/([^/]+)", FakeHub.commit),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/revision/([^/]+)", FakeHub.about),
 ]
 
 

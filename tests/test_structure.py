@@ -37,9 +37,22 @@ ROOMS = {
     "arguments": {"method", "training"},
     "testing": {"families"},
     "single_file": set(),
+    "prepare": {"data", "hub"},
     "eval": {"arguments", "data", "families", "method", "mitigations", "single_file", "sscd", "training"},
     "sscd": set(),
-    "cli": {"arguments", "data", "eval", "families", "hub", "method", "mitigations", "single_file", "sscd", "training"},
+    "cli": {
+        "arguments",
+        "data",
+        "eval",
+        "families",
+        "hub",
+        "method",
+        "mitigations",
+        "prepare",
+        "single_file",
+        "sscd",
+        "training",
+    },
 }
 # Names of the parts of one kind of model, which only families and the mitigations of pipelines use.
 OF_A_MODEL = {"unet", "UNet2DConditionModel", "input_ids", "encoder_hidden_states", "text_encoder", "caption"}

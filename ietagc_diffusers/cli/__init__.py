@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import UsageError, with_flags
 
 COMMANDS = {
+    "prepare": "make a training set of images and captions as they were downloaded, and report what is left out",
     "train": "fine-tune a model without memorizing the training set",
     "audit": "draw images, compare them with the training set, report; exit with 3 above the limits, 4 if in doubt",
     "generate": "draw images, each from its own seed; continues where it was interrupted",

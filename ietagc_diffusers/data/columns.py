@@ -81,7 +81,7 @@ def with_images(rows: Dataset, column: str, folder: str | None = None) -> Datase
     if isinstance(feature, ImageFeature):
         return rows if feature.decode else rows.cast_column(column, ImageFeature())
     table = rows.data.table
-    make = _image_maker(table.schema.field(column).type)
+    make = image_maker(table.schema.field(column).type)
     if make is None:
         return rows
     return _replaced(rows, column, lambda chunk: _below(folder, make(chunk)), ImageFeature())
@@ -139,7 +139,7 @@ def _cast_list(chunk, kind):
         )
 
 
-def _image_maker(kind: pa.DataType) -> Callable[[Any], Any] | None:
+def image_maker(kind: pa.DataType) -> Callable[[Any], Any] | None:
     """What makes ``STORED_IMAGE`` of an array of a type; None for a type that holds no images."""
     if pa.types.is_struct(kind):
         return _of_struct if {field.name for field in kind} & {"bytes", "path"} else None

@@ -66,6 +66,7 @@ def read_folder(
     split: str | None = None,
     caption_lines: str = "whole",
     name_column: str = FILE_NAME,
+    bad_texts: dict[str, str] | None = None,
 ) -> FolderRows:
     """The rows of a folder of images.
 
@@ -77,6 +78,7 @@ def read_folder(
         split: that is wanted, where sub-folders are splits; None reads all.
         caption_lines: what of a text file is the caption: "whole", the "first" line, or "each" line is one.
         name_column: of the metadata, that names the files.
+        bad_texts: filled with the images whose text file does not parse, and why; None raises.
 
     Raises:
         UsageError: there is nothing to read in the split, or a file does not parse.
@@ -91,7 +93,7 @@ def read_folder(
     else:
         rows.names, rows.numbers = [*pictures], list(range(len(pictures)))
         rows.labels = _labels(pictures)
-        read |= _read_sidecars(rows, set(names), caption_lines, where)
+        read |= _read_sidecars(rows, set(names), caption_lines, where, bad_texts)
     read |= {name for name in rows.names if name is not None}
     rows.loose = [name for name in pictures if name not in read]
     for name in names:
@@ -211,11 +213,19 @@ def _labels(pictures):
     return labels if len(set(labels)) > 1 else None
 
 
-def _read_sidecars(rows, names, caption_lines, where):
+def _read_sidecars(rows, names, caption_lines, where, bad_texts):
     beside = [_sidecar(name, names) for name in rows.names]
     if any(beside):
-        rows.sidecars = True
-        rows.columns["text"] = [name and _caption(rows.listing.path(name), caption_lines, where) for name in beside]
+        rows.sidecars, texts = True, []
+        for name, file in zip(rows.names, beside, strict=True):
+            try:
+                texts.append(file and _caption(rows.listing.path(file), caption_lines, where))
+            except UsageError as error:
+                if bad_texts is None:
+                    raise
+                bad_texts[name] = str(error.__cause__)
+                texts.append(None)
+        rows.columns["text"] = texts
     return {name for name in beside if name is not None}
 
 
@@ -226,9 +236,17 @@ def _sidecar(name, names):
 
 def _caption(path, caption_lines, where):
     try:
-        text = read_text(path).strip()
+        return caption_of(read_text(path), caption_lines)
     except (OSError, ValueError) as error:
         raise UsageError(f"{where}: {path} does not parse: {error}") from error
+
+
+def caption_of(text: str, caption_lines: str) -> str | list[str] | None:
+    """The caption, or several, of the text of a file beside an image; None if it is empty.
+
+    ``caption_lines``: see ``read_folder``.
+    """
+    text = text.strip()
     if not text or caption_lines == "whole":
         return text or None
     lines = [line.strip() for line in text.split("\n") if line.strip()]

@@ -218,6 +218,18 @@ def of_parquet(listing: Listing, name: str, split: str | None, cache_dir: str | 
     `datasets` keeps a copy as Arrow files, under a mark of the files' sizes, times and places on disk.
     """
     files = [file for file in listing.names if suffix_of(file) == ".parquet" and rank(file.rpartition("/")[2]) is None]
+    chosen = files_of_split(files, name, split)
+    paths = [listing.path(file) for file in chosen]
+    marks = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in map(os.stat, paths)]
+    data_files = DataFilesDict({"train": DataFilesList(paths, [tuple(map(str, mark)) for mark in marks])})
+    return guarded(name, lambda: _prepared(Parquet(cache_dir=cache_dir, data_files=data_files)))
+
+
+def files_of_split(files: list[str], name: str, split: str | None) -> list[str]:
+    """The data files whose names say a split, all of them for None. Without any, those of no split are for training.
+
+    Raises ``UsageError`` naming the splits that there are.
+    """
     splits = {file: split_of_file(file) for file in files}
     wanted, found = KEYWORDS.get(split or "", split), set(splits.values())
     chosen = [file for file in files if split is None or splits[file] == wanted]
@@ -229,10 +241,7 @@ def of_parquet(listing: Listing, name: str, split: str | None, cache_dir: str | 
     if len(chosen) < len(files):
         apart = ", ".join(sorted({str(splits[file] or "others") for file in files if file not in set(chosen)}))
         say(f"{name}: files of other splits are kept apart: {apart}")
-    paths = [listing.path(file) for file in chosen]
-    marks = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in map(os.stat, paths)]
-    data_files = DataFilesDict({"train": DataFilesList(paths, [tuple(map(str, mark)) for mark in marks])})
-    return guarded(name, lambda: _prepared(Parquet(cache_dir=cache_dir, data_files=data_files)))
+    return chosen
 
 
 def _prepared(builder):

@@ -28,7 +28,11 @@ def read_text(path: str | PathLike) -> str:
         ValueError: another encoding, with the line and what would do.
         OSError: the file cannot be read.
     """
-    content = read_file(fspath(path))
+    return decode_text(read_file(fspath(path)))
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a file's content, see ``read_text``. Raises ``ValueError`` for another encoding."""
     encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)

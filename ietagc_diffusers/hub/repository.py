@@ -101,13 +101,14 @@ def may_pass(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model's repository on the Hub, which ``HF_ENDPOINT`` may say the address of.
+    """A repository on the Hub, of a model or a dataset, which ``HF_ENDPOINT`` may say the address of.
 
     Args:
         name: ``name`` or ``owner/name``.
         revision: a branch, or ``refs/pr/N``; None: main.
         private: whether it is made private, if it is created; None: as the account has it.
         token: None: the one that this machine is logged in with.
+        kind: ``model`` or ``dataset``.
 
     Raises:
         UsageError: a name that the Hub does not take.
@@ -118,6 +119,7 @@ class Repository:
     private: bool | None = None
     token: str | None = field(default=None, repr=False)
     patience: Patience = Patience()
+    kind: str = "model"
 
     def __post_init__(self):
         check_name(self.name, "repo")
@@ -149,13 +151,15 @@ class Repository:
         """
         created = self._ask(
             "the repository cannot be created",
-            lambda: self._api.create_repo(repo_id=self.name, exist_ok=True, private=self.private),
+            lambda: self._api.create_repo(repo_id=self.name, exist_ok=True, private=self.private, repo_type=self.kind),
         )
         found = replace(self, name=created.repo_id)
         if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
             self._ask(
                 f"the branch {self.revision} cannot be created",
-                lambda: self._api.create_branch(repo_id=found.name, branch=str(self.revision), exist_ok=True),
+                lambda: self._api.create_branch(
+                    repo_id=found.name, branch=str(self.revision), exist_ok=True, repo_type=self.kind
+                ),
             )
         return found
 
@@ -164,7 +168,7 @@ class Repository:
 
         def ask() -> str | None:
             revision = None if self.revision is None else quote(self.revision, safe="")
-            address = hf_hub_url(self.name, CARD, revision=revision)
+            address = hf_hub_url(self.name, CARD, revision=revision, repo_type=self.kind)
             headers = build_hf_headers(token=self.token)
             answer = get_session().get(address, headers=headers, timeout=SECONDS, follow_redirects=True)
             if answer.status_code == 404:
@@ -184,7 +188,11 @@ class Repository:
                 for name, file in files.items()
             ]
             made = self._api.create_commit(
-                repo_id=self.name, operations=operations, commit_message=message, revision=self.revision
+                repo_id=self.name,
+                operations=operations,
+                commit_message=message,
+                revision=self.revision,
+                repo_type=self.kind,
             )
             return made.commit_url
 
