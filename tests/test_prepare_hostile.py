@@ -18,7 +18,7 @@ from sources import files_of, picture, read_rows, some_items, tar_files, write_t
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.prepare import Options, prepare, publish
+from ietagc_diffusers.prepare import Options, items, prepare, publish
 from ietagc_diffusers.prepare.items import (
     BAD_NAME,
     BAD_TEXT,
@@ -113,9 +113,10 @@ def test_a_compressed_tar_is_the_same_and_may_be_cut(tmp_path):
     assert rows[0] == rows[1] == rows[2] == rows[3] and rows[4] == rows[0][: len(rows[4])] and len(rows[4]) >= 10
 
 
-def header(name, size):
+def header(name, size, kind):
     """A tar header that claims a size, which may be negative."""
     made = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    made[156:157] = kind
     made[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
     made[148:156] = b" " * 8
     made[148:156] = b"%06o\0 " % sum(made)
@@ -126,14 +127,21 @@ def header(name, size):
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 def test_a_size_that_is_a_lie_ends_the_tar_and_nothing_else(tmp_path, size, kind):
     whole = write_tar(tmp_path / "good.tar", tar_files(some_items(2))).read_bytes()
-    lie = bytearray(header("lie.png", size))
-    lie[156:157], lie[148:156] = kind, b" " * 8
-    lie[148:156] = b"%06o\0 " % sum(lie)
     place = -(-end_of("000000001.json", whole) // 512) * 512
-    (tmp_path / "in.tar").write_bytes(whole[:place] + lie + b"\0" * 4096)
+    (tmp_path / "in.tar").write_bytes(whole[:place] + header("lie.png", size, kind) + b"\0" * 4096)
     report, left_out = prepared(tmp_path / "in.tar", tmp_path / "out")
     assert report["rows"] == {"train": 2} and left_out[DAMAGED] == 1
     assert set(left_out) <= {DAMAGED, LARGE}
+
+
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "MAX_BYTES", 1 << 20)
+    good = write_tar(tmp_path / "good.tar", tar_files(some_items(1))).read_bytes()
+    place, size = -(-end_of("000000000.json", good) // 512) * 512, 1 << 22
+    bomb = good[:place] + header("x", size, tarfile.XHDTYPE) + bytes(size) + good[place:]
+    (tmp_path / "in.tar.gz").write_bytes(gzip.compress(bomb))
+    report, _ = prepared(tmp_path / "in.tar.gz", tmp_path / "out")
+    assert report["rows"] == {"train": 1} and f"a header of {size} bytes" in str(report["left_out"][DAMAGED])
 
 
 def test_texts_beside_images_that_are_none(tmp_path):
