@@ -122,6 +122,14 @@ def add_descriptor(group: ArgumentParser | _ArgumentGroup) -> None:
     group.add_argument("--feature_cache", metavar="DIR|none", help=CACHE_HELP)
 
 
+def add_copy_similarity(group: ArgumentParser | _ArgumentGroup) -> None:
+    group.add_argument(
+        "--copy_similarity",
+        type=float,
+        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel), none for other files",
+    )
+
+
 def add_views(group: ArgumentParser | _ArgumentGroup) -> None:
     group.add_argument(
         "--views",
@@ -134,11 +142,7 @@ def add_views(group: ArgumentParser | _ArgumentGroup) -> None:
 def add_scoring(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("scoring")
     add_descriptor(group)
-    group.add_argument(
-        "--copy_similarity",
-        type=float,
-        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel), none for other files",
-    )
+    add_copy_similarity(group)
     group.add_argument(
         "--l2", default="iet-agc", choices=["iet-agc", "paper"], help="definition of MQ's l2 ratio; default: iet-agc"
     )
