@@ -71,7 +71,7 @@ class AwayFromBase(Mitigation):
             return self.base(**inputs)[0]
 
     def _noise(self, step: Step, base: torch.Tensor) -> torch.Tensor:
-        """The noise that the base sees, in units of the prediction: how that changes with the noise, times the noise."""
+        """The noise that the base sees, times what a prediction changes by for each unit of noise."""
         scheduler = step.call.pipeline.scheduler
         if scheduler.config.prediction_type == "epsilon":
             return base

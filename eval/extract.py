@@ -11,25 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ietagc_diffusers import __version__
-from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.files import write_json, write_text
 
 from .base_guidance import BaseGuidance
 from .clusters import Cluster, clusters_of
 from .extract_sheet import Shown, sheet
 from .features import Embedded, Extractor, embed
+from .fine_tune import FineTune
 from .generate import Settings, generate, model_hash, trained_resolution
 from .image_sets import ImageSet, load_images, unusable
-from .membership import Target, check_base
 from .metrics.intervals import bootstrap_interval, wilson_interval
-from .pipelines import pipeline_folder
 from .plots import png
 from .prompts import Prompt
-from .record import TrainingRecord, TrainingSet
+from .record import TrainingSet
 from .tools import Tools
 from .views import Whole
 
@@ -40,82 +36,9 @@ DRAWS = {
     PLAIN: "the model, as anyone draws from it",
     BASE: "the base, which has not seen the images",
 }
-# The authors' w and k for DreamBooth, which trains all weights, and for LoRA; and the guidance of their plain draws.
-FULL, LORA = (3.0, -0.02), (5.0, 0.0)
-PLAIN_GUIDANCE = 3.0
+PLAIN_GUIDANCE = 3.0  # the authors'
 SHEET_ROWS, NONE_ROWS = 16, 4  # training images on the sheet, at most, and if none was extracted
 IMAGES_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """A model that was trained from a base.
-
-    Args:
-        model: the pipeline's folder, a run's or a LoRA run's, a checkpoint in a file, or a Hub id.
-        base: the base's pipeline.
-        lora: adapters for the model.
-        is_adapter: whether the model is the base with adapters, so that there are no second weights.
-        schedule: what its predictions depend on besides the weights.
-        flow: whether it is one of flow matching.
-    """
-
-    model: str
-    base: str
-    lora: tuple[str, ...]
-    is_adapter: bool
-    schedule: dict[str, Any]
-    flow: bool
-
-    @classmethod
-    def of(
-        cls, model: str | Path, base: str | None, lora: Sequence[str] = (), record: TrainingRecord | None = None
-    ) -> "FineTune":
-        """
-        Args:
-            base: None: what the model records, or the model without its adapters.
-
-        Raises:
-            UsageError: a model without prompts, or without a base that is known and of its kind.
-        """
-        target = Target.of_model(model)
-        if target.kind is Unconditional:
-            raise UsageError(f"`model` {model}: draws without prompts and has no base; extraction needs both")
-        is_adapter = bool(lora) or target.adapter is not None
-        if is_adapter and base is not None:
-            raise UsageError(f"`base` {base}: the base of an adapter is the model without it; leave this out")
-        place = target.place if is_adapter else base
-        if place is None and record is not None:
-            place = record.settings.get("pretrained_model_name_or_path")
-        if place is None:
-            raise UsageError(f"`base`: {model} does not record which model its training started from; give it")
-        place = str(pipeline_folder(place, "base"))
-        if not lora:
-            check_base(target, Target(place, "base"))
-        flow = getattr(target.kind, "scheduler_kind", None) is FlowMatchEulerDiscreteScheduler
-        return cls(str(model), place, tuple(lora), is_adapter, target.schedule, flow)
-
-    def guidance(self, scale: float | None = None, correction: float | None = None) -> BaseGuidance:
-        """The authors' numbers where none are given; no correction where it is not defined.
-
-        Raises:
-            UsageError: a correction that is not defined for the model.
-        """
-        own_scale, own_correction = LORA if self.is_adapter else FULL
-        why = self._uncorrectable()
-        if correction and why:
-            raise UsageError(f"`correction` {correction}: {why}; leave it out")
-        if correction is None:
-            correction = 0.0 if why else own_correction
-        return BaseGuidance(None if self.is_adapter else self.base, own_scale if scale is None else scale, correction)
-
-    def _uncorrectable(self) -> str | None:
-        """Why the noise in a prediction cannot be corrected, or None."""
-        if self.flow or self.schedule.get("rescale_betas_zero_snr"):
-            return "changes the noise that the base sees, and this model starts where it sees nothing but noise"
-        if self.schedule.get("prediction_type") == "sample":
-            return "changes the noise that the base sees, and this model predicts the image"
-        return None
 
 
 @dataclass(frozen=True)
@@ -324,7 +247,7 @@ def table(result: dict[str, Any]) -> str:
         f"drawn in each way. A training image is extracted if the representative of a cluster has a similarity over "
         f"{result['copy_similarity']:g} to it ({result['descriptor']['descriptor']}).",
         "",
-        "| drawn from | guidance | extracted (95%) | average similarity (95%) | clusters, copies among them | in any image |",
+        "| drawn from | guidance | extracted (95%) | average similarity (95%) | clusters, copies of them | in any image |",
         "|---|---|---|---|---|---|",
     ]
     for name, one in result["draws"].items():
@@ -337,8 +260,9 @@ def table(result: dict[str, Any]) -> str:
     added = result["added_by_guidance"]
     lines += [
         "",
-        f"The guidance adds {added['extracted']} extracted images and {added['average_similarity']:+.3f} "
-        f"({_numbers(added['average_similarity_interval'])}) of average similarity.",
+        f"Against plain draws from the model, the guidance changes the number of extracted images by "
+        f"{added['extracted']:+d} and the average similarity by {added['average_similarity']:+.3f} "
+        f"({_numbers(added['average_similarity_interval'])}).",
     ]
     lines += ["", *(f"- {note}" for note in result["notes"])]
     return "\n".join(lines).rstrip() + "\n"

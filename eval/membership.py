@@ -115,6 +115,13 @@ def check_base(model: Target, base: Target) -> None:
             )
 
 
+def middles(draws: int, num_levels: int) -> list[int]:
+    """The middle of each of ``draws`` equal parts of the noise levels: as each draw has the same level for all images,
+    their losses differ by the images, not by the levels.
+    """
+    return [int((draw + 0.5) / draws * num_levels) for draw in range(draws)]
+
+
 def _loss(model: Opened, fixed: FixedLosses, name: str) -> torch.Tensor:
     return fixed.of_draws(partial(fixed.objective.losses, model.denoiser), desc=name).mean(dim=0)
 

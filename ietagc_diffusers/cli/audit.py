@@ -46,6 +46,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="let the 95%% intervals decide: exit with 4 (inconclusive) where one reaches over its limit",
     )
+    parser.add_argument(
+        "--local_masks",
+        action="store_true",
+        help="show in the report where the most similar images depart from the model's base; loads both once more",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR|ID",
+        help="for --local_masks: the pipeline that the model was trained from; default: the one that it records",
+    )
     parser.add_argument("--card", action="store_true", help="put the summary into the README.md of the model's folder")
     parser.add_argument("--github", action="store_true", help="write a summary and annotation for GitHub Actions")
     common.add_generation(parser)
@@ -68,6 +78,11 @@ def run(args: Namespace) -> int:
         card_path(args.model)
         check_plain(settings)
     training = common.training_set(args, args.model, state.is_main_process)
+    masks = None
+    if args.local_masks:
+        from ietagc_diffusers.eval.fine_tune import FineTune
+
+        masks = FineTune.of(args.model, args.base, args.lora, training.record).targets()
     reference, heldout = common.reference_images(args), common.heldout_images(args)
     prompts = common.prompts_of(args, training.images)
     if args.views is None and args.protocol is None:
@@ -94,12 +109,15 @@ def run(args: Namespace) -> int:
         prompts_file=Path(args.prompts).name if args.prompts else None,
         card=args.card,
         github=args.github,
+        masks=masks,
         tell=lambda verdict: say(with_flags(verdict.sentence, vars(args))),
     )
     return 0 if verdict is None else verdict.exit_code  # None: a process that only drew
 
 
 def _check_limits(args: Namespace) -> None:
+    if args.base is not None and not args.local_masks:
+        raise UsageError(f"`base` {args.base}: is compared with for `local_masks` only; give that too")
     common.check_range(args, 0, 1, "max_copy_rate", "max_patch_copy_rate", "max_excess_copy_rate")
     common.check_range(args, -1, 1, "max_sim_score")
     if args.max_patch_copy_rate is not None and not args.patches:

@@ -63,7 +63,8 @@ def run(args: Namespace) -> None:
     check_output(args.output, "output")
     common.place_model(args)
     common.check_apart(args, "train", "prompts", "base")
-    from ietagc_diffusers.eval.extract import FineTune, extract, table
+    from ietagc_diffusers.eval.extract import extract, table
+    from ietagc_diffusers.eval.fine_tune import FineTune
     from ietagc_diffusers.eval.generate import Settings
     from ietagc_diffusers.eval.protocol import Protocol
     from ietagc_diffusers.eval.tools import Tools
