@@ -4,7 +4,7 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate import PartialState
 from ietagc_diffusers import __version__
 from ietagc_diffusers.files import write_json, write_text
 
+from .adapters import find_adapter
 from .base_guidance import BaseGuidance
 from .clusters import Cluster, clusters_of
 from .extract_sheet import Shown, sheet
@@ -37,6 +38,7 @@ DRAWS = {
     BASE: "the base, which has not seen the images",
 }
 PLAIN_GUIDANCE = 3.0  # the authors'
+SHARED = ("seed", "num_inference_steps", "resolution", "scheduler", "dtype")  # settings of all three ways
 SHEET_ROWS, NONE_ROWS = 16, 4  # training images on the sheet, at most, and if none was extracted
 IMAGES_AT_ONCE = 4096
 
@@ -128,6 +130,7 @@ def extract(
         "version": __version__,
         "model": tune.model,
         "model_hash": model_hash(tune.model, lora=tune.lora),
+        "lora": list(tune.lora),
         "base": tune.base,
         "train": training.images.source,
         "num_train": len(shown.kept),
@@ -136,7 +139,7 @@ def extract(
         "guidance": guidance.scale,
         "correction": guidance.correction,
         "plain_guidance": plain_guidance,
-        "settings": {name: value for name, value in asdict(settings).items() if name not in NOT_SHARED},
+        "settings": {name: getattr(settings, name) for name in SHARED},
         "descriptor": tools.descriptor.identity,
         "protocol": tools.protocol_name,
         "views": tools.views and tools.views.record,
@@ -152,13 +155,10 @@ def extract(
     return result
 
 
-NOT_SHARED = ("guidance_scale", "base_guidance", "mitigation", "negative_prompt")  # by the three ways, or not used
-
-
 def _resolution(tune: FineTune) -> int | None:
     """What the model was trained at, for the base too."""
-    known = [trained_resolution(place) for place in (tune.model, *tune.lora) if Path(place).exists()]
-    return next((one for one in reversed(known) if one), None)
+    places = [*(find_adapter(given).file.parent for given in reversed(tune.lora)), tune.model]
+    return next(filter(None, map(trained_resolution, places)), None)
 
 
 def _compare(
@@ -247,7 +247,7 @@ def table(result: dict[str, Any]) -> str:
         f"drawn in each way. A training image is extracted if the representative of a cluster has a similarity over "
         f"{result['copy_similarity']:g} to it ({result['descriptor']['descriptor']}).",
         "",
-        "| drawn from | guidance | extracted (95%) | average similarity (95%) | clusters, copies of them | in any image |",
+        "| drawn from | guidance | extracted (95%) | average similarity (95%) | clusters, copies | in any image |",
         "|---|---|---|---|---|---|",
     ]
     for name, one in result["draws"].items():

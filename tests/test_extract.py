@@ -179,6 +179,7 @@ def test_numbers_are_the_authors_and_no_correction_where_it_is_not_defined():
 )
 def test_wrong_use_is_told_in_a_line(base, tmp_path, capsys, flags, message):
     places = {"base": base, "train": write_folder(tmp_path / "train", 2), "lora": tmp_path / "a.safetensors"}
+    places["lora"].touch()
     made = {
         "model": testing.random_pipeline(CAPTIONS, seed=1),
         "epsilon": testing.random_pipeline(CAPTIONS, prediction_type="epsilon"),
