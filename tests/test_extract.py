@@ -13,6 +13,7 @@ from ietagc_diffusers import testing
 from ietagc_diffusers.cli import extract as command
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.eval.clusters import clusters_of
+from ietagc_diffusers.eval.drawing import drawing_of, sentence_of
 from ietagc_diffusers.eval.extract import PLAIN_GUIDANCE, similarity_between
 from ietagc_diffusers.eval.features import embed
 from ietagc_diffusers.eval.fine_tune import FineTune
@@ -50,8 +51,8 @@ def test_a_chain_of_similar_images_is_no_cluster():
     assert sorted(one.members for one in clusters_of(vectors, 2)) == [[0, 1, 2], [3]]
 
 
-def test_similarity_is_the_highest_of_any_view_and_either_way_round(pictures, tmp_path):
-    training, descriptor = load_images(pictures, "train").select(range(5)), pixel_descriptor()
+def test_similarity_is_the_highest_of_any_view_and_either_way_round(tmp_path):
+    training, descriptor = load_images(write_folder(tmp_path / "train", 5), "train"), pixel_descriptor()
     (tmp_path / "drawn").mkdir()
     for number, shift in ((0, 0), (1, 3), (2, 1)):  # crops of the 23 x 20 pictures; the second one mirrored
         image = training.image(number).crop((shift, 0, shift + 20, 20))
@@ -123,6 +124,8 @@ def test_a_planted_copy_that_plain_draws_do_not_show_is_found_and_drawing_contin
         and "changes the number of extracted images by +1" in said
     )
     Image.open(planted / "out" / "sheet.png").verify()
+    assert "guidance away from the base 5, correction -0.02" in sentence_of(drawing_of(planted / "out" / "guided", 6))
+    assert "guidance 3" in sentence_of(drawing_of(planted / "out" / "plain", 6))
 
     removed = planted / "out" / "guided" / "000003.png"
     before = removed.read_bytes()
@@ -134,7 +137,7 @@ def test_a_planted_copy_that_plain_draws_do_not_show_is_found_and_drawing_contin
     words = ["--model", planted / "model", "--base", planted / "base", "--train", planted / "train"]
     words += ["--output", planted / "out", "--num_images", 6, *FLAGS, "--guidance", 4]
     assert main(["extract", *map(str, words)]) == 2
-    assert "begun with base_guidance" in capsys.readouterr().err.replace("--base_guidance", "base_guidance")
+    assert "begun with `base_guidance` {'scale': 5.0" in capsys.readouterr().err
 
 
 def test_a_lora_run_is_attacked_with_what_it_records(base, pictures, tmp_path):

@@ -48,7 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--dtype", choices=common.DTYPES, help=common.DTYPE_HELP)
     group = parser.add_argument_group("comparing")
     common.add_descriptor(group)
-    common.add_copy_similarity(group)
+    group.add_argument("--copy_similarity", type=float, help=common.COPY_HELP)
     common.add_views(group)
     group.add_argument(
         "--num_clusters", type=int, help="of each way's images; default: as many as different training images"
