@@ -102,8 +102,8 @@ def audit(
     tell(verdict)
     unharmed("the scores", lambda: found.save(output))
     if masks is not None:
-        shown = _most_similar(generated, found)
-        unharmed("the local masks", lambda: write_masks(*masks, shown, output / MASKS, device))
+        similar = _most_similar(generated, found)
+        unharmed("the local masks", lambda: write_masks(*masks, similar, output / MASKS, device))
     scored, text = _scored(found, Path(str(model)).name, output / MASKS), verdict.sentence
     try:
         text = summary([scored], verdict)

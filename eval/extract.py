@@ -157,7 +157,7 @@ def extract(
 
 def _resolution(tune: FineTune) -> int | None:
     """What the model was trained at, for the base too."""
-    places = [*(find_adapter(given).file.parent for given in reversed(tune.lora)), tune.model]
+    places: list[str | Path] = [*(find_adapter(given).file.parent for given in reversed(tune.lora)), tune.model]
     return next(filter(None, map(trained_resolution, places)), None)
 
 

@@ -79,7 +79,8 @@ def run(args: Namespace) -> None:
         dtype=common.dtype_of(args, device),
     )
     training = common.training_set(args, args.model, state.is_main_process)
-    tune = FineTune.of(args.model, args.base, args.lora, training.record)
+    record = training.record
+    tune = FineTune.of(args.model, args.base, args.lora, record)
     guidance = tune.guidance(args.guidance, args.correction)
     prompts = common.prompts_of(args, training.images)
     if args.views is None and args.protocol is None:
@@ -90,8 +91,8 @@ def run(args: Namespace) -> None:
         copy_similarity=args.copy_similarity,
         fid="none",
         views=args.views,
-        center_crop=training.record and training.record.center_crop,
-        random_flip=training.record and training.record.random_flip,
+        center_crop=None if record is None else record.center_crop,
+        random_flip=None if record is None else record.random_flip,
         device=device,
     )
     result = extract(
