@@ -122,10 +122,8 @@ def audit(
 
 def _remove_earlier(output: Path) -> None:
     """Remove the verdict of an earlier audit, which would be read as this one's if this one is cut off."""
-    for path in (
-        *(output / name for name in ("verdict.json", "summary.md", "report.html")),
-        *output.glob(f"{MASKS}/*"),
-    ):
+    files = [output / name for name in ("verdict.json", "summary.md", "report.html")]
+    for path in (*files, *output.glob(f"{MASKS}/{6 * '[0-9]'}.png")):
         try:
             path.unlink(missing_ok=True)
         except OSError:  # a folder that cannot be written is told of when it is written to

@@ -40,17 +40,14 @@ def drawing_of(
         with Image.open(folder / rows[0]["file_name"]) as image:
             size = list(image.size)
         guided = settings.get("base_guidance")
-        return (
-            {key: settings.get(key) for key in RECORDED}
-            | ({"base_guidance": guided} if guided else {})
-            | {
-                "scheduler": _scheduler(settings.get("scheduler"), model or settings.get("model")),
-                "resolution": size,
-                "seeds": [rows[0]["seed"], rows[-1]["seed"]],
-                "prompts": prompts or _prompts(rows),
-                "num_prompts": len({row["text"] for row in rows}),
-            }
-        )
+        return {key: settings.get(key) for key in RECORDED} | {
+            "scheduler": _scheduler(settings.get("scheduler"), model or settings.get("model")),
+            "resolution": size,
+            "seeds": [rows[0]["seed"], rows[-1]["seed"]],
+            "prompts": prompts or _prompts(rows),
+            "num_prompts": len({row["text"] for row in rows}),
+            **({} if guided is None else {"base_guidance": guided}),
+        }
     except (OSError, UsageError, ValueError, LookupError, TypeError, AttributeError):
         return None  # another tool's file, or one that is damaged: nothing is known
 

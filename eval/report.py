@@ -31,7 +31,7 @@ from .verdict import SIDES
 TEMPLATE = Path(__file__).with_suffix(".html")
 THUMBNAIL = 160  # pixels
 COMPARED = 24  # rows of models side by side
-MASKS = "masks"  # folder, beside the scores
+MASKS = "local_masks"  # folder, beside the scores
 
 
 @dataclass(frozen=True)

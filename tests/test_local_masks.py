@@ -87,7 +87,7 @@ def test_an_audit_shows_the_masks_and_so_does_a_report_of_it(local, tmp_path, ca
     train = write_folder(tmp_path / "train", 2, size=16)
     words = ["audit", "--model", model, "--train", train, "--output", tmp_path / "audit", *AUDIT]
     assert main([*map(str, words), "--local_masks", "--base", str(base)]) == 0
-    assert {path.name for path in (tmp_path / "audit" / "masks").iterdir()} == {"000000.png", "000001.png"}
+    assert {path.name for path in (tmp_path / "audit" / "local_masks").iterdir()} == {"000000.png", "000001.png"}
 
     def pairs(path):
         data = re.search(r'id="data">(.*?)</script>', path.read_text()).group(1)

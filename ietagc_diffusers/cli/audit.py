@@ -65,10 +65,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     _check_limits(args)
+    if args.base is not None and not args.local_masks:
+        raise UsageError(f"`base` {args.base}: is compared with for `local_masks` only; give that too")
     check_output(args.output, "output")
     common.check_descriptor_named(args)
     common.place_model(args)
-    common.check_apart(args, "train", "heldout", "reference", "prompts")
+    common.check_apart(args, "train", "heldout", "reference", "prompts", "base")
     from ietagc_diffusers.eval.audit import audit, card_path, check_plain
     from ietagc_diffusers.eval.score import Tools
 
@@ -116,8 +118,6 @@ def run(args: Namespace) -> int:
 
 
 def _check_limits(args: Namespace) -> None:
-    if args.base is not None and not args.local_masks:
-        raise UsageError(f"`base` {args.base}: is compared with for `local_masks` only; give that too")
     common.check_range(args, 0, 1, "max_copy_rate", "max_patch_copy_rate", "max_excess_copy_rate")
     common.check_range(args, -1, 1, "max_sim_score")
     if args.max_patch_copy_rate is not None and not args.patches:
