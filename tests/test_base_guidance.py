@@ -92,7 +92,8 @@ class Velocity(torch.nn.Module):
 
     def __init__(self, inner, alphas_cumprod):
         super().__init__()
-        self.inner, self.alphas_cumprod, self.config, self.dtype = inner, alphas_cumprod, inner.config, inner.dtype
+        self.inner, self.alphas_cumprod = inner, alphas_cumprod
+        self.config, self.dtype, self.device = inner.config, inner.dtype, inner.device
 
     def forward(self, sample, timestep, **inputs):
         alpha_bar = self.alphas_cumprod[timestep]
