@@ -24,7 +24,7 @@ from .audit import check_held_out_files
 from .generate import model_hash
 from .image_sets import ImageSet
 from .losses import Chosen, chosen
-from .membership import ATTACKS, Answers, Target, ask, check_base
+from .membership import ATTACKS, Answers, Target, ask, check_base, middles
 from .metrics.intervals import wilson_interval
 from .pipelines import num_classes, pipeline_folder
 from .plots import COLOURS, GREY, png
@@ -146,13 +146,6 @@ def attack(
     result["notes"] = _notes(result, asked, training, settings)
     _write(Path(output), result, scores, asked)
     return result
-
-
-def middles(draws: int, num_levels: int) -> list[int]:
-    """The middle of each of ``draws`` equal parts of the noise levels: as each draw has the same level for all images,
-    their losses differ by the images, not by the levels.
-    """
-    return [int((draw + 0.5) / draws * num_levels) for draw in range(draws)]
 
 
 def _base(

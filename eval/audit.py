@@ -17,8 +17,10 @@ from .drawing import drawing_of, sentence_of
 from .features import file_keys
 from .generate import Settings, generate, model_hash, pipeline_folder
 from .image_sets import ImageSet, load_images, unusable
+from .local_masks import write_masks
+from .membership import Target
 from .prompts import Prompt
-from .report import Scored, table_rows, write_report
+from .report import MASKS, Scored, table_rows, write_report
 from .score import Tables, Tools, compare
 from .verdict import FAILED, INCONCLUSIVE, PASSED, SIDES, Limits, Verdict, judge
 
@@ -27,6 +29,7 @@ __all__ = ["Limits", "Verdict", "audit", "card_path", "check_plain", "judge", "r
 IMAGES = "images"
 WRITTEN = ("scores.json", "nearest.parquet", "background.parquet", "verdict.json", "report.html", "summary.md")
 CARD_START, CARD_END = "<!-- memorization audit -->", "<!-- end of memorization audit -->"
+MASKED = 24  # most similar images whose local masks are shown
 MARKS = {PASSED: "✅", FAILED: "❌", INCONCLUSIVE: "⚠️"}
 
 
@@ -49,6 +52,7 @@ def audit(
     prompts_file: str | None = None,
     card: bool = False,
     github: bool = False,
+    masks: tuple[Target, Target] | None = None,
     tell: Callable[[Verdict], None] = lambda verdict: say(verdict.sentence),
 ) -> Verdict | None:
     """Generate an image for each prompt, compare the images with the training set, and write ``images/``,
@@ -64,6 +68,7 @@ def audit(
         strict, warnings: see ``judge``.
         prompts_file: the name of the file of the prompts, if they are not the training images' captions.
         card, github: whether the summary is put into the model's card, and shown by GitHub Actions.
+        masks: the model and its base, to show in the report where the most similar images copy; None: not shown.
         tell: called with the verdict as soon as there is one, before the report is written.
 
     Returns:
@@ -96,7 +101,10 @@ def audit(
     unharmed("verdict.json", lambda: write_json(output / "verdict.json", verdict.record()))
     tell(verdict)
     unharmed("the scores", lambda: found.save(output))
-    scored, text = _scored(found, Path(str(model)).name), verdict.sentence
+    if masks is not None:
+        similar = _most_similar(generated, found)
+        unharmed("the local masks", lambda: write_masks(*masks, similar, output / MASKS, device))
+    scored, text = _scored(found, Path(str(model)).name, output / MASKS), verdict.sentence
     try:
         text = summary([scored], verdict)
     except Exception as error:  # as below
@@ -114,9 +122,10 @@ def audit(
 
 def _remove_earlier(output: Path) -> None:
     """Remove the verdict of an earlier audit, which would be read as this one's if this one is cut off."""
-    for name in ("verdict.json", "summary.md", "report.html"):
+    files = [output / name for name in ("verdict.json", "summary.md", "report.html")]
+    for path in (*files, *output.glob(f"{MASKS}/{6 * '[0-9]'}.png")):
         try:
-            (output / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError:  # a folder that cannot be written is told of when it is written to
             return
 
@@ -135,9 +144,16 @@ def unharmed(name: str, write: Callable[[], Any]) -> bool:
     return True
 
 
-def _scored(found: Tables, name: str) -> Scored:
+def _most_similar(generated: ImageSet, found: Tables) -> ImageSet:
+    """The images of the most similar pairs."""
+    rows = zip(found.nearest["similarity"], found.nearest["file_name"], strict=True)
+    names = [name for _, name in sorted(rows, reverse=True)[:MASKED]]
+    return generated.select(generated.names.index(name) for name in names)
+
+
+def _scored(found: Tables, name: str, masks: Path) -> Scored:
     nearest, background = found.columns()
-    return Scored(name, found.scores, nearest, background)
+    return Scored(name, found.scores, nearest, background, masks)
 
 
 def check_held_out_files(heldout: ImageSet, training: ImageSet) -> None:

@@ -39,12 +39,14 @@ def drawing_of(
             return None
         with Image.open(folder / rows[0]["file_name"]) as image:
             size = list(image.size)
+        guided = settings.get("base_guidance")
         return {key: settings.get(key) for key in RECORDED} | {
             "scheduler": _scheduler(settings.get("scheduler"), model or settings.get("model")),
             "resolution": size,
             "seeds": [rows[0]["seed"], rows[-1]["seed"]],
             "prompts": prompts or _prompts(rows),
             "num_prompts": len({row["text"] for row in rows}),
+            **({} if guided is None else {"base_guidance": guided}),
         }
     except (OSError, UsageError, ValueError, LookupError, TypeError, AttributeError):
         return None  # another tool's file, or one that is damaged: nothing is known
@@ -80,8 +82,11 @@ def sentence_of(drawing: dict[str, Any]) -> str:
             f"Drawn without prompts: {drawing['num_images']} images, {steps}, {width} x {height} pixels, "
             f"{drawing['dtype']}, {seeds}."
         )
+    guidance = f"guidance {drawing['guidance_scale']:g}"
+    if away := drawing.get("base_guidance"):
+        guidance = f"guidance away from the base {away['scale']:g}, correction {away['correction']:g}"
     return (
         f"Drawn{lora} {mitigation}{negative}: {drawing['num_images']} images, {steps}, "
-        f"guidance {drawing['guidance_scale']:g}, {width} x {height} pixels, {drawing['dtype']}, {seeds}; "
+        f"{guidance}, {width} x {height} pixels, {drawing['dtype']}, {seeds}; "
         f"{drawing['num_prompts']} different prompts: {drawing['prompts']}."
     )

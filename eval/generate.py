@@ -21,6 +21,7 @@ from ietagc_diffusers.files import read_json, write_json, write_text
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 
 from .adapters import Adapter, base_of_run, find_adapter, put_on
+from .base_guidance import BaseGuidance, guide_away
 from .pipelines import check_pipeline, is_unprompted, pipeline_folder
 from .prompts import Prompt
 from .record import recorded_training
@@ -50,6 +51,7 @@ class Settings:
         mitigation: a chain such as ``rt:num_words=2+gni``.
         dtype: one of ``DTYPES``.
         lora: adapters for the model, see ``adapters.find_adapter``.
+        base_guidance: guides the model away from its base.
 
     Raises:
         UsageError: naming a setting that is out of range.
@@ -65,6 +67,7 @@ class Settings:
     mitigation: str | None = None
     dtype: str = "float32"
     lora: tuple[str, ...] = ()
+    base_guidance: BaseGuidance | None = None
 
     def __post_init__(self) -> None:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
@@ -117,7 +120,16 @@ def load_pipeline(
         from ietagc_diffusers.mitigations import apply_mitigations
 
         pipeline = apply_mitigations(pipeline, settings.mitigation)
-    return pipeline
+    return pipeline if settings.base_guidance is None else _guided_away(pipeline, settings, device)
+
+
+def _guided_away(pipeline: DiffusionPipeline, settings: Settings, device: str) -> DiffusionPipeline:
+    guidance = settings.base_guidance
+    assert guidance is not None
+    base = None
+    if guidance.base is not None:
+        base = load_pipeline(guidance.base, replace(settings, mitigation=None, lora=(), base_guidance=None), device)
+    return guide_away(pipeline, base, guidance)
 
 
 def set_up(pipeline: Any, settings: Settings) -> None:
@@ -335,6 +347,8 @@ def _check_settings(
         "prompts": hashlib.blake2b(texts.encode(), digest_size=8).hexdigest(),
         "version": __version__,
     }
+    if settings.base_guidance is not None and (base := settings.base_guidance.base) is not None:
+        wanted["base_guidance"]["base"] = model_hash(base)  # wherever it is stored
     path = output / SETTINGS_FILE
     if not path.exists() and any(not file.name.startswith(".") for file in output.iterdir()):
         raise UsageError(f"{output}: holds images or other files of another origin; give an empty `output`")

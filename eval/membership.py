@@ -100,7 +100,7 @@ class Target:
 
 
 def check_base(model: Target, base: Target) -> None:
-    """Raise ``UsageError`` if losses of these two on the same noise cannot be compared, or are the same."""
+    """Raise ``UsageError`` if predictions of these two on the same noise cannot be compared, or are the same."""
     advice = "give the pipeline that the model was trained from"
     if model.adapter is None and Path(model.place).resolve() == Path(base.place).resolve():
         raise UsageError(f"`base` {base.place}: is the model itself; {advice}")
@@ -110,9 +110,16 @@ def check_base(model: Target, base: Target) -> None:
     for name in ours.keys() & theirs.keys():
         if ours[name] != theirs[name]:
             raise UsageError(
-                f"`base` {base.place}: has {name} {theirs[name]}, and the model {ours[name]}, so that their losses "
-                f"cannot be compared; {advice}"
+                f"`base` {base.place}: has {name} {theirs[name]}, and the model {ours[name]}, so that their "
+                f"predictions cannot be compared; {advice}"
             )
+
+
+def middles(draws: int, num_levels: int) -> list[int]:
+    """The middle of each of ``draws`` equal parts of the noise levels: as each draw has the same level for all images,
+    their losses differ by the images, not by the levels.
+    """
+    return [int((draw + 0.5) / draws * num_levels) for draw in range(draws)]
 
 
 def _loss(model: Opened, fixed: FixedLosses, name: str) -> torch.Tensor:

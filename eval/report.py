@@ -31,22 +31,27 @@ from .verdict import SIDES
 TEMPLATE = Path(__file__).with_suffix(".html")
 THUMBNAIL = 160  # pixels
 COMPARED = 24  # rows of models side by side
+MASKS = "local_masks"  # folder, beside the scores
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's scores with the tables of nearest neighbours, as ``score`` wrote them."""
+    """A model's scores with the tables of nearest neighbours, as ``score`` wrote them.
+
+    masks: a folder with pictures of where the model copies, under the names of the generated images; None: none.
+    """
 
     name: str
     scores: dict[str, Any]
     nearest: dict[str, list]
     background: dict[str, list]
+    masks: Path | None = None
 
     @classmethod
     def load(cls, folder: str | Path, name: str | None = None) -> "Scored":
         """Read a scored folder; without a name the folder's is used. Raises ``UsageError`` if a file is missing."""
         folder = Path(folder)
-        return cls(name or folder.resolve().name, *load_scores(folder))
+        return cls(name or folder.resolve().name, *load_scores(folder), folder / MASKS)
 
 
 def write_report(
@@ -129,6 +134,12 @@ class Pictures:
             self.images.append(self._thumbnail(scores, side, name, crop))
         return self._places[key]
 
+    def add_file(self, path: Path) -> int:
+        """The index in ``images`` of a picture in a file."""
+        with Image.open(path) as image:
+            self.images.append(thumbnail(image.convert("RGB")))
+        return len(self.images) - 1
+
     def _thumbnail(self, scores: dict[str, Any], side: str, name: str, crop: int | None) -> dict[str, Any]:
         try:
             source = scores[side]
@@ -182,6 +193,8 @@ def _pairs(index: int, model: Scored, max_pairs: int, pictures: Pictures) -> lis
                 pair[key] = _number(nearest[key][row])
         pair["image"] = pictures.add(scores, "generated", pair["file_name"])
         pair["training"] = pictures.add(scores, "train", pair["nearest"])
+        if model.masks is not None and (model.masks / pair["file_name"]).is_file():
+            pair["mask"] = pictures.add_file(model.masks / pair["file_name"])
         if "patch_nearest" in nearest:
             near = nearest["patch_nearest"][row]
             pair["patch"] = {

@@ -46,6 +46,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="let the 95%% intervals decide: exit with 4 (inconclusive) where one reaches over its limit",
     )
+    parser.add_argument(
+        "--local_masks",
+        action="store_true",
+        help="show in the report where the most similar images depart from the model's base; loads both once more",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR|ID",
+        help="for --local_masks: the pipeline that the model was trained from; default: the one that it records",
+    )
     parser.add_argument("--card", action="store_true", help="put the summary into the README.md of the model's folder")
     parser.add_argument("--github", action="store_true", help="write a summary and annotation for GitHub Actions")
     common.add_generation(parser)
@@ -55,10 +65,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     _check_limits(args)
+    if args.base is not None and not args.local_masks:
+        raise UsageError(f"`base` {args.base}: is compared with for `local_masks` only; give that too")
     check_output(args.output, "output")
     common.check_descriptor_named(args)
     common.place_model(args)
-    common.check_apart(args, "train", "heldout", "reference", "prompts")
+    common.check_apart(args, "train", "heldout", "reference", "prompts", "base")
     from ietagc_diffusers.eval.audit import audit, card_path, check_plain
     from ietagc_diffusers.eval.score import Tools
 
@@ -68,6 +80,11 @@ def run(args: Namespace) -> int:
         card_path(args.model)
         check_plain(settings)
     training = common.training_set(args, args.model, state.is_main_process)
+    masks = None
+    if args.local_masks:
+        from ietagc_diffusers.eval.fine_tune import FineTune
+
+        masks = FineTune.of(args.model, args.base, args.lora, training.record).targets()
     reference, heldout = common.reference_images(args), common.heldout_images(args)
     prompts = common.prompts_of(args, training.images)
     if args.views is None and args.protocol is None:
@@ -94,6 +111,7 @@ def run(args: Namespace) -> int:
         prompts_file=Path(args.prompts).name if args.prompts else None,
         card=args.card,
         github=args.github,
+        masks=masks,
         tell=lambda verdict: say(with_flags(verdict.sentence, vars(args))),
     )
     return 0 if verdict is None else verdict.exit_code  # None: a process that only drew

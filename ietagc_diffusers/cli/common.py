@@ -26,6 +26,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 MAX_SIM_SCORE = 0.5  # of an SSCD descriptor; the similarity from which the papers count a copy
 DTYPE_HELP = "default: float16 on a CUDA device, otherwise float32"
 RESOLUTION_HELP = "height and width in pixels; default: what the model was trained at, if it records that"
+COPY_HELP = "an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel), none for other files"
 CACHE_HELP = "folder for computed image features, or none; default: ~/.cache/ietagc/features"
 
 
@@ -135,11 +136,7 @@ def add_views(group: ArgumentParser | _ArgumentGroup) -> None:
 def add_scoring(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("scoring")
     add_descriptor(group)
-    group.add_argument(
-        "--copy_similarity",
-        type=float,
-        help="an image above it is a copy, see calibrate; default: 0.5 (SSCD), 0.9 (pixel), none for other files",
-    )
+    group.add_argument("--copy_similarity", type=float, help=COPY_HELP)
     group.add_argument(
         "--l2", default="iet-agc", choices=["iet-agc", "paper"], help="definition of MQ's l2 ratio; default: iet-agc"
     )
