@@ -22,6 +22,7 @@ COMMANDS = {
     "mq": "count memorized images (MQ, Gu et al.'s ratio) under every definition in print",
     "report": "write one HTML file about one or more scored models",
     "attack": "tell training images from held-out ones by membership attacks: what an attacker learns from the model",
+    "canary": "read canaries back: whether a model draws the grey border that only its training showed (SolidMark)",
     "risk": "find which training images a run memorizes, and why: a table and a page with pictures",
     "average": "average the last models of one run, which the training left behind",
     "front": "compare runs with plain training stopped at any point: held-out loss and memorization",
