@@ -239,8 +239,8 @@ def _notes(record: TrainingRecord, training: TrainingSet, number: int) -> list[s
     notes = list(training.warnings)
     if number < len(record.canaries):
         notes.append(
-            f"{len(record.canaries) - number} canaries were left out: their files are not those of the training, cannot "
-            "be read, or lack a caption."
+            f"{len(record.canaries) - number} canaries were left out: their files are not those of the training, "
+            "cannot be read, or lack a caption."
         )
     if not record.center_crop:
         notes.append("Training cropped at random places; canaries are read from the crop at the centre.")
