@@ -186,9 +186,9 @@ def _drawn(target: Target, images: Chosen, width: int, settings: Settings, devic
         fixed = FixedLosses(opened.family, blank, images.told, seed=settings.seed, levels=[MOST_NOISE])
         for _, rows, drawn in tqdm(fixed.batches, desc="Canaries"):
             for some in torch.arange(len(rows)).split(settings.batch_size):
-                batch = drawn[some].to(opened.family.device), blank[rows[some]].to(opened.family.device)
-                options = settings.steps, settings.guidance_scale, settings.remask_every
-                painted.append(outpaint(opened, *batch, width, *options).cpu())
+                noisy, given = drawn[some].to(opened.family.device), blank[rows[some]].to(opened.family.device)
+                steps, guidance, every = settings.steps, settings.guidance_scale, settings.remask_every
+                painted.append(outpaint(opened, noisy, given, width, steps, guidance, every).cpu())
     return torch.cat(painted)
 
 
@@ -295,7 +295,8 @@ def _picture(read: Read, result: dict[str, Any]) -> Figure:
     order = np.argsort(read.distances, kind="stable")
     examples = order[np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int)]
     figure = plt.figure(figsize=(5.0 + 1.35 * len(examples), 4.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(4.6, 0.4 + 1.35 * len(examples)))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 0.4 + 1.35 * len(examples)))
+    left, right = halves
     axes = left.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", label="read exactly")
     axes.scatter(read.keys, read.levels, s=18, color=COLOURS[1], alpha=0.8, linewidths=0)
