@@ -243,7 +243,9 @@ def _notes(record: TrainingRecord, training: TrainingSet, number: int) -> list[s
             "cannot be read, or lack a caption."
         )
     if not record.center_crop:
-        notes.append("Training cropped at random places; canaries are read from the crop at the centre.")
+        notes.append(
+            "Pictures that are not square were cropped at random places, and are read from the crop at the centre."
+        )
     return notes
 
 
