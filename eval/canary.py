@@ -243,9 +243,7 @@ def _notes(record: TrainingRecord, training: TrainingSet, number: int) -> list[s
             "cannot be read, or lack a caption."
         )
     if not record.center_crop:
-        notes.append(
-            "Pictures that are not square were cropped at random places, and are read from the crop at the centre."
-        )
+        notes.append("Pictures that are not square were cropped at random places; here they are cropped at the centre.")
     return notes
 
 
