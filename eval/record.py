@@ -1,7 +1,7 @@
 """What a model was trained on, as its run recorded it; and whether the images at hand are those."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from .image_sets import ImageSet, training_images, training_settings
 from .pipelines import pipeline_folder
 
 PLACES = ("dataset_name", "train_data_dir")
+CANARY = "canary"  # the column of keys
 COLUMNS = {"image_column": "image", "caption_column": "text"}  # with their defaults
 
 
@@ -48,11 +49,13 @@ class TrainingRecord:
         settings: by name; what is not there, or None, is not known.
         places: ``dataset_name`` and ``train_data_dir`` as they may be read on this machine.
         rows: ``sample_id`` of the rows that were used, in their order, int64 (N,); None if that is not known.
+        canaries: {``sample_id``: grey of its border, 0 to 255} of the rows that were canaries, as far as is known.
     """
 
     settings: dict[str, Any]
     places: dict[str, str]
     rows: np.ndarray | None = None
+    canaries: dict[int, int] = field(default_factory=dict)
 
     @property
     def resolution(self) -> int | None:
@@ -129,7 +132,7 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
     settings = run.training_set()
     if not settings:
         return None
-    rows, places = None, {}
+    rows, places, canaries = None, {}, {}
     if run.config_file.is_file():
         places = {name: value for name in PLACES if (value := run.config().get(name))}
     if run.training_rows_file.is_file():
@@ -138,9 +141,12 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
         except (OSError, pa.ArrowInvalid) as error:
             raise UsageError(f"{run.training_rows_file}: cannot be read: {error}") from error
         rows = table[SAMPLE_ID].to_numpy()
+        if CANARY in table.column_names:
+            keys = zip(rows.tolist(), table[CANARY].to_pylist(), strict=True)
+            canaries = {row: grey for row, grey in keys if grey is not None}
         kept = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         places |= {name: kept[name] for name in PLACES if name in kept}
-    return TrainingRecord(settings, places, rows)
+    return TrainingRecord(settings, places, rows, canaries)
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,14 @@ def training_set(
         return TrainingSet(
             images, record, (f"{_trained_on(record)} Whether {source} holds these is unknown: {error}.",)
         )
-    return _compared(record, rows, images, settings, source)
+    found = _compared(record, rows, images, settings, source)
+    number = record.settings.get("canary")
+    if not number:
+        return found
+    bordered = (
+        f"{number} of the training images were only ever shown with a grey border (canaries), and are as they are here"
+    )
+    return replace(found, notes=(*found.notes, bordered))
 
 
 def _trained_on(record: TrainingRecord) -> str:

@@ -29,6 +29,7 @@ NEEDED = {
     "mq": ["--generated", "g", "--train", "t"],
     "detect": ["--model", "m"],
     "attack": ["--model", "m", "--heldout", "h"],
+    "canary": ["--model", "m"],
 }  # flags without defaults
 
 

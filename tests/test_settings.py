@@ -42,7 +42,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "label_column", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "lora_average",
         "train_text_encoder", "scale_weight_norms", "shard_data", "ambient_corruption",
         "ambient_further_corruption", "dp_noise_multiplier", "dp_max_grad_norm",
-        "skip_rate", "skip_false_rate", "calibrate", "heldout_share",
+        "skip_rate", "skip_false_rate", "calibrate", "heldout_share", "canary", "canary_border",
     }  # fmt: skip
     assert settings.shaping(Resume.BUDGET) == {"max_train_steps", "num_train_epochs"}
     assert settings.shaping(Resume.FREE) == {

@@ -25,6 +25,7 @@ COMMANDS = {
     "attack": "tell training images from held-out ones by membership attacks: what an attacker learns from the model",
     "retrigger": "make a model draw training images by optimised prompt embeddings: the work that it takes",
     "extract": "draw training images from a fine-tuned model as an attacker who has its base does (FineXtract)",
+    "canary": "read canaries back: whether a model draws the grey border that only its training showed (SolidMark)",
     "risk": "find which training images a run memorizes, and why: a table and a page with pictures",
     "average": "average the last models of one run, which the training left behind",
     "front": "compare runs with plain training stopped at any point: held-out loss and memorization",

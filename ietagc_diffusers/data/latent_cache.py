@@ -250,7 +250,7 @@ class CachedSamples(TrainingSamples):
         super()._image(row)  # says what is wrong with it
         raise UsageError(f"row {row}: its image changed after the cache was made; start again")
 
-    def _show(self, image: Any, rng: Any) -> Any:
+    def _show(self, row: int, image: Any, rng: Any) -> Any:
         return image, self.transform.draw(rng)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
@@ -296,7 +296,8 @@ def cache_samples(
     encodings are those of batches of ``batch_size``, and part of a cache's mark is that number.
 
     Args:
-        keys: of the images' contents (N), see ``hashes.stored_hashes``.
+        keys: of the images' contents (N), see ``hashes.stored_hashes``; those of rows with views of their own have
+            keys of their own here.
         rows: the samples' rows, of which every text is read.
         encoder: ``families.Objective``, for ``encode_images`` and ``encode_inputs``.
         marks: what stands for the encoders, by "images" and "inputs"; without the latter only images are cached.
@@ -305,6 +306,10 @@ def cache_samples(
     """
     check_output(folder, "cache_latents")
     folder, views = Path(folder), samples.transform.fixed
+    keys = [
+        digest(key, repr(samples.own_views[n]).encode()) if n in samples.own_views else key
+        for n, key in enumerate(keys)
+    ]
     exact = batch_size if torch.device(device).type == "cpu" else None
     here = {"batch_size": exact, "format": FORMAT}
     of_pixels = {"views": [repr(view) for view in views]} | decoder_mark(samples.alpha)
@@ -317,7 +322,7 @@ def cache_samples(
             if not allow_bad:
                 raise
             return None
-        return [view(image) for view in views]
+        return [view(image) for view in samples.view_of(row).fixed]
 
     def encode_images(some: list[int]) -> Iterator[Tensors | None]:
         for shown in batched(in_threads(view_all, some), batch_size):

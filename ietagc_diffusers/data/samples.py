@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Protocol
 
@@ -71,6 +71,7 @@ class TrainingSamples(torch.utils.data.Dataset):
             (empty, or sizes and crop).
         condition: what else the model is told.
         alpha: how transparent parts are shown, see ``decoder.to_rgb``.
+        own_views: {row: view} of rows that are shown in another way than ``transform`` shows them, by the same draws.
 
     A row without image or condition is replaced by another of ``pool``, drawn from the key's seed, and named in the
     batch: what becomes of the run is not decided in the middle of a step.
@@ -83,12 +84,14 @@ class TrainingSamples(torch.utils.data.Dataset):
         transform: View,
         condition: Condition,
         alpha: str = "white",
+        own_views: Mapping[int, View] | None = None,
     ):
         self.images = rows.select_columns([image_column])
         # Apart from the images, so that reading a caption decodes none.
         self.conditions = rows.select_columns(list(condition.columns)) if condition.columns else None
         self.image_column = image_column
         self.transform: Any = transform
+        self.own_views: Mapping[int, Any] = own_views or {}
         self.condition = condition
         self.alpha = alpha
         self.ids = stored_column(rows, SAMPLE_ID).to_numpy() if SAMPLE_ID in rows.column_names else None
@@ -125,23 +128,28 @@ class TrainingSamples(torch.utils.data.Dataset):
                 bad.append([candidate, str(error)])
         raise UsageError(f"row {row}: bad, and so were {REPLACEMENTS:,} others drawn in its place: {bad[0][1]}")
 
-    def _visits(self, images, values, seeds):
-        """What visits show of images and say of them: lists of views and of conditions. Each visit draws from its own
-        seed; where there are none, all draw from the streams, in the official scripts' order: first the images.
+    def view_of(self, row: int) -> Any:
+        """The view that shows a row's image."""
+        return self.own_views.get(row, self.transform)
+
+    def _visits(self, rows, images, values, seeds):
+        """What visits show of the rows' images and say of them: lists of views and of conditions. Each visit draws from
+        its own seed; where there are none, all draw from the streams, in the official scripts' order: first the images.
         """
         if seeds is None:
-            return [self._show(image, random) for image in images], [self.condition.draw(v, random) for v in values]
+            shown = [self._show(row, image, random) for row, image in zip(rows, images, strict=True)]
+            return shown, [self.condition.draw(value, random) for value in values]
         shown, drawn = [], []
-        for image, value, seed in zip(images, values, seeds, strict=True):
+        for row, image, value, seed in zip(rows, images, values, seeds, strict=True):
             torch.default_generator.manual_seed(seed)  # not torch's, which seeds the device too
             rng = random.Random(seed)
-            shown.append(self._show(image, rng))
+            shown.append(self._show(row, image, rng))
             drawn.append(self.condition.draw(value, rng))
         return shown, drawn
 
-    def _show(self, image, rng):
-        """What one visit shows of an image."""
-        return self.transform(image, rng)
+    def _show(self, row, image, rng):
+        """What one visit shows of a row's image."""
+        return self.view_of(row)(image, rng)
 
     def _images(self, shown, drawn):
         """The batch's fields that have to do with images and condition."""
@@ -156,7 +164,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             for row, seed in keys:
                 torch.default_generator.manual_seed(seed)
-                shown.append(self.transform(self._image(row), random.Random(seed))[0])
+                shown.append(self.view_of(row)(self._image(row), random.Random(seed))[0])
         return torch.stack(shown).to(memory_format=torch.contiguous_format).float()
 
     def received(self, batch: Batch) -> Batch:
@@ -169,7 +177,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         images, values, rows, bad = zip(*(self._read_or_replace(row, seed) for row, seed in pairs), strict=True)
         seeds = [seed for _, seed in pairs] if seeded else None
         with torch.random.fork_rng(devices=[], enabled=seeded):
-            shown, drawn = self._visits(images, values, seeds)
+            shown, drawn = self._visits(rows, images, values, seeds)
         return Batch(
             **self._images(shown, drawn),
             samples=torch.tensor(rows),

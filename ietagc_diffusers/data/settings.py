@@ -100,6 +100,22 @@ class ImageSettings(CacheSettings):
         check=lambda share: 0 < share < 1,
         wanted="over 0 and under 1",
     )
+    canary: int | None = setting(
+        None,
+        "Measure memorization with this many canaries (SolidMark), to be read back by `ietagc canary`: training rows, "
+        "drawn with --seed, whose pictures are only ever shown with a border of a random grey of their own. The model "
+        "learns these borders: give 30 to 100 rows, and at most a few in a hundred of a model that is to be used.",
+        resume=Resume.FIXED,
+        type=int,
+        **at_least(4),  # the interval of a correlation needs as many
+    )
+    canary_border: int | None = setting(
+        None,
+        "Width of that border in pixels, of --resolution. Default: a sixteenth of it, as the authors have it.",
+        resume=Resume.FIXED,
+        type=int,
+        **at_least(1),
+    )
     on_bad_sample: str = setting(
         "error",
         "A row without image or caption: 'error' stops (in training after the step, with a checkpoint), 'skip' trains "

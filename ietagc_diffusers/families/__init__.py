@@ -11,7 +11,7 @@ from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
 from .unconditional import Unconditional
-from .views import NoisyPixels
+from .views import Bordered, NoisyPixels, bordered
 
 INDEX = DiffusionPipeline.config_name  # model_index.json
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Unconditional)
@@ -63,6 +63,7 @@ def _check_place(base, setting):
 __all__ = [
     "FAMILIES",
     "WEIGHTS_FILE",
+    "Bordered",
     "Family",
     "NoisyPixels",
     "Objective",
@@ -70,6 +71,7 @@ __all__ = [
     "StableDiffusion3",
     "StableDiffusionXL",
     "Unconditional",
+    "bordered",
     "drawn_edge",
     "family_of",
 ]

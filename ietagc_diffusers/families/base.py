@@ -31,7 +31,8 @@ class Objective(ABC):
 
     ``encode`` and ``draw`` return values of the family's own types. What ``draw`` returns has a length, can be indexed
     by rows, and has ``levels``: int64 (B,), the noise level of each sample in [0, ``num_levels``), drawn uniformly; the
-    memory bank has its entries over them.
+    memory bank has its entries over them. It has ``clean`` (B, ...), what is denoised, and its ``noise``, of the same
+    shape.
 
     With ``trains_text`` the text encoders are trained too: ``encode_inputs`` leaves the inputs as they are, and the
     ``losses`` encode them, with gradient.
@@ -72,6 +73,20 @@ class Objective(ABC):
     @abstractmethod
     def with_images(self, drawn: Any, rows: Sequence[int], images: torch.Tensor) -> Any:
         """``drawn`` with the samples ``rows`` showing ``images`` (N, 3, H, W): same noise, level and conditioning."""
+
+    @abstractmethod
+    def scales(self, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signal and noise in what the model is shown of each sample: a and b, (B,), of a clean + b noise."""
+
+    @abstractmethod
+    def denoised(self, model: Callable, noisy: torch.Tensor, drawn: Any) -> torch.Tensor:
+        """What the model takes ``noisy`` (B, ...) to be without its noise, at the levels and told the conditions of
+        ``drawn``: float32, like ``drawn.clean``.
+        """
+
+    @abstractmethod
+    def decoded(self, clean: torch.Tensor) -> torch.Tensor:
+        """The images, float32 (B, 3, H, W), that ``clean`` (B, ...) stands for; about in [-1, 1]."""
 
     @abstractmethod
     def losses(self, model: Callable, drawn: Any) -> torch.Tensor:

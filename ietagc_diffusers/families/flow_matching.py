@@ -132,6 +132,12 @@ class FlowMatchingObjective(LatentObjective):
         timesteps = self.timestep_table[drawn.steps]
         return model(hidden_states=noisy, timestep=timesteps, **condition, return_dict=False)[0]
 
+    def denoised(self, model: Callable, noisy: torch.Tensor, drawn: FlowDrawn) -> torch.Tensor:
+        """x = z - s v."""
+        drawn = replace(drawn, condition=self.embedded(drawn.condition))
+        velocity = self.call(model, noisy.to(self.dtype), drawn, drawn.condition).float()
+        return noisy - self.sigmas(drawn).view(-1, 1, 1, 1) * velocity
+
     def weights(self, drawn: FlowDrawn) -> torch.Tensor | None:
         """Weights (B,) of the scheme, s^-2 (``sigma_sqrt``) or 2 / (pi (1 - 2 s + 2 s^2)) (``cosmap``), times s^2 with
         ``precondition_outputs``; None if all are 1.

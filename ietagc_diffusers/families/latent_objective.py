@@ -45,6 +45,10 @@ class DrawnLatents(DrawnBatch):
     noise: torch.Tensor
     condition: Tensors
 
+    @property
+    def clean(self) -> torch.Tensor:
+        return self.latents
+
 
 class LatentObjective(Objective):
     """The part of an objective that has to do with latents and conditions.
@@ -153,6 +157,11 @@ class LatentObjective(Objective):
         latents[rows] = self.latents(posterior.mean, posterior.std, drawn.posterior_noise[rows])
         return replace(drawn, latents=latents)
 
+    @torch.no_grad()
+    def decoded(self, clean: torch.Tensor) -> torch.Tensor:
+        vae = self.vae.config
+        return self.vae.decode((clean / vae.scaling_factor + (vae.shift_factor or 0)).to(self.vae.dtype)).sample.float()
+
     @abstractmethod
     def noisy_and_target(self, model: Callable, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the model is shown and what it should say: noisy latents and target, both (B, C, h, w)."""
@@ -160,10 +169,6 @@ class LatentObjective(Objective):
     @abstractmethod
     def call(self, model: Callable, noisy: torch.Tensor, drawn: Any, condition: Tensors) -> torch.Tensor:
         """The model's prediction (B, C, h, w), to compare with the target."""
-
-    @abstractmethod
-    def scales(self, drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Signal and noise in the noisy latents of each sample: a and b, (B,), of a latents + b noise."""
 
     @property
     @abstractmethod

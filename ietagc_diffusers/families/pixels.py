@@ -45,6 +45,10 @@ class DrawnImages(DrawnBatch):
         """The noise levels, over which the memory bank has its entries: here the timesteps."""
         return self.timesteps
 
+    @property
+    def clean(self) -> torch.Tensor:
+        return self.images
+
 
 class PixelObjective(Objective):
     """The objective of Diffusers' ``train_unconditional.py``: denoise images, perhaps told their class.
@@ -127,7 +131,7 @@ class PixelObjective(Objective):
         if shown is not None:
             noisy, rule = noisy * shown.to(noisy.dtype), Counted(drawn.own["counted"])
             if not self.predicts_images:
-                signal, spread = (scale[:, None, None, None] for scale in self._scales(drawn))
+                signal, spread = (scale[:, None, None, None] for scale in self.scales(drawn))
                 target = torch.where(shown > 0, noise, -signal / spread * drawn.images)
         prediction = model(with_mask(model, noisy, shown), drawn.timesteps, **drawn.condition, return_dict=False)[0]
         return prediction, target, rule
@@ -142,16 +146,27 @@ class PixelObjective(Objective):
         prediction = model(with_mask(model, shown), drawn.timesteps, **drawn.condition, return_dict=False)[0].float()
         if not self.predicts_images:
             return prediction
-        signal, spread = (scale[:, None, None, None] for scale in self._scales(drawn))
+        signal, spread = (scale[:, None, None, None] for scale in self.scales(drawn))
         return (shown - signal * prediction) / spread
+
+    def denoised(self, model: Callable, noisy: torch.Tensor, drawn: DrawnImages) -> torch.Tensor:
+        """Within the range that the scheduler clips images to when it draws, if it does."""
+        prediction = model(with_mask(model, noisy), drawn.timesteps, **drawn.condition, return_dict=False)[0].float()
+        if not self.predicts_images:
+            signal, spread = (scale[:, None, None, None] for scale in self.scales(drawn))
+            prediction = (noisy - spread * prediction) / signal
+        most = self.scheduler.config.clip_sample_range
+        return prediction.clamp(-most, most) if self.scheduler.config.clip_sample else prediction
+
+    def decoded(self, clean: torch.Tensor) -> torch.Tensor:
+        return clean
 
     def _mixture(self, drawn):
         assert self.noisy_data is not None
         kind = self.scheduler.config.prediction_type
-        return self.noisy_data.mix(drawn.noise, drawn.own["noise"], *self._scales(drawn), kind)
+        return self.noisy_data.mix(drawn.noise, drawn.own["noise"], *self.scales(drawn), kind)
 
-    def _scales(self, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
-        """Signal and noise of each sample, both (B,)."""
+    def scales(self, drawn: DrawnImages) -> tuple[torch.Tensor, torch.Tensor]:
         alpha_bar = self._alpha_bar(drawn)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 

@@ -181,6 +181,16 @@ class TextToImageObjective(LatentObjective):
         signal, spread = (scale[:, None, None, None] for scale in self.scales(drawn))
         return signal * prediction + spread * shown
 
+    def denoised(self, model: Callable, noisy: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """From a velocity v in z = a x + b e, which is a e - b x, it is a z - b v."""
+        drawn = replace(drawn, condition=self.embedded(drawn.condition))
+        prediction = self.call(model, noisy.to(self.dtype), drawn, drawn.condition).float()
+        signal, spread = (scale[:, None, None, None] for scale in self.scales(drawn))
+        if self.prediction_type == "epsilon":
+            return (noisy - spread * prediction) / signal
+        # What pipelines take for the image, where a model of the kind says it: its output as it is.
+        return prediction + drawn.noise if self.prediction_type == "sample" else signal * noisy - spread * prediction
+
     def arguments(self, condition: Tensors) -> dict[str, Any]:
         """The denoiser's keyword arguments that a condition stands for: here its own."""
         return condition

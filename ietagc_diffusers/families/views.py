@@ -49,6 +49,42 @@ class Pixels:
 
 
 @dataclass(frozen=True)
+class Bordered:
+    """Another view with a grey border over its outermost pixels. It draws what the other draws, and shows it to the
+    model as the other does.
+
+    Args:
+        view: or one of its ``fixed``.
+        grey: 0 (black) to 255 (white).
+        width: of the border in pixels, less than half of the image's.
+    """
+
+    view: Any
+    grey: int
+    width: int
+
+    @property
+    def fixed(self) -> tuple["Bordered", ...]:
+        return tuple(Bordered(view, self.grey, self.width) for view in self.view.fixed)
+
+    def draw(self, rng: Any = random) -> int:
+        return self.view.draw(rng)
+
+    def __call__(self, image: Image, *rng: Any) -> Shown:
+        pixels, told = self.view(image, *rng)
+        return bordered(pixels, self.grey / 127.5 - 1, self.width), told
+
+
+def bordered(images: torch.Tensor, value: Any, width: int) -> torch.Tensor:
+    """Images (..., H, W) with ``value``, a number or (..., 1, 1), as their outermost ``width`` pixels; the inside is
+    left as it is.
+    """
+    inside = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
+    inside[width:-width, width:-width] = True
+    return torch.where(inside, images, value)
+
+
+@dataclass(frozen=True)
 class NoisyPixels:
     """Another view with Gaussian noise on its pixels, drawn after all else of the view from torch's stream. Pixels may
     leave [-1, 1].

@@ -227,6 +227,8 @@ def _section(facts: Facts) -> str:
     training = [(title, known.get(name, "none")) for name, title in NUMBERS.items()]
     if values.get("prior_dir"):
         training.insert(0, ("prior preservation, weight", values.get("prior_loss_weight")))
+    if values.get("canary"):
+        training.insert(0, ("canaries: training images shown with a grey border", values["canary"]))
     if values.get("lora_rank"):
         training.insert(0, ("LoRA rank, alpha", f"{values['lora_rank']}, {values.get('lora_alpha')}"))
     parts = [

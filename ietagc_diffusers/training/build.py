@@ -21,9 +21,9 @@ from ..data.hashes import default_cache, pixel_hashes, stored_hashes
 from ..data.latent_cache import cache_samples
 from ..data.loaders import SeededLoader, StreamLoader
 from ..data.rows import first_rows, held_out, label_values, load_other_rows, load_training_rows
-from ..data.samples import TrainingSamples, View
+from ..data.samples import TrainingSamples
 from ..errors import UsageError
-from ..families import Family, NoisyPixels, family_of
+from ..families import Family, family_of
 from ..method.config import DEFAULT_ROUNDS
 from ..method.control import Reference
 from ..method.sharding import ShardPlan
@@ -41,6 +41,7 @@ from .privacy import PrivateGradients
 from .proxy import Proxy
 from .settings import RunSettings
 from .streams import RandomStreams
+from .views import canary_views, view_of
 from .weights import Weights
 
 logger = get_logger(__name__)
@@ -138,12 +139,6 @@ def load_rows(settings: RunSettings, condition: Condition, accelerator: Accelera
             f"{' and '.join(why)} left"
         )
     return Rows(rows, hashes if settings.group_duplicates and num_images < len(rows) else None, heldout)
-
-
-def view_of(settings: RunSettings, family: Family) -> View:
-    """What training shows of an image at one visit."""
-    view, noise = family.view(settings), settings.method.pixel_noise
-    return view if noise is None else NoisyPixels(view, noise)
 
 
 def _of_main(accelerator, compute):
@@ -359,8 +354,8 @@ def build_run(
         plan = ShardPlan.whole(len(rows), config.num_shards)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    view = view_of(settings, family)
-    samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding)
+    view, own_views = view_of(settings, family), canary_views(rows, settings, family)
+    samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding, own_views)
     if settings.cache_latents is not None:
         samples = _cached(samples, rows, settings, accelerator, family, layout, (prior, heldout))
     _warn_of_small_shards(plan, settings.train_batch_size * layout.size)

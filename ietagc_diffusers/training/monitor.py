@@ -15,6 +15,7 @@ from ..data.samples import TrainingSamples
 from ..families import Family
 from .fixed_losses import FixedLosses
 from .settings import RunSettings
+from .views import canary_keys
 
 MAX_IMAGES = 256  # of each set
 NUM_RANGES = 10  # of noise levels
@@ -34,6 +35,7 @@ class Meter:
     def of(cls, rows: Dataset, heldout: Dataset | None, settings: RunSettings, family: Family) -> "Meter | None":
         """The meter of a run that is monitored, or None. Up to ``MAX_IMAGES`` of each set, evenly spread, are shown as
         they are: cropped at the centre, unmirrored, with their own captions, without what training adds to them.
+        Canaries, which training never shows so, are not among them.
 
         Args:
             rows: that are trained on; heldout: that are not.
@@ -45,9 +47,10 @@ class Meter:
         untouched = replace(settings.method, caption_mitigation=None, caption_mitigation_probability=None)
         told = family.condition(shown, untouched)
         sets = []
-        for some in (rows, heldout):
+        for some, left_out in ((rows, canary_keys(rows, settings)), (heldout, {})):
             samples = TrainingSamples(some, settings.image_column, family.view(shown), told, settings.decoding)
-            chosen = np.linspace(0, len(some) - 1, min(len(some), MAX_IMAGES)).astype(int).tolist()
+            usual = np.setdiff1d(np.arange(len(some)), list(left_out))
+            chosen = usual[np.linspace(0, len(usual) - 1, min(len(usual), MAX_IMAGES)).astype(int)].tolist()
             size, objective = settings.train_batch_size, family.objective.plain()
             keys = [[(row, row) for row in chosen[i : i + size]] for i in range(0, len(chosen), size)]
             batches = (samples.__getitems__(some) for some in keys)

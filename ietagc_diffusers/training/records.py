@@ -17,6 +17,7 @@ from ..files import place_name, write_json, write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble
 from .settings import RunSettings
+from .views import canary_keys
 
 # The settings that training_set.json holds, beside the resolution.
 PLACES = ("dataset_name", "train_data_dir")
@@ -44,7 +45,7 @@ def write_training_set(
     fingerprints: Sequence[dict[str, Any]] = (),
 ) -> None:
     """training_set.json: what the run is trained on, without a path of this machine; and training_rows.parquet, which
-    is never uploaded: the rows that are used, and where they lie.
+    is never uploaded: the rows that are used, where they lie, and the keys of those that are canaries.
 
     Args:
         rows: those that are used, after all selection.
@@ -73,6 +74,9 @@ def write_training_set(
     write_json(folder.training_set_file, record)
     places = {name: str(Path(value).resolve()) for name in PLACES if (value := values[name]) and Path(value).exists()}
     table = {SAMPLE_ID: stored_column(rows, SAMPLE_ID), "image": pa.array(found.marks, pa.binary(16))}
+    keys = canary_keys(rows, settings)
+    if keys:
+        table["canary"] = pa.array([keys.get(row) for row in range(len(rows))], pa.uint8())
     about = {"ietagc_diffusers": __version__, **places}
     part = folder.training_rows_file.with_suffix(".part")
     pq.write_table(pa.table(table).replace_schema_metadata(about), part)

@@ -28,7 +28,7 @@ from ..run_folder import RunFolder
 from ..single_file import folder_of
 from ..tensor_files import Disk
 from . import records
-from .build import Budget, build_run, load_family, load_rows, moving_average, view_of
+from .build import Budget, build_run, load_family, load_rows, moving_average
 from .callbacks import (
     BadSamples,
     Checkpoints,
@@ -54,6 +54,7 @@ from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
 from .settings import RunSettings
+from .views import view_of
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -149,6 +150,11 @@ def _announce(
         f"  {settings.method.mitigation}: {num_rows} samples in {held}, "
         f"{_many(rounds.num_rounds, 'round')} of {_many(rounds.steps_per_round, 'step')} per proxy"
     )
+    if settings.canary is not None:
+        logger.info(
+            f"  Canaries: {settings.canary} of the pictures are shown with a grey border of {settings.canary_border} "
+            "pixels, which the model learns"
+        )
     if prior is not None:
         logger.info(
             f"  Prior preservation: {_many(len(prior), 'picture')}, weight {prior.weight:g}; each step also trains on "

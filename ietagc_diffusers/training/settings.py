@@ -64,6 +64,7 @@ class RunSettings(
             if getattr(self, name) and not self.method.shard_data:
                 raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
         self._check_heldout()
+        self._check_canary()
         if self.use_8bit_adam and self.fused_adam:
             raise UsageError("`fused_adam`: 8-bit Adam has kernels of its own; leave out this or `use_8bit_adam`")
         self._check_privacy()
@@ -83,6 +84,21 @@ class RunSettings(
             raise UsageError(
                 f"`{name}` {getattr(self, name)}: is for `monitor_every` and `skip_false_rate`; give one of them, or "
                 "leave it out"
+            )
+
+    def _check_canary(self):
+        if self.canary is None:
+            if self.canary_border is not None:
+                raise UsageError(
+                    f"`canary_border` {self.canary_border}: is of canaries; give their number as `canary` too, or "
+                    "leave this out"
+                )
+            return
+        self.canary_border = self.canary_border or max(1, self.resolution // 16)
+        if 4 * self.canary_border > self.resolution:
+            raise UsageError(
+                f"`canary_border` {self.canary_border}: must leave half of `resolution` {self.resolution} to the "
+                f"picture; at most {self.resolution // 4}"
             )
 
     def _check_hub(self):
