@@ -18,7 +18,8 @@ from .. import tensor_files
 from ..checkpoint import Held
 from ..errors import UsageError
 from ..families import Family
-from ..method.factors import Factors, shrinking, total, truncate
+from ..method.averaging import disagreement
+from ..method.factors import Factors, inner_products, shrinking, total, truncate
 from ..run_folder import ADAPTER_FILE
 from ..tensor_files import TensorFile, Tensors
 from .groups import LoraSettings
@@ -216,6 +217,11 @@ class LoraWeights(Weights):
             self.put()
 
     @property
+    def watched(self) -> None:
+        """``decode`` has all updates, see ``_disagreement``."""
+        return None
+
+    @property
     def folds(self) -> bool:
         """Whether updates are folded into the base after each round."""
         return self.num_shards > 1 and self.settings.lora_average == "fold"
@@ -269,16 +275,36 @@ class LoraWeights(Weights):
     def decode(self, means: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The factors of theta_hat from those of the proxies, which come divided by K, as a mean over K."""
         found = dict(means)
-        energy = discarded = 0.0
+        energy = discarded = spread = moved = 0.0
         for layer in self.layers:
             ups, downs = (found[name] for name in self._names(layer))
             # The mean is up/K of the first shard, of the second, ... beside down.
-            mean = total([Factors(u.flatten(1), (d.double() * self.num_shards).float().flatten(1))
-                          for u, d in zip(ups, downs, strict=True)])  # fmt: skip
-            made, all_of_it, lost = self._theta(layer, mean)
+            parts = [Factors(u.flatten(1), (d.double() * self.num_shards).float().flatten(1))
+                     for u, d in zip(ups, downs, strict=True)]  # fmt: skip
+            around, way = self._disagreement(layer, parts)
+            spread, moved = spread + around, moved + way
+            made, all_of_it, lost = self._theta(layer, total(parts))
             energy, discarded = energy + all_of_it, discarded + lost
             yield from self._tensors(made, layer)
-        self.notes = {"lora_discarded": discarded / energy if energy else 0.0}
+        self.notes = {
+            "disagreement": disagreement(spread, moved),
+            "lora_discarded": discarded / energy if energy else 0.0,
+        }
+
+    def _disagreement(self, layer, parts):
+        """Of a layer the ``spread`` and ``moved`` of ``disagreement``, by updates: theta_hat is their mean, before it is
+        brought to another rank, and theta_start the update that the round started from.
+
+        Args:
+            parts: the updates of the proxies over K.
+        """
+        number = len(parts)
+        start = self._factors(self.start, layer)
+        products = inner_products([start._replace(up=start.up / number), *parts])
+        # From inner products of u_i / K to those of u_i - u_0.
+        changes = number**2 * (products[1:, 1:] - products[1:, :1] - products[:1, 1:] + products[:1, :1])
+        moved = changes.mean().item()
+        return changes.diagonal().mean().item() - moved, moved
 
     def _theta(self, layer, mean):
         """theta_hat of a layer, with the energy of the mean and of what the next round's start has lost of it."""
