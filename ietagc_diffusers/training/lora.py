@@ -292,8 +292,8 @@ class LoraWeights(Weights):
         }
 
     def _disagreement(self, layer, parts):
-        """Of a layer the ``spread`` and ``moved`` of ``disagreement``, by updates: theta_hat is their mean, before it is
-        brought to another rank, and theta_start the update that the round started from.
+        """Of a layer the ``spread`` and ``moved`` of ``disagreement``, by updates: theta_hat is the mean of all, before
+        it is brought to another rank, and theta_start the update that the round started from.
 
         Args:
             parts: the updates of the proxies over K.
