@@ -26,8 +26,8 @@ from .views import Views, best_of
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 32  # images that are described
-SHOWN, COLUMNS = 40, 4  # pairs on a sheet, and in a line of it
-EDGE, GAP, LINE = 144, 6, 20  # pixels: of an image, between two, of a line of text
+SHOWN, COLUMNS = 36, 3  # pairs on a sheet, and in a line of it
+EDGE, GAP, LINE = 144, 6, 22  # pixels: of an image, between two, of a line of text
 PAPER, INK, RED = "#ffffff", "#222222", "#c43b3b"
 
 
@@ -123,7 +123,7 @@ def sheet(pairs: Sequence[tuple[Image.Image, Image.Image, float]], threshold: fl
     columns = min(COLUMNS, len(pairs))
     width, height = 2 * EDGE + 5 * GAP, EDGE + LINE + 4 * GAP  # of a pair
     paper = Image.new("RGB", (columns * width, -(-len(pairs) // columns) * height), PAPER)
-    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(14)
+    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(16)
     for number, (drawn, training, similarity) in enumerate(pairs):
         left, top = number % columns * width + GAP, number // columns * height + GAP
         copy = similarity > threshold

@@ -224,11 +224,10 @@ def _of_copies(rows):
         found += f", of the base model's {base:.1%}"
     if low <= base:
         return f"{found}: training has not clearly brought more."
-    clean = [row["global_step"] for row in rows if row["excess_copy_rate"] <= 0]
-    until = f" Up to step {clean[-1]} there were none beyond the base's." if clean and clean[-1] > 0 else ""
+    first = next(row["global_step"] for row in rows if row["excess_copy_rate"] > 0)
     return (
-        f"{found}: the model reproduces training images.{until} Look at the sheet; stop earlier (`keep_best` copies), "
-        "train with more mitigation, or without duplicates (`deduplicate`)."
+        f"{found}: the model reproduces training images, first seen at step {first}. Look at the sheet; stop earlier "
+        "(`keep_best` copies), train with more mitigation, or without duplicates (`deduplicate`)."
     )
 
 

@@ -5,6 +5,7 @@ that loads nothing.
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,16 @@ def page(
     )
     sections = [
         *([_of_losses(measured)] if measured else []),
-        *([_of_copies(drawn, sheet)] if drawn else []),
+        *([_of_copies(drawn)] if drawn else []),
         *([_of_disagreement(averaged)] if averaged else []),
+        *([_picture(sheet, last["global_step"])] if sheet is not None and sheet.is_file() else []),
     ]
+    said = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(advice))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{refresh}<title>{html.escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}: {done}</h1>
-<p class="say">{html.escape(advice)}</p>
+<p class="say">{said}</p>
 <p>Each training image has been seen {last["visits_per_image"]:.1f} times on average.</p>
 {"".join(sections)}</body></html>
 """
@@ -63,7 +66,7 @@ knows its training images better than others like them.</p>
 """
 
 
-def _of_copies(rows, sheet):
+def _of_copies(rows):
     last = rows[-1]
     base = last["base_copy_rate"]
     of_base = "" if base is None else f" The dotted line is the base model's share, {base:.1%}."
@@ -75,12 +78,10 @@ same noise, whose similarity to a training image by {html.escape(last["descripto
 <h2>Sim Score</h2>
 <p>The 95th percentile of the similarity of these images to the nearest training image, with its 95% interval.</p>
 {_svg(_sim_score(rows))}
-{_picture(sheet, last["global_step"])}"""
+"""
 
 
 def _picture(sheet, step):
-    if sheet is None or not sheet.is_file():
-        return ""
     data = io.BytesIO()
     Image.open(sheet).convert("RGB").save(data, "jpeg", quality=85)
     code = base64.b64encode(data.getvalue()).decode()
