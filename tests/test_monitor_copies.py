@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import train_flags, train_here, unet_bytes
+from conftest import launch, train_flags, train_here, unet_bytes
 from datasets import Dataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,6 +27,7 @@ from ietagc_diffusers.training.callbacks import Monitor
 from ietagc_diffusers.training.monitor import Compared, CopyMeter, advice, beside_base
 from ietagc_diffusers.training.monitor_page import page
 from ietagc_diffusers.training.run import train
+from ietagc_diffusers.training.scripts import UnconditionalScript
 
 RUN = ["--mitigation=iet", "--num_shards=2", "--max_train_steps=8", "--steps_per_round=2", "--learning_rate=1e-2"]
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
@@ -85,11 +86,29 @@ def measured(rate, **more):
 def test_it_changes_nothing_of_the_training_and_a_stopped_run_measures_the_same(base, pictures, watched, tmp_path):
     plain = train_here(train_flags(base, pictures, *RUN, "--report_to=none"), tmp_path / "plain")
     flags = train_flags(base, pictures, *RUN, *DRAWN, "--report_to=none", "--resume_from_checkpoint=latest")
-    train_here(flags, tmp_path / "cut", stop_at=5)
+    train_here(flags, tmp_path / "cut", stop_at=7)  # one proxy of the second round is done, the other on its way
     cut = train_here(flags, tmp_path / "cut")
     assert unet_bytes(plain) == unet_bytes(watched) == unet_bytes(cut)
     assert rows_of(cut) == rows_of(watched)
     assert RunFolder(cut).rounds()[-1]["disagreement"] == rows_of(cut)[-1]["disagreement"] > 0
+
+
+@pytest.mark.slow
+def test_processes_do_not_show(base, pictures, watched, tmp_path):
+    launch(train_flags(base, pictures, *RUN, *DRAWN, "--report_to=none"), tmp_path / "two", processes=2)
+    assert unet_bytes(tmp_path / "two") == unet_bytes(watched) and rows_of(tmp_path / "two") == rows_of(watched)
+
+
+def test_a_model_of_classes_is_told_those_of_the_rows(pictures, tmp_path):
+    """From scratch: there is no base whose copies would not count."""
+    config = tmp_path / "config"
+    testing.random_unconditional_pipeline().unet.save_config(config)
+    flags = [f"--train_data_dir={pictures}", "--resolution=16", "--train_batch_size=4", "--seed=5", *RUN, *DRAWN]
+    flags += [f"--model_config_name_or_path={config}", "--class_labels=column", "--label_column=label"]
+    flags += ["--num_classes=3", "--max_train_steps=4", "--report_to=none"]
+    rows = rows_of(train_here(flags, tmp_path / "out", kind=UnconditionalScript))
+    assert [row["base_copy_rate"] for row in rows] == [None, None]
+    assert [row["excess_copy_rate"] for row in rows] == [row["copy_rate"] for row in rows] == [0, 0]
 
 
 def test_what_it_leaves(watched):
@@ -306,6 +325,7 @@ def test_the_sheet_has_the_most_similar_first_and_frames_copies():
         ([*DRAWN, "--monitor_copy_similarity=nan"], "`monitor_copy_similarity` nan: must be from -1 to 1"),
         ([*DRAWN[:3], "--stop_at_copy_rate=0.1"], "`stop_at_copy_rate`: a limit must mean the same on every machine"),
         (["--monitor_every=1", "--monitor_images=0"], "`monitor_images` 0: must be at least 1"),
+        ([*DRAWN, "--monitor_inference_steps=1001"], "`monitor_inference_steps` 1001: must be from 1 to 1000"),
     ],
 )
 def test_flags_that_do_not_go_together(more, message):

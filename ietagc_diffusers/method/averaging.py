@@ -77,7 +77,11 @@ def squared_norm(tensors: Iterable[torch.Tensor]) -> float:
     """The sum of the squares of all numbers, in float64. ``sum`` adds in pairs: norms and dot products lose digits that
     a difference of two such sums needs.
     """
-    return sum(tensor.detach().double().square().sum().item() for tensor in tensors)
+    found = 0.0
+    for tensor in tensors:
+        here = tensor.detach() if tensor.device.type == "cuda" else tensor.detach().cpu()  # others may have no float64
+        found += here.double().square().sum().item()
+    return found
 
 
 def disagreement(spread: float, moved: float) -> float | None:

@@ -60,6 +60,21 @@ def inner_products(parts: Sequence[Factors]) -> torch.Tensor:
     return belongs.T @ products @ belongs
 
 
+def changes(start: Factors, parts: Sequence[Factors]) -> tuple[float, float]:
+    """How updates u_1 to u_K have left u_0 = ``start``: the mean over i of ||u_i - m||^2 and ||m - u_0||^2, where m is
+    their mean. These are ``spread`` and ``moved`` of ``averaging.disagreement``.
+
+    Args:
+        parts: the u_i / K, whose sum is m.
+    """
+    number = len(parts)
+    products = inner_products([start._replace(up=start.up / number), *parts])
+    # From those of u_i / K to those of u_i - u_0.
+    products = number**2 * (products[1:, 1:] - products[1:, :1] - products[:1, 1:] + products[:1, :1])
+    moved = products.mean().item()
+    return products.diagonal().mean().item() - moved, moved
+
+
 def truncate(factors: Factors, rank: int) -> Truncated:
     """The nearest update of a rank (in the sum of squares), without forming the matrix; float32.
 

@@ -19,7 +19,7 @@ from ..checkpoint import Held
 from ..errors import UsageError
 from ..families import Family
 from ..method.averaging import disagreement
-from ..method.factors import Factors, inner_products, shrinking, total, truncate
+from ..method.factors import Factors, changes, shrinking, total, truncate
 from ..run_folder import ADAPTER_FILE
 from ..tensor_files import TensorFile, Tensors
 from .groups import LoraSettings
@@ -217,11 +217,6 @@ class LoraWeights(Weights):
             self.put()
 
     @property
-    def watched(self) -> None:
-        """``decode`` has all updates, see ``_disagreement``."""
-        return None
-
-    @property
     def folds(self) -> bool:
         """Whether updates are folded into the base after each round."""
         return self.num_shards > 1 and self.settings.lora_average == "fold"
@@ -281,7 +276,7 @@ class LoraWeights(Weights):
             # The mean is up/K of the first shard, of the second, ... beside down.
             parts = [Factors(u.flatten(1), (d.double() * self.num_shards).float().flatten(1))
                      for u, d in zip(ups, downs, strict=True)]  # fmt: skip
-            around, way = self._disagreement(layer, parts)
+            around, way = changes(self._factors(self.start, layer), parts)
             spread, moved = spread + around, moved + way
             made, all_of_it, lost = self._theta(layer, total(parts))
             energy, discarded = energy + all_of_it, discarded + lost
@@ -290,21 +285,6 @@ class LoraWeights(Weights):
             "disagreement": disagreement(spread, moved),
             "lora_discarded": discarded / energy if energy else 0.0,
         }
-
-    def _disagreement(self, layer, parts):
-        """Of a layer the ``spread`` and ``moved`` of ``disagreement``, by updates: theta_hat is the mean of all, before
-        it is brought to another rank, and theta_start the update that the round started from.
-
-        Args:
-            parts: the updates of the proxies over K.
-        """
-        number = len(parts)
-        start = self._factors(self.start, layer)
-        products = inner_products([start._replace(up=start.up / number), *parts])
-        # From inner products of u_i / K to those of u_i - u_0.
-        changes = number**2 * (products[1:, 1:] - products[1:, :1] - products[:1, 1:] + products[:1, :1])
-        moved = changes.mean().item()
-        return changes.diagonal().mean().item() - moved, moved
 
     def _theta(self, layer, mean):
         """theta_hat of a layer, with the energy of the mean and of what the next round's start has lost of it."""

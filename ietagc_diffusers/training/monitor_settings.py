@@ -51,7 +51,8 @@ class MonitorSettings:
         "--ddpm_num_inference_steps).",
         resume=Resume.FREE,
         type=int,
-        **at_least(1),
+        check=lambda steps: 1 <= steps <= 1000,
+        wanted="from 1 to 1000",
     )
     monitor_budget: float | None = setting(
         None,

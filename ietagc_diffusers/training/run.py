@@ -182,13 +182,14 @@ def train(settings: RunSettings, say: Callable[[str], None] = print, comparer: C
 def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
     """Inside, no other training enters the folder. The main process holds it for all, and all hear if it cannot."""
     with ExitStack() as stack:
-        _of_main(is_main, lambda: stack.enter_context(locked(folder)))
+        _on_main(is_main, lambda: stack.enter_context(locked(folder)))
         yield
 
 
-def _of_main(is_main: bool, make: Callable[[], Any]) -> Any:
+def _on_main(is_main: bool, make: Callable[[], Any]) -> Any:
     """What ``make`` returns on the main process, None on the others; all of them raise a ``UsageError`` of it."""
-    made, answer = None, [None]
+    made: Any = None
+    answer: list[UsageError | None] = [None]
     if is_main:
         try:
             made = make()
@@ -278,7 +279,7 @@ def _train(
     repository = _repository(settings, accelerator.is_main_process)
     compares: Any = None
     if settings.monitor_images is not None and comparer is not None:
-        compares = _of_main(accelerator.is_main_process, lambda: comparer(settings, accelerator.device))
+        compares = _on_main(accelerator.is_main_process, lambda: comparer(settings, accelerator.device))
     family = load_family(settings, accelerator)
     if accelerator.is_main_process:
         family.pipeline()  # what the end needs is proved before the first step

@@ -58,14 +58,9 @@ class Weights:
                 key: self.place.keep(f"theta-{key}", tensors, tensors.items()) for key, tensors in live.items()
             }
             self.means = {
-                key: ModelAverage(self.encode(tensors), self.place, f"mean-{key}", watched=key == self.watched)
+                key: ModelAverage(self.encode(tensors), self.place, f"mean-{key}", watched=key == family.denoiser_name)
                 for key, tensors in live.items()
             }
-
-    @property
-    def watched(self) -> str | None:
-        """The set whose means say how far the proxies disagree; None: none of them does."""
-        return self.family.denoiser_name
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
