@@ -156,8 +156,8 @@ class Monitor(Callback):
             compared.sheet.save(path)
         except OSError as error:
             logger.error(f"The monitor could not write: {error}; training continues")
-        caption = "drawn images beside their nearest training images"
-        send_images(self.accelerator, "monitor/sheet", [compared.sheet], [caption], run.global_step)
+        about = "drawn images beside their nearest training images"
+        send_images(self.accelerator, "monitor/sheet", [compared.sheet], [about], run.global_step)
 
     def _write(self, run, ended=False):
         title, last = self.folder.path.resolve().name, self.rows[-1]
