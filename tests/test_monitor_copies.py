@@ -237,10 +237,10 @@ def test_the_page_has_curves_and_the_sheet_and_loads_nothing(watched):
 def test_an_image_depends_on_its_own_seed_only(base, pictures, classes):
     if classes:
         family = testing.family_of_pipeline(testing.random_unconditional_pipeline(classes=classes))
-        told = [2, 0, 2]
+        told = [2, 2, 0]
     else:
         family = StableDiffusion.load(parse_flags(train_flags(base, pictures)))
-        told = ["a red picture", "a blue picture", "a red picture"]
+        told = ["a red picture", "a red picture", "a blue picture"]
     torch.manual_seed(3)
     state, mode = torch.get_rng_state(), family.denoiser.training
     together, alone = (
@@ -249,9 +249,8 @@ def test_an_image_depends_on_its_own_seed_only(base, pictures, classes):
     assert torch.equal(torch.get_rng_state(), state) and family.denoiser.training == mode
     for one, other in zip(together, alone, strict=True):
         assert np.abs(one - other).max() <= 1
-    assert np.array_equal(together[0], together[2]) and not np.array_equal(together[0], together[1])
-    other = np.asarray(family.draw_told(told[1:2], [7], 1, 2)[0])
-    assert not np.array_equal(other, alone[0])  # what it is told counts, too
+    assert not np.array_equal(together[0], together[1])  # another seed
+    assert not np.array_equal(together[0], together[2])  # told something else
 
 
 def test_rows_are_spread_evenly_and_bad_ones_left_out(monkeypatch):
