@@ -76,7 +76,8 @@ same noise, whose similarity to a training image by {html.escape(last["descripto
 {last["copy_similarity"]:g}, with its 95% interval.{of_base}</p>
 {_svg(_copy_rate(rows))}
 <h2>Sim Score</h2>
-<p>The 95th percentile of the similarity of these images to the nearest training image, with its 95% interval.</p>
+<p>The 95th percentile of the similarity of these images to the nearest training image, with its 95% interval. The grey
+line is the similarity over which an image counts as a copy.</p>
 {_svg(_sim_score(rows))}
 """
 
