@@ -21,6 +21,7 @@ from ietagc_diffusers.data.columns import array_of, with_images, with_texts
 from ietagc_diffusers.data.decoder import BadImage, decode_bytes, read_file, read_stored, to_rgb
 from ietagc_diffusers.data.folder import NO_IMAGE, NO_ROW, OTHER_METADATA, FolderRows, is_picture, read_folder
 from ietagc_diffusers.data.listing import list_folder, suffix_of
+from ietagc_diffusers.data.settings import ImageSettings
 from ietagc_diffusers.data.sources import SAMPLE_ID, of_parquet, stored_column, stored_image
 from ietagc_diffusers.errors import UsageError, one_line
 
@@ -169,6 +170,19 @@ def training_images(settings: DataSettings, setting: str = "train", text_column:
         source.skipped,
         options | {"text_column": texts},
         settings.alpha,
+    )
+
+
+def images_of_rows(rows: datasets.Dataset, settings: ImageSettings) -> ImageSet:
+    """The images of rows that a training has read and selected, as its settings have them decoded."""
+    ids = stored_column(rows, SAMPLE_ID).to_pylist()
+    return ImageSet(
+        settings.dataset_name or str(settings.train_data_dir),
+        [f"row {number}" for number in ids],
+        [None] * len(rows),
+        [{SAMPLE_ID: number} for number in ids],
+        lambda index: _read(rows, settings.image_column, index),
+        alpha=settings.alpha,
     )
 
 

@@ -26,7 +26,9 @@ class RunFolder:
         training_set_file: what the run was trained on: fingerprints, selection of rows and how images are shown;
         training_rows_file: the rows that were used, as Parquet, and where they lie on this machine;
         rounds_file: a JSON line per round;
-        monitor_file, monitor_page: losses along the training, see ``training.monitor``: a JSON line each, and a page;
+        monitor_file, monitor_page: measurements along the training, see ``training.monitor``: a JSON line each, and a
+            page;
+        monitor_sheets: of drawn images beside their nearest training images;
         best: the best model so far, until the run ends;
         skip_counts_file: visits and skips of every sample, as Parquet;
         bad_samples_file: a JSON line per row that was replaced;
@@ -46,6 +48,7 @@ class RunFolder:
         self.rounds_file = self.records / "rounds.jsonl"
         self.monitor_file = self.records / "monitor.jsonl"
         self.monitor_page = self.records / "monitor.html"
+        self.monitor_sheets = self.records / "monitor"
         self.best = self.records / "best"
         self.skip_counts_file = self.records / "skip_counts.parquet"
         self.bad_samples_file = self.records / "bad_samples.jsonl"
@@ -60,6 +63,10 @@ class RunFolder:
     def shard(self, number: int) -> Path:
         """Where ``--save_shards`` writes a shard, as a dataset."""
         return self.records / "shards" / f"shard-{number}"
+
+    def monitor_sheet(self, step: int) -> Path:
+        """The sheet of the measurement after this many steps."""
+        return self.monitor_sheets / f"step-{step:06d}.png"
 
     def round(self, number: int) -> Path:
         """Where ``--save_rounds`` writes the aggregated model after a round (the first is 1), as a pipeline."""

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.arguments import parse_args
+from ietagc_diffusers.cli.train import comparer_of
 from ietagc_diffusers.training.callbacks import Signals
 from ietagc_diffusers.training.run import train
 from ietagc_diffusers.training.settings import TrainingSettings
@@ -165,7 +166,8 @@ def train_here(flags, output_dir, stop_at=None, kind=TrainingSettings):
         Signals.should_stop = lambda self, run: run.global_step >= stop_at
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        train(parse_args([*map(str, flags), f"--output_dir={output_dir}"], kind))
+        settings = parse_args([*map(str, flags), f"--output_dir={output_dir}"], kind)
+        train(settings, comparer=comparer_of(settings))
     finally:
         Signals.should_stop = should_stop
         for number, handler in handlers.items():

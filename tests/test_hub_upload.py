@@ -70,6 +70,7 @@ def run(tmp_path):
         "ietagc/training_rows.parquet": home,
         "ietagc/bad_samples.jsonl": home,
         "ietagc/monitor.jsonl": home,
+        "ietagc/monitor/step-000003.png": picture.getvalue(),
         "ietagc/run.json": home,
         "ietagc/lock": home,
         "ietagc/config.json": "{}",

@@ -183,7 +183,7 @@ def test_a_budget_leaves_out_all_but_the_first_and_the_last(flags, tmp_path):
 def test_the_page_says_it_and_loads_nothing(watched):
     assert RunFolder(watched).monitor_page.read_text().endswith(", 16, True)")
     text = page(rows_of(watched), "out", "said", 16, ended=True)
-    assert text.count("<svg") == 3 and "ended at step 16" in text and "refresh" not in text
+    assert text.count("<svg") == 4 and "ended at step 16" in text and "refresh" not in text
     assert not re.findall(r'(?:src|href)="(?!#)', text.replace("xlink:href", "href"))
     shown = page(rows_of(watched), "<b>", "a & b", 100, ended=False)
     assert "&lt;b&gt;: step 16 of 100" in shown and "a &amp; b" in shown and "refresh" in shown
@@ -222,7 +222,7 @@ def test_what_training_adds_is_not_measured():
         (["--monitor_every=1"], "`monitor_every` 1: compares with images that are not trained on"),
         (["--stop_at_gap=0.1"], "`stop_at_gap`: belongs to `monitor_every`"),
         (["--keep_best=heldout"], "`keep_best`: belongs to `monitor_every`"),
-        (["--monitor_every=1", "--heldout_dir=h", "--keep_best=gap"], "`keep_best` gap: keeps the last model"),
+        (["--monitor_every=1", "--heldout_dir=h", "--keep_best=gap"], "`keep_best` gap: keeps a model whose gap"),
         (["--monitor_every=1", "--heldout_dir=h", "--monitor_budget=0"], "`monitor_budget` 0.0: must be over 0"),
         (["--monitor_every=1", "--heldout_dir=h", f"--stop_at_gap={math.nan}"], "`stop_at_gap` nan: must be 0 or more"),
     ],

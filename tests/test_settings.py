@@ -54,6 +54,8 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "resume_from_checkpoint", "resume_allow", "logging_dir", "report_to", "tracker_project_name",
         "validation_prompts", "num_validation_images", "validation_epochs", "debug_loss", "enable_npu_flash_attention",
         "prior_dir", "heldout_dir", "monitor_every", "monitor_budget", "stop_at_gap", "keep_best",
+        "monitor_images", "monitor_descriptor", "monitor_copy_similarity", "monitor_inference_steps",
+        "stop_at_copy_rate",
         "on_bad_sample", "log_every", "save_shards", "save_rounds",
         "push_to_hub", "hub_strategy", "hub_revision", "hub_model_id", "hub_token", "hub_private_repo",
         "proxy_state", "save_merged", "dp_delta",

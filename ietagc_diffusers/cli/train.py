@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..arguments import FlagParser, fail, known_names, parse_args
 from ..errors import UsageError, with_flags
 from ..training.callbacks import Ended
+from ..training.monitor import Comparer
 from ..training.run import train
 from ..training.scripts import SCRIPTS
 from ..training.settings import RunSettings
@@ -22,11 +23,20 @@ def main(argv: Sequence[str] | None = None, kind: type[RunSettings] | None = Non
     settings = parse_args(words, kind)
     names = known_names(kind)
     try:
-        train(settings, say=lambda text: print(with_flags(text, names), flush=True))
+        train(settings, lambda text: print(with_flags(text, names), flush=True), comparer_of(settings))
     except UsageError as error:
         fail(error, kind)
     except Ended as error:
         sys.exit(with_flags(str(error), names))
+
+
+def comparer_of(settings: RunSettings) -> Comparer | None:
+    """What compares the images that the monitor draws with the training images; None if it draws none."""
+    if settings.monitor_images is None:
+        return None
+    from ietagc_diffusers.eval.monitor import comparer
+
+    return comparer
 
 
 def _chosen(words: list[str]) -> tuple[type[RunSettings], list[str]]:

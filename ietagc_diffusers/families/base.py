@@ -335,6 +335,16 @@ class Family(ABC):
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
         """An image for each prompt, from the seed only. Leaves the process's random streams as they are."""
 
+    @abstractmethod
+    def draw_told(
+        self, told: Sequence[Any], seeds: Sequence[int], batch_size: int, steps: int | None = None
+    ) -> list[Image]:
+        """An image for each thing that the model is told (see ``batch``), the noise of each from its own seed only.
+        Leaves the process's random streams as they are.
+
+        batch_size: images at once; steps: of denoising, by default as many as ``draw_images`` takes.
+        """
+
     def save_denoiser_config(self, folder: Path, more: dict[str, Any] | None = None) -> None:
         """Write what diffusers needs beside the denoiser's weights. ``more``: keys for its configuration."""
         config = json.loads(self.denoiser.to_json_string())

@@ -333,20 +333,36 @@ class LatentDiffusion(Family):
             for part in self.resting:
                 part.to("cpu")
 
+    def _quiet_pipeline(self):
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     @torch.no_grad()
     def draw_images(self, prompts: Sequence[str], seed: int) -> list[Image]:
         with self._awake():
-            pipeline = self.pipeline()
-            pipeline.set_progress_bar_config(disable=True)
+            pipeline = self._quiet_pipeline()
             generator = torch.Generator(device=self.device).manual_seed(seed)
-            return [self._draw(pipeline, prompt, generator) for prompt in prompts]
+            return [self._draw(pipeline, [prompt], generator)[0] for prompt in prompts]
 
-    def _draw(self, pipeline, prompt, generator):
+    @torch.no_grad()
+    def draw_told(self, told, seeds, batch_size, steps=None):
+        images: list[Image] = []
+        with self._awake():
+            pipeline = self._quiet_pipeline()
+            for start in range(0, len(told), batch_size):
+                # Drawn on the host, so that every device draws the same noise.
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                prompts = list(told[start : start + batch_size])
+                images += self._draw(pipeline, prompts, generators, steps or VALIDATION_STEPS)
+        return images
+
+    def _draw(self, pipeline, prompts, generator, steps=VALIDATION_STEPS):
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, enabled=half, dtype=self.dtype):
             latents = pipeline(
-                prompt,
-                num_inference_steps=VALIDATION_STEPS,
+                prompts,
+                num_inference_steps=steps,
                 generator=generator,
                 output_type="latent",
                 **self.drawn_size(),
@@ -354,7 +370,8 @@ class LatentDiffusion(Family):
         # In its own precision: some VAEs overflow in half.
         vae = self.vae.config
         latents = latents.to(self.vae.dtype) / vae.scaling_factor + (vae.shift_factor or 0)
-        return pipeline.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0])[0]
+        decoded = [self.vae.decode(one, return_dict=False)[0] for one in latents.split(1)]  # it has the widest tensors
+        return [pipeline.image_processor.postprocess(image)[0] for image in decoded]
 
     def drawn_size(self) -> dict[str, int]:
         """Height and width of validation images, where they are not the pipeline's own."""

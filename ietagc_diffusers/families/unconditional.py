@@ -150,7 +150,20 @@ class Unconditional(Family):
         generator, number = torch.Generator(self.device).manual_seed(seed), len(prompts)
         classes = self.denoiser.config.num_class_embeds
         labels = None if classes is None else (torch.arange(number) % classes).tolist()
-        steps = getattr(self.settings, "ddpm_num_inference_steps", self.objective.num_levels)
+        return self._draw(generator, number, labels)
+
+    @torch.no_grad()
+    def draw_told(self, told, seeds, batch_size, steps=None):
+        images: list[Image] = []
+        for start in range(0, len(told), batch_size):
+            # Drawn on the host, so that every device draws the same noise.
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            labels = [label for label in told[start : start + batch_size] if label is not None] or None
+            images += self._draw(generators, len(generators), labels, steps)
+        return images
+
+    def _draw(self, generator, number, labels, steps=None):
+        steps = steps or getattr(self.settings, "ddpm_num_inference_steps", self.objective.num_levels)
         was_training = self.denoiser.training
         try:
             return draw(self.pipeline(), generator, number, min(steps, self.objective.num_levels), labels)

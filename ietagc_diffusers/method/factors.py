@@ -46,6 +46,35 @@ def total(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.cat([part.up for part in parts], dim=1), torch.cat([part.down for part in parts]))
 
 
+def inner_products(parts: Sequence[Factors]) -> torch.Tensor:
+    """The inner product (the sum of the products of the numbers) of each of n updates with each other one, without
+    forming the matrices: float64 (n, n).
+
+    That of u_i d_i and u_j d_j is the sum of (u_i^T u_j) * (d_i d_j^T).
+    """
+    whole = total(parts)
+    up, down = whole.up.double(), whole.down.double()
+    products = (up.T @ up) * (down @ down.T)
+    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([part.rank for part in parts]))
+    belongs = torch.nn.functional.one_hot(owner, len(parts)).double()
+    return belongs.T @ products @ belongs
+
+
+def changes(start: Factors, parts: Sequence[Factors]) -> tuple[float, float]:
+    """How updates u_1 to u_K have left u_0 = ``start``: the mean over i of ||u_i - m||^2 and ||m - u_0||^2, where m is
+    their mean. These are ``spread`` and ``moved`` of ``averaging.disagreement``.
+
+    Args:
+        parts: the u_i / K, whose sum is m.
+    """
+    number = len(parts)
+    products = inner_products([start._replace(up=start.up / number), *parts])
+    # From those of u_i / K to those of u_i - u_0.
+    products = number**2 * (products[1:, 1:] - products[1:, :1] - products[:1, 1:] + products[:1, :1])
+    moved = products.mean().item()
+    return products.diagonal().mean().item() - moved, moved
+
+
 def truncate(factors: Factors, rank: int) -> Truncated:
     """The nearest update of a rank (in the sum of squares), without forming the matrix; float32.
 

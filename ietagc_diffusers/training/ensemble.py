@@ -344,7 +344,7 @@ class IterativeEnsemble:
             if self.layout.leads:
                 yield f"proxy-{shard}", state
         if self.weights.added:
-            yield f"mean-{self.layout.process_index}", {"count": self.weights.added}
+            yield f"mean-{self.layout.process_index}", self.weights.added_state()
 
     def held(self) -> Iterator[Held]:
         """The large tensors that this process has to write, by the file of the checkpoint that they are."""
@@ -372,9 +372,10 @@ class IterativeEnsemble:
         self.history.load_state_dict(checkpoint.state("history"))
         self.weights.round = self.round
         self.weights.load(checkpoint.folder)
-        counts = {int(name.split("-")[1]): checkpoint.state(name)["count"] for name in checkpoint.names("mean-")}
+        added = {int(name.split("-")[1]): checkpoint.state(name) for name in checkpoint.names("mean-")}
+        counts = {process: state["count"] for process, state in added.items()}
         if self.layout.is_main:
-            self.weights.load_means(checkpoint, counts)
+            self.weights.load_means(checkpoint, added)
         self.moments.resume(checkpoint, self.proxies, counts, self.layout.is_main)
         for shard, proxy in self.proxies.items():
             proxy.load_state_dict(checkpoint.state(f"proxy-{shard}"), self.plan.shards[shard], self.layout.leads)

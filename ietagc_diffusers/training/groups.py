@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from ..errors import UsageError
 from ..settings import Resume, at_least, not_negative, setting
 
 
@@ -186,58 +185,6 @@ class RecordSettings:
         resume=Resume.FREE,
         type=bool,
     )
-
-
-@dataclass(kw_only=True)
-class MonitorSettings:
-    """Losses of training and held-out images along the training."""
-
-    monitor_every: int | None = setting(
-        None,
-        "Measure the aggregated model after every this many rounds, and after the last: the losses of training images "
-        "and of held-out ones on fixed noise, and their gap. Written to ietagc/monitor.html. Changes nothing "
-        "of the training.",
-        resume=Resume.FREE,
-        type=int,
-        **at_least(1),
-    )
-    monitor_budget: float | None = setting(
-        None,
-        "Leave out measurements that would take more than this share of the time since the start, but for the last. "
-        "Default: none is left out.",
-        resume=Resume.FREE,
-        type=float,
-        check=lambda share: 0 < share <= 1,
-        wanted="over 0, and at most 1",
-    )
-    stop_at_gap: float | None = setting(
-        None,
-        "End the training at the first measurement whose gap is over this.",
-        resume=Resume.FREE,
-        type=float,
-        check=lambda gap: 0 <= gap < math.inf,
-        wanted="0 or more, and finite",
-    )
-    keep_best: str | None = setting(
-        None,
-        "Save in the end, instead of the last model, the measured one with the lowest held-out loss ('heldout'), or "
-        "the last whose gap is not over --stop_at_gap ('gap').",
-        resume=Resume.FREE,
-        choices=["heldout", "gap"],
-    )
-
-    def _check_monitor(self, holds_out: bool) -> None:
-        if self.monitor_every is None:
-            for name in ("monitor_budget", "stop_at_gap", "keep_best"):
-                if getattr(self, name) is not None:
-                    raise UsageError(f"`{name}`: belongs to `monitor_every`; give that too, or leave it out")
-        elif not holds_out:
-            raise UsageError(
-                f"`monitor_every` {self.monitor_every}: compares with images that are not trained on; give their "
-                "folder as `heldout_dir`, or a `heldout_share`"
-            )
-        if self.keep_best == "gap" and self.stop_at_gap is None:
-            raise UsageError("`keep_best` gap: keeps the last model whose gap is not over `stop_at_gap`; give that too")
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,8 @@ from .. import tensor_files
 from ..checkpoint import Held
 from ..errors import UsageError
 from ..families import Family
-from ..method.factors import Factors, shrinking, total, truncate
+from ..method.averaging import disagreement
+from ..method.factors import Factors, changes, shrinking, total, truncate
 from ..run_folder import ADAPTER_FILE
 from ..tensor_files import TensorFile, Tensors
 from .groups import LoraSettings
@@ -269,16 +270,21 @@ class LoraWeights(Weights):
     def decode(self, means: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The factors of theta_hat from those of the proxies, which come divided by K, as a mean over K."""
         found = dict(means)
-        energy = discarded = 0.0
+        energy = discarded = spread = moved = 0.0
         for layer in self.layers:
             ups, downs = (found[name] for name in self._names(layer))
             # The mean is up/K of the first shard, of the second, ... beside down.
-            mean = total([Factors(u.flatten(1), (d.double() * self.num_shards).float().flatten(1))
-                          for u, d in zip(ups, downs, strict=True)])  # fmt: skip
-            made, all_of_it, lost = self._theta(layer, mean)
+            parts = [Factors(u.flatten(1), (d.double() * self.num_shards).float().flatten(1))
+                     for u, d in zip(ups, downs, strict=True)]  # fmt: skip
+            around, way = changes(self._factors(self.start, layer), parts)
+            spread, moved = spread + around, moved + way
+            made, all_of_it, lost = self._theta(layer, total(parts))
             energy, discarded = energy + all_of_it, discarded + lost
             yield from self._tensors(made, layer)
-        self.notes = {"lora_discarded": discarded / energy if energy else 0.0}
+        self.notes = {
+            "disagreement": disagreement(spread, moved),
+            "lora_discarded": discarded / energy if energy else 0.0,
+        }
 
     def _theta(self, layer, mean):
         """theta_hat of a layer, with the energy of the mean and of what the next round's start has lost of it."""

@@ -1,17 +1,21 @@
 """What a model learns and what it memorizes, measured along its training: losses of training and of held-out images on
-the same fixed noise, and what they say.
+the same fixed noise, copies among images that are drawn from the same noise, and what they say.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 
+from ..data.conditions import Condition
 from ..data.samples import TrainingSamples
+from ..errors import UsageError
 from ..families import Family
 from .fixed_losses import FixedLosses
 from .settings import RunSettings
@@ -22,6 +26,52 @@ NUM_RANGES = 10  # of noise levels
 CI95 = 1.96  # deviations
 RISEN = 2  # measurements over which held-out loss has to rise before advice is given
 Row = dict[str, Any]
+Image = Any  # PIL's
+
+
+class Compared(NamedTuple):
+    """What a comparison of drawn images with the training images finds.
+
+    numbers: ``num_images``, ``descriptor``, ``copy_similarity``, and ``sim_score``, ``copy_rate`` with the 95% interval
+    of each (``..._ci95``).
+    sheet: the drawn images beside their nearest training images, the most similar first.
+    """
+
+    numbers: Row
+    sheet: Image
+
+
+# Drawn images, and what each was drawn for (None: nothing), -> what is found.
+Compare = Callable[[Sequence[Image], Sequence[str | None]], Compared]
+# The settings of a run and a device -> from the training rows to what compares with their images. It raises
+# ``UsageError`` for settings that will not do.
+Comparer = Callable[[RunSettings, torch.device], Callable[[Dataset], Compare]]
+
+
+def _shown(settings: RunSettings, family: Family) -> tuple[Any, Condition]:
+    """The settings and the condition by which images are shown as they are: cropped at the centre, unmirrored, with
+    their own captions, without what training adds to them.
+    """
+    shown: Any = copy(settings)
+    shown.center_crop, shown.random_flip, shown.caption_dropout = True, False, 0.0
+    untouched = replace(settings.method, caption_mitigation=None, caption_mitigation_probability=None)
+    return shown, family.condition(shown, untouched)
+
+
+def _spread_evenly(number: int, num_rows: int) -> list[int]:
+    """Rows, evenly spread, in order; with more than there are some of them again."""
+    return np.linspace(0, num_rows - 1, number).astype(int).tolist()
+
+
+@contextmanager
+def _evaluated(module: torch.nn.Module) -> Iterator[None]:
+    """Within it the module is as it is used, without dropout."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 @dataclass(frozen=True)
@@ -34,23 +84,19 @@ class Meter:
     @classmethod
     def of(cls, rows: Dataset, heldout: Dataset | None, settings: RunSettings, family: Family) -> "Meter | None":
         """The meter of a run that is monitored, or None. Up to ``MAX_IMAGES`` of each set, evenly spread, are shown as
-        they are: cropped at the centre, unmirrored, with their own captions, without what training adds to them.
-        Canaries, which training never shows so, are not among them.
+        they are. Canaries, which training never shows so, are not among them.
 
         Args:
             rows: that are trained on; heldout: that are not.
         """
         if heldout is None or settings.monitor_every is None:
             return None
-        shown: Any = copy(settings)
-        shown.center_crop, shown.random_flip, shown.caption_dropout = True, False, 0.0
-        untouched = replace(settings.method, caption_mitigation=None, caption_mitigation_probability=None)
-        told = family.condition(shown, untouched)
+        shown, told = _shown(settings, family)
         sets = []
         for some, left_out in ((rows, canary_keys(rows, settings)), (heldout, {})):
             samples = TrainingSamples(some, settings.image_column, family.view(shown), told, settings.decoding)
             usual = np.setdiff1d(np.arange(len(some)), list(left_out))
-            chosen = usual[np.linspace(0, len(usual) - 1, min(len(usual), MAX_IMAGES)).astype(int)].tolist()
+            chosen = usual[_spread_evenly(min(len(usual), MAX_IMAGES), len(usual))].tolist()
             size, objective = settings.train_batch_size, family.objective.plain()
             keys = [[(row, row) for row in chosen[i : i + size]] for i in range(0, len(chosen), size)]
             batches = (samples.__getitems__(some) for some in keys)
@@ -59,12 +105,8 @@ class Meter:
 
     def losses(self, denoiser: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of training and of held-out images, (draws, N) each; draws nothing at random."""
-        training = denoiser.training
-        denoiser.eval()
-        try:
+        with _evaluated(denoiser):
             return self.training.by_draw(denoiser), self.heldout.by_draw(denoiser)
-        finally:
-            denoiser.train(training)
 
     def measurement(
         self, losses: tuple[torch.Tensor, torch.Tensor], base: tuple[torch.Tensor, torch.Tensor] | None
@@ -108,10 +150,92 @@ class Meter:
         return ranges
 
 
+@dataclass(frozen=True)
+class CopyMeter:
+    """Images for what the model was told of some training images, each always from the same noise; and how similar they
+    are to the training images.
+
+    Attributes:
+        told: see ``Family.draw_told``; seeds: of the noise of each.
+        compare: None on processes that do not measure.
+    """
+
+    family: Family
+    told: list[Any]
+    seeds: list[int]
+    batch_size: int
+    steps: int | None
+    compare: Compare | None
+
+    @classmethod
+    def of(cls, rows: Dataset, settings: RunSettings, family: Family, compare: Compare | None) -> "CopyMeter | None":
+        """The meter of a run with ``monitor_images``, or None. The images are those of rows that are evenly spread.
+
+        Args:
+            rows: that are trained on.
+        """
+        if settings.monitor_images is None:
+            return None
+        _, condition = _shown(settings, family)
+        columns = rows.select_columns(list(condition.columns)) if condition.columns else None  # decodes no image
+        told = []
+        for row in _spread_evenly(settings.monitor_images, len(rows)):
+            try:
+                value = condition.read({} if columns is None else columns[row])
+            except UsageError:  # training replaces such a row
+                continue
+            told.append(condition.draw(value, random.Random(row)))
+        seeds = [(settings.seed or 0) + index for index in range(len(told))]
+        return cls(family, told, seeds, settings.train_batch_size, settings.monitor_inference_steps, compare)
+
+    def __call__(self) -> Compared:
+        """Draw from the family as it is now, and compare. Only where there is ``compare``."""
+        assert self.compare is not None
+        with _evaluated(self.family.denoiser):
+            images = self.family.draw_told(self.told, self.seeds, self.batch_size, self.steps)
+        return self.compare(images, [told if isinstance(told, str) else None for told in self.told])
+
+
+def beside_base(found: Row, base: Row | None) -> Row:
+    """``base_copy_rate`` and ``base_sim_score``, of the model that training started from, None where that knew nothing;
+    and ``excess_copy_rate``: the copy rate less the base's, which copies that training did not bring do not raise.
+    """
+    rate, score = (None, None) if base is None else (base["copy_rate"], base["sim_score"])
+    excess = found["copy_rate"] - (rate or 0.0)
+    return {"base_copy_rate": rate, "base_sim_score": score, "excess_copy_rate": excess}
+
+
 def advice(rows: Sequence[Row]) -> str:
-    """What measurements say, the last of them above all, in words."""
+    """What measurements say, the last of them above all, in words: of copies first."""
+    drawn = [row for row in rows if "copy_rate" in row]
+    measured = [row for row in rows if "heldout_loss" in row]
+    said = [*([_of_copies(drawn)] if drawn else []), *([_of_losses(measured)] if measured or not drawn else [])]
+    return " ".join(said)
+
+
+def _of_copies(rows):
+    last = rows[-1]
+    low, high = last["copy_rate_ci95"]
+    rate, base, number = last["copy_rate"], last["base_copy_rate"] or 0.0, last["num_images"]
+    copies = round(rate * number)
+    if not copies:
+        return f"None of the {number} drawn images is a copy (95% interval of the copy rate: up to {high:.1%})."
+    are = "is a copy" if copies == 1 else "are copies"
+    found = f"{copies} of the {number} drawn images {are} ({rate:.1%}, {low:.1%} to {high:.1%})"
+    if base:
+        found += f", of the base model's {base:.1%}"
+    if low <= base:
+        return f"{found}: training has not clearly brought more."
+    first = next(row["global_step"] for row in rows if row["excess_copy_rate"] > 0)
+    return (
+        f"{found}: the model reproduces training images, first seen at step {first}. Look at the sheet; stop earlier "
+        "(`keep_best` copies), train with more mitigation, or without duplicates (`deduplicate`)."
+    )
+
+
+def _of_losses(rows):
     if len(rows) <= RISEN:
-        return "There are too few measurements for advice yet."
+        return "There are too few measurements of losses for advice yet."
     last, lowest = rows[-1], min(rows, key=lambda row: row["heldout_loss"])
     since = len(rows) - 1 - [row["round"] for row in rows].index(lowest["round"])
     low, high = last["gap_ci95"]

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import datasets
 import diffusers
@@ -49,7 +50,7 @@ from .cost import cost_of, describe
 from .ensemble import IterativeEnsemble
 from .heldout import HeldoutSet
 from .lock import locked
-from .monitor import Meter
+from .monitor import Comparer, CopyMeter, Meter
 from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
@@ -163,62 +164,70 @@ def _announce(
         )
 
 
-def train(settings: RunSettings, say: Callable[[str], None] = print) -> None:
+def train(settings: RunSettings, say: Callable[[str], None] = print, comparer: Comparer | None = None) -> None:
     """Train, and write what a run leaves behind.
 
     Args:
         say: takes what the user must read whatever the log shows.
+        comparer: for ``monitor_images``: makes what compares drawn images with the training images, such as
+            ``ietagc_diffusers.eval.monitor.comparer``.
 
     Raises:
         UsageError: settings, rows or a checkpoint that will not do, or a folder that another training is in.
         Diverged: the losses stopped being finite.
     """
+    if settings.monitor_images is not None and comparer is None:
+        raise ValueError("`monitor_images` needs a `comparer`, such as ietagc_diffusers.eval.monitor.comparer")
     accelerator = set_up(settings)
     folder = RunFolder(settings.output_dir)
     with _entered(folder, accelerator.is_main_process):
-        _train(settings, accelerator, folder, say)
+        _train(settings, accelerator, folder, say, comparer)
 
 
 @contextmanager
 def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
     """Inside, no other training enters the folder. The main process holds it for all, and all hear if it cannot."""
     with ExitStack() as stack:
-        answer: list[UsageError | None] = [None]
-        if is_main:
-            try:
-                stack.enter_context(locked(folder))
-            except UsageError as error:
-                answer = [error]
-        (refusal,) = broadcast_object_list(answer)
-        if refusal is not None:
-            raise refusal
+        _on_main(is_main, lambda: stack.enter_context(locked(folder)))
         yield
 
 
+def _on_main(is_main: bool, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns on the main process, None on the others; all of them raise a ``UsageError`` of it."""
+    made: Any = None
+    answer: list[UsageError | None] = [None]
+    if is_main:
+        try:
+            made = make()
+        except UsageError as error:
+            answer = [UsageError(str(error))]
+    (refusal,) = broadcast_object_list(answer)
+    if refusal is not None:
+        raise refusal
+    return made
+
+
 def monitor_of(
-    settings: RunSettings, meter: Meter, run: IterativeEnsemble, folder: RunFolder, accelerator: Accelerator
+    settings: RunSettings,
+    meter: Meter | None,
+    copies: CopyMeter | None,
+    run: IterativeEnsemble,
+    folder: RunFolder,
+    accelerator: Accelerator,
 ) -> Monitor:
     """The monitor that the settings ask for."""
-    assert settings.monitor_every is not None
     family = run.weights.family
 
-    def base():
-        """What the model from which the training started says, which is no longer on the device."""
+    @contextmanager
+    def at_base():
+        """Within it the model is the one that the training started from, which is no longer on the device."""
         with family.at_base(), accelerator.autocast():
             for module in family.trained.values():
                 module.to(accelerator.device)
-            return meter.losses(family.denoiser)
+            yield
 
-    return Monitor(
-        accelerator,
-        folder,
-        meter,
-        settings.monitor_every,
-        None if settings.pretrained_model_name_or_path is None else base,
-        settings.monitor_budget,
-        settings.stop_at_gap,
-        settings.keep_best,
-    )
+    from_scratch = settings.pretrained_model_name_or_path is None
+    return Monitor(accelerator, folder, settings, meter, copies, None if from_scratch else at_base)
 
 
 def _repository(settings: RunSettings, is_main: bool) -> hub.Repository | None:
@@ -256,7 +265,13 @@ def _push(
         )
 
 
-def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, say: Callable[[str], None]) -> None:
+def _train(
+    settings: RunSettings,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    comparer: Comparer | None,
+) -> None:
     if isinstance(settings, BaseModelSettings):
         settings.pretrained_model_name_or_path = folder_of(
             settings.pretrained_model_name_or_path,
@@ -268,6 +283,9 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     take_over(settings, found)
     seed = agree_on_seed(settings)
     repository = _repository(settings, accelerator.is_main_process)
+    compares: Any = None
+    if settings.monitor_images is not None and comparer is not None:
+        compares = _on_main(accelerator.is_main_process, lambda: comparer(settings, accelerator.device))
     family = load_family(settings, accelerator)
     if accelerator.is_main_process:
         family.pipeline()  # what the end needs is proved before the first step
@@ -299,8 +317,9 @@ def _train(settings: RunSettings, accelerator: Accelerator, folder: RunFolder, s
     if settings.drawn and per_prompt:
         validation = Validation(accelerator, settings.drawn, every, budget.steps_per_epoch, seed, per_prompt)
     monitor = None
-    if meter is not None:
-        monitor = monitor_of(settings, meter, run, folder, accelerator)
+    if settings.monitor_every is not None:
+        copies = CopyMeter.of(rows, settings, family, None if compares is None else compares(rows))
+        monitor = monitor_of(settings, meter, copies, run, folder, accelerator)
     saved = None
     if settings.saved_every is not None:
         saved = SavedEpochs(folder, settings.saved_every, budget.steps_per_epoch)

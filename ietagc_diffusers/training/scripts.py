@@ -7,7 +7,8 @@ from ..data.settings import ImageSettings
 from ..errors import UsageError
 from ..families.settings import UnconditionalModelSettings
 from ..settings import Resume, at_least, declared, not_negative, setting
-from .groups import HubSettings, MonitorSettings, OptimizationSettings, PrivacySettings, RecordSettings
+from .groups import HubSettings, OptimizationSettings, PrivacySettings, RecordSettings
+from .monitor_settings import MonitorSettings
 from .settings import RunSettings, TrainingSettings
 
 

@@ -15,12 +15,12 @@ from ..settings import Resume, check_values, declared
 from .groups import (
     HubSettings,
     LoraSettings,
-    MonitorSettings,
     OptimizationSettings,
     PrivacySettings,
     RecordSettings,
     ValidationSettings,
 )
+from .monitor_settings import MonitorSettings
 
 
 @dataclass(kw_only=True)

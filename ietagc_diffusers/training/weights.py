@@ -1,5 +1,6 @@
 """What is trained: the denoiser's weights and, if there is one, their moving average; and their mean over proxies."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from .. import tensor_files
 from ..checkpoint import Checkpoint, Held
 from ..families import WEIGHTS_FILE, Family
-from ..method.averaging import ModelAverage
+from ..method.averaging import ModelAverage, disagreement, squared_norm
 from ..run_folder import EMA
 from ..tensor_files import HostMemory, Place, Tensors
 
@@ -48,7 +49,7 @@ class Weights:
         self.ema: Any = ema
         self.offload_ema = offload_ema
         self.round = 0  # how many times theta_hat was made
-        self.notes: dict[str, float] = {}  # what the last averaging adds to the round's record
+        self.notes: dict[str, float | None] = {}  # what the last averaging adds to the round's record
         live = self.live()
         self.aggregated: dict[str, Tensors] | None = None
         self.means: dict[str, ModelAverage] = {}
@@ -57,7 +58,8 @@ class Weights:
                 key: self.place.keep(f"theta-{key}", tensors, tensors.items()) for key, tensors in live.items()
             }
             self.means = {
-                key: ModelAverage(self.encode(tensors), self.place, f"mean-{key}") for key, tensors in live.items()
+                key: ModelAverage(self.encode(tensors), self.place, f"mean-{key}", watched=key == family.denoiser_name)
+                for key, tensors in live.items()
             }
 
     @property
@@ -90,6 +92,10 @@ class Weights:
         """How many models were added to the mean of this round."""
         return next((mean.count for mean in self.means.values()), 0)
 
+    def added_state(self) -> dict[str, Any]:
+        """What a checkpoint needs to know of the models that were added, beside their sums."""
+        return {"count": self.added, "squares": {key: mean.squares for key, mean in self.means.items() if mean.watched}}
+
     @torch.no_grad()
     def put(self, sets: Sets | None = None) -> None:
         """Copy sets onto the device; None is theta_hat."""
@@ -111,9 +117,23 @@ class Weights:
         """
         if self.aggregated is None:
             return
+        moved = 0.0
+
+        def compared(means, old):
+            """The same tensors; how far they are from the old ones is added up."""
+            nonlocal moved
+            for name, mean in means:
+                moved += squared_norm([mean - old[name]])
+                yield name, mean
+
         for key, like in self.live().items():
-            old, means = self.aggregated[key], self.decode(self.means[key].mean(total))
+            old, mean = self.aggregated[key], self.means[key]
+            means = self.decode(mean.mean(total))
+            if mean.watched:
+                means = compared(means, old)
             self.aggregated[key] = self.place.keep(f"theta-{key}", like, means, old, owned=True)
+            if mean.watched:
+                self.notes = {"disagreement": disagreement(mean.spread, moved)}
         self.round += 1
         self.put()
 
@@ -202,13 +222,13 @@ class Weights:
         if self.aggregated is not None:
             self.aggregated = {key: self.place.adopt(f"theta-{key}", file) for key, file in saved.items()}
 
-    def load_means(self, checkpoint: Checkpoint, counts: Mapping[int, int]) -> None:
-        """Add what other processes had added to the means: ``counts`` models each."""
-        for process, count in counts.items():
+    def load_means(self, checkpoint: Checkpoint, added: Mapping[int, Mapping[str, Any]]) -> None:
+        """Add what processes had added to the means, whose ``added_state`` it is; earlier versions kept no squares."""
+        for process, state in added.items():
             for key, mean in self.means.items():
                 sums = checkpoint.held(_mean_file(process, key))
                 if sums is not None:
-                    mean.adopt(sums, count)
+                    mean.adopt(sums, state["count"], state.get("squares", {}).get(key, math.nan))
 
 
 def _mean_file(process, key):

@@ -35,6 +35,8 @@ class StepLog(Callback):
 
     def on_round(self, run, row, before):
         numbers = {key: row[key] for key in ("loss", "skip_rate", "augment_rate", "moved")}
+        if row.get("disagreement") is not None:
+            numbers["disagreement"] = row["disagreement"]
         self.accelerator.log({f"round/{key}": value for key, value in numbers.items()}, step=run.global_step)
 
     def _log(self, run, proxy):

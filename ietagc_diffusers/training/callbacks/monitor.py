@@ -1,11 +1,12 @@
-"""Losses of training and held-out images along the run, and what follows from them."""
+"""What is measured along the run (losses of training and held-out images, copies), and what follows from it."""
 
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,78 +16,81 @@ from ...files import read_json, read_json_lines, write_json, write_text
 from ...run_folder import RunFolder
 from ...tensor_files import NotFinite
 from ..ensemble import Callback, IterativeEnsemble
-from ..monitor import Meter, Row, advice
+from ..monitor import Compared, CopyMeter, Meter, Row, advice, beside_base
 from ..monitor_page import page
+from ..monitor_settings import MonitorSettings
+from .validation import send_images
 
 logger = get_logger(__name__)
-Losses = tuple[torch.Tensor, torch.Tensor]
+
+
+class Seen(NamedTuple):
+    """What the meters say of a model; None of what is not measured."""
+
+    losses: tuple[torch.Tensor, torch.Tensor] | None
+    compared: Compared | None
 
 
 class Monitor(Callback):
     """Measures the aggregated model after every so many rounds and after the last, which changes nothing of the
-    training: monitor.jsonl, a page, the tracker, and on request a stop or the best model so far.
+    training: monitor.jsonl, a page, sheets, the tracker, and on request a stop or the best model so far.
 
     Args:
         accelerator: whose trackers are told.
-        meter: ``Meter``.
-        every: rounds between two measurements.
-        base: gives the losses of the model that training started from, for a resumed run; None for a model from
-            scratch.
-        budget: share of the time since the start that measuring may take, but for the last measurement; None: any.
-        stop_at_gap: a gap over this ends the training.
-        keep_best: ``heldout`` keeps the model of the lowest held-out loss, ``gap`` the last whose gap is not over
-            ``stop_at_gap``; None keeps none.
+        settings: how often, and what follows.
+        meter: of losses; None where no image is held out.
+        copies: of drawn images; None where none are drawn.
+        at_base: within what it returns the family is the model that training started from, for a resumed run; None for
+            a model from scratch.
 
     Attributes:
-        stopped: whether a gap ended the training, on all processes.
+        stopped: whether a measurement ended the training, on all processes.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         folder: RunFolder,
-        meter: Meter,
-        every: int,
-        base: Callable[[], Losses] | None,
-        budget: float | None = None,
-        stop_at_gap: float | None = None,
-        keep_best: str | None = None,
+        settings: MonitorSettings,
+        meter: Meter | None,
+        copies: CopyMeter | None,
+        at_base: Callable[[], AbstractContextManager[None]] | None,
     ):
-        self.accelerator, self.folder, self.meter, self.every, self.base = accelerator, folder, meter, every, base
-        self.budget, self.stop_at_gap, self.keep_best = budget, stop_at_gap, keep_best
+        assert settings.monitor_every is not None
+        self.accelerator, self.folder, self.settings, self.every = accelerator, folder, settings, settings.monitor_every
+        self.meter, self.copies, self.at_base = meter, copies, at_base
         self.rows: list[Row] = []
-        self.of_base: Losses | None = None
+        self.of_base = Seen(None, None)
         self.stopped = False
         self.started = time.monotonic()
         self.seconds, self.longest, self.count = 0.0, 0.0, 0  # of measuring
 
     def on_start(self, run):
         self.started = time.monotonic()
-        if not run.layout.is_main:
+        if run.layout.is_main:
+            self._start(run)
+        run.layout.barrier()
+
+    def _start(self, run):
+        if run.global_step == 0:
+            for place in (self.folder.best, self.folder.monitor_sheets):
+                shutil.rmtree(place, ignore_errors=True)
+            self._measure(run)
             return
         self.rows = [row for row in read_json_lines(self.folder.monitor_file) if row["round"] <= run.round]
-        if run.global_step == 0:
-            self.rows = []
-            shutil.rmtree(self.folder.best, ignore_errors=True)
-        started = time.monotonic()
-        if self.base is not None:
-            fresh = run.global_step == 0
-            self.of_base = self.meter.losses(run.weights.family.denoiser) if fresh else self.base()
-        self._took(started)
-        if run.global_step == 0:
-            self._measure(run)
+        if self.at_base is not None:
+            started = time.monotonic()
+            with self.at_base():
+                self.of_base = self._look(run.weights.family)
+            self._took(started)
 
     def on_round(self, run, row, before):
         if run.round % self.every and not run.finished:
             return
         if run.layout.is_main and (run.finished or self._affordable()):
             self._measure(run)
-            gap = self.rows[-1]["gap"]
-            if self.stop_at_gap is not None and gap > self.stop_at_gap and not run.finished:
-                logger.warning(f"Training ends at step {run.global_step}: the gap of {gap:.4f} is over `stop_at_gap`")
-                self.stopped = True
-        if self.stop_at_gap is not None:
-            self.stopped = run.layout.any(self.stopped)
+            self.stopped = not run.finished and self._is_over(run, self.rows[-1])
+        self.stopped = run.layout.any(self.stopped)  # the others wait as long as it takes
 
     def should_stop(self, run):
         return self.stopped
@@ -99,31 +103,42 @@ class Monitor(Callback):
             self._write(run, ended=True)
 
     def _affordable(self):
-        elapsed = time.monotonic() - self.started
-        return self.budget is None or self.seconds + self.longest <= self.budget * elapsed
+        elapsed, budget = time.monotonic() - self.started, self.settings.monitor_budget
+        return budget is None or self.seconds + self.longest <= budget * elapsed
 
     def _took(self, started):
         seconds = time.monotonic() - started
         self.seconds, self.longest = self.seconds + seconds, max(self.longest, seconds)
 
+    def _look(self, family):
+        """What the meters say of the family as it is now."""
+        losses = None if self.meter is None else self.meter.losses(family.denoiser)
+        return Seen(losses, None if self.copies is None else self.copies())
+
     def _measure(self, run):
         started = time.monotonic()
         with run.weights.averaged():
-            losses = self.meter.losses(run.weights.family.denoiser)
-        row = {"round": run.round, "global_step": run.global_step} | self.meter.measurement(losses, self.of_base)
+            seen = self._look(run.weights.family)
+        if run.global_step == 0 and self.at_base is not None:
+            self.of_base = seen
+        row: Row = {"round": run.round, "global_step": run.global_step}
+        if self.meter is not None and seen.losses is not None:
+            row |= self.meter.measurement(seen.losses, self.of_base.losses)
+        if seen.compared is not None:
+            base = self.of_base.compared
+            row |= seen.compared.numbers
+            row |= beside_base(row, base and base.numbers)
+        if run.rows and "disagreement" in run.rows[-1]:
+            row["disagreement"] = run.rows[-1]["disagreement"]
         self.rows.append(row | {"visits_per_image": self._visits(run)})
         self._took(started)
         self.count += 1
+        if seen.compared is not None:
+            self._show(run, seen.compared)
         self._write(run)
-        low, high = row["gap_ci95"]
-        logger.info(
-            f"Monitor, step {run.global_step}: training loss {row['train_loss']:.4f}, held-out loss "
-            f"{row['heldout_loss']:.4f}, gap {row['gap']:.4f} ({low:.4f} to {high:.4f})"
-        )
-        numbers = {name: row[name] for name in ("train_loss", "heldout_loss", "gap")}
-        numbers |= {f"gap_level_{level['from']}": level["gap"] for level in row["levels"]}
-        self.accelerator.log({f"monitor/{name}": value for name, value in numbers.items()}, step=run.global_step)
-        if self._is_best(row):
+        logger.info(f"Monitor, step {run.global_step}: {_in_words(row)}")
+        self.accelerator.log({f"monitor/{key}": value for key, value in _scalars(row).items()}, step=run.global_step)
+        if self._is_best(run, row):
             self._keep(run, row)
 
     @staticmethod
@@ -133,22 +148,54 @@ class Monitor(Callback):
         visits = sum(int(proxy.total_visits.sum()) for proxy in proxies) / len(proxies) * run.layout.num_shards
         return visits * run.layout.size / len(proxies[0].total_visits)
 
+    def _show(self, run, compared):
+        """The sheet, to the run's folder and to the trackers."""
+        path = self.folder.monitor_sheet(run.global_step)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            compared.sheet.save(path)
+        except OSError as error:
+            logger.error(f"The monitor could not write: {error}; training continues")
+        about = "drawn images beside their nearest training images"
+        send_images(self.accelerator, "monitor/sheet", [compared.sheet], [about], run.global_step)
+
     def _write(self, run, ended=False):
-        title = self.folder.path.resolve().name
-        text = page(self.rows, title, advice(self.rows), run.rounds.total_steps, ended)
+        title, last = self.folder.path.resolve().name, self.rows[-1]
+        sheet = self.folder.monitor_sheet(last["global_step"]) if "copy_rate" in last else None
+        text = page(self.rows, title, advice(self.rows), run.rounds.total_steps, ended, sheet=sheet)
         try:
             write_text(self.folder.monitor_file, "".join(json.dumps(row) + "\n" for row in self.rows))
             write_text(self.folder.monitor_page, text)
         except OSError as error:  # what is only watched must not end the training
             logger.error(f"The monitor could not write: {error}; training continues")
 
-    def _is_best(self, row):
-        if self.keep_best is None or row["round"] == 0 or not math.isfinite(row["heldout_loss"]):
+    def _is_over(self, run, row):
+        """Whether a limit ends the training; a line of the log says which."""
+        settings = self.settings
+        limits = [
+            ("stop_at_gap", settings.stop_at_gap, row.get("gap"), "gap of {:.4f}"),
+            ("stop_at_copy_rate", settings.stop_at_copy_rate, row.get("excess_copy_rate"), "copy rate of {:.1%}"),
+        ]
+        over = [
+            (name, what.format(value)) for name, limit, value, what in limits if limit is not None and value > limit
+        ]
+        for name, what in over:
+            beyond = " beyond the base's" if name == "stop_at_copy_rate" and row["base_copy_rate"] else ""
+            logger.warning(f"Training ends at step {run.global_step}: the {what}{beyond} is over `{name}`")
+        return bool(over)
+
+    def _is_best(self, run, row):
+        rule, loss = self.settings.keep_best, row.get("heldout_loss")
+        if rule is None or row["round"] == 0 or (loss is not None and not math.isfinite(loss)):
             return False  # nothing would be better than a loss that is not a number
-        if self.keep_best == "gap":
-            return row["gap"] <= self.stop_at_gap
+        if rule == "gap":
+            return row["gap"] <= self.settings.stop_at_gap
+        if rule == "copies" and row["excess_copy_rate"] > self.settings.stop_at_copy_rate:
+            return False
+        if loss is None:
+            return run.weights.is_finite()  # a broken model copies nothing
         best = self._best()
-        return best is None or row["heldout_loss"] < best["heldout_loss"]
+        return best is None or loss < best["heldout_loss"]
 
     def _best(self) -> Row | None:
         record = self.folder.best / "measurement.json"
@@ -168,13 +215,37 @@ class Monitor(Callback):
 
     def restore(self, run: IterativeEnsemble) -> None:
         """Put the best model in the place of the last one, if one is kept. The main process calls this at the end."""
-        best: Any = None if self.keep_best is None else self._best()
-        if self.keep_best is not None and best is None:
+        keeps = self.settings.keep_best is not None
+        best: Any = self._best() if keeps else None
+        if keeps and best is None:
             logger.warning("`keep_best`: no measured model was good enough to be kept; the last one is saved")
         if best is not None and best["round"] != run.round:
             run.weights.load(self.folder.best)
-            logger.info(
-                f"Saved is the model of step {best['global_step']}: held-out loss {best['heldout_loss']:.4f}, gap "
-                f"{best['gap']:.4f}"
-            )
+            logger.info(f"Saved is the model of step {best['global_step']}: {_in_words(best)}")
         shutil.rmtree(self.folder.best, ignore_errors=True)
+
+
+def _in_words(row: Row) -> str:
+    """A measurement in a line."""
+    said = []
+    if "gap" in row:
+        low, high = row["gap_ci95"]
+        said.append(
+            f"training loss {row['train_loss']:.4f}, held-out loss {row['heldout_loss']:.4f}, gap {row['gap']:.4f} "
+            f"({low:.4f} to {high:.4f})"
+        )
+    if "copy_rate" in row:
+        low, high = row["copy_rate_ci95"]
+        of_base = "" if row["base_copy_rate"] is None else f", the base's {row['base_copy_rate']:.1%}"
+        said.append(
+            f"copy rate {row['copy_rate']:.1%} ({low:.1%} to {high:.1%}{of_base}), Sim Score {row['sim_score']:.3f} by "
+            f"{row['descriptor']}"
+        )
+    return ", ".join(said)
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    """The numbers of a measurement for the tracker; the proxies' disagreement is among those of each round."""
+    names = ("train_loss", "heldout_loss", "gap", "sim_score", "copy_rate", "excess_copy_rate")
+    levels = {f"gap_level_{level['from']}": level["gap"] for level in row.get("levels", ())}
+    return {name: row[name] for name in names if name in row} | levels

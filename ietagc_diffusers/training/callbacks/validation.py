@@ -46,18 +46,19 @@ class Validation(EveryEpochs):
             return
         with run.weights.averaged():
             self.images = run.weights.family.draw_images(self.prompts, self.seed)
-        for tracker in self.accelerator.trackers:
-            self._send(tracker, run.global_step)
+        send_images(self.accelerator, "validation", self.images, self.prompts, run.global_step)
 
-    def _send(self, tracker, step):
+
+def send_images(accelerator: Accelerator, name: str, images: Sequence[Any], captions: Sequence[str], step: int) -> None:
+    """Send PIL images of one size, with a caption each, to the trackers that take some."""
+    for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            stack = np.stack([np.asarray(image) for image in self.images])
-            tracker.writer.add_images("validation", stack, step, dataformats="NHWC")
+            stack = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images(name, stack, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb
 
-            pairs = zip(self.images, self.prompts, strict=True)
-            pictures = [wandb.Image(image, caption=prompt) for image, prompt in pairs]
-            tracker.log({"validation": pictures}, step=step)
+            pairs = zip(images, captions, strict=True)
+            tracker.log({name: [wandb.Image(image, caption=caption) for image, caption in pairs]}, step=step)
         else:
-            logger.warning(f"Validation images are not sent to {tracker.name}")
+            logger.warning(f"Images of {name} are not sent to {tracker.name}")
