@@ -25,7 +25,7 @@ from ietagc_diffusers.eval.metrics.frechet import (
 from ietagc_diffusers.eval.metrics.intervals import bootstrap_interval, newcombe_interval, wilson_interval
 from ietagc_diffusers.eval.metrics.l2 import l2_ratio, memorized_quantity
 from ietagc_diffusers.eval.metrics.patches import PatchDescriptor, most_similar_crops
-from ietagc_diffusers.eval.metrics.similarity import EXCESS_COPY_RATE, is_copy, sim_score
+from ietagc_diffusers.eval.metrics.similarity import EXCESS_COPY_RATE, TRAINING_PREFERENCE, is_copy, sim_score
 from ietagc_diffusers.eval.neighbours import most_similar, nearest_l2
 from ietagc_diffusers.eval.protocol import Protocol
 from ietagc_diffusers.eval.vectors import Several
@@ -46,7 +46,8 @@ def test_every_metric_finds_what_it_wrote_under_a_name_of_its_own():
     assert len({metric.title for metric in metrics}) == len(metrics)
     hits, two_sets = [(features(0, 50, 1)[:, 0] > 0).float()], [features(1, 20), features(2, 20)]
     for metric in metrics:
-        values = two_sets if metric in frechet.Frechet.metrics else hits * 2 if metric is EXCESS_COPY_RATE else hits
+        others = {EXCESS_COPY_RATE: hits * 2, TRAINING_PREFERENCE: [*hits, 0.5]}
+        values = two_sets if metric in frechet.Frechet.metrics else others.get(metric, hits)
         scores = metric.of(*values)
         assert list(scores) == metric.keys and metric.value(scores) == metric.statistic(*values)
         assert (metric.interval(scores) is None) == (metric.interval_by is None)

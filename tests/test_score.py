@@ -590,7 +590,7 @@ def test_a_part_of_a_held_out_picture_is_as_near_as_one_of_a_training_image(trai
     assert -30 <= low <= scores["training_preference"] <= high <= 1
 
 
-def test_preference_is_zero_by_chance_and_one_for_copies():
+def test_the_preference_is_zero_by_chance_and_one_for_copies():
     """Of sets that one distribution gives, however unequal in size."""
     generator = torch.Generator().manual_seed(0)
     for num_training, num_heldout in ((200, 200), (300, 20), (20, 300)):
@@ -599,14 +599,27 @@ def test_preference_is_zero_by_chance_and_one_for_copies():
         )
         images, training, heldout = vectors.split([4000, num_training, num_heldout])
         nearest = [(images @ others.T).amax(dim=1) for others in (training, heldout)]
-        values = similarity.preference(*nearest, num_training, num_heldout)
+        chance, hits = num_training / (num_training + num_heldout), similarity.prefers_training(*nearest)
         # The sets themselves are random: their share varies as if each of their images were drawn once.
-        spread = values.std() / 4000**0.5 + (num_training / num_heldout / min(num_training, num_heldout)) ** 0.5
-        assert abs(values.mean()) < 3 * spread
+        spread = (hits.std() / 4000**0.5) / (1 - chance)
+        spread += (num_training / num_heldout / min(num_training, num_heldout)) ** 0.5
+        assert abs(similarity.above_chance(hits, chance)) < 3 * spread
         nearest = [(training @ others.T).amax(dim=1) for others in (training, heldout)]
-        assert similarity.preference(*nearest, num_training, num_heldout).eq(1).all()
+        assert similarity.above_chance(similarity.prefers_training(*nearest), chance) == pytest.approx(1)
     same = torch.rand(9)
-    assert similarity.preference(same, same, 5, 5).eq(0).all()
+    assert similarity.above_chance(similarity.prefers_training(same, same), 0.5) == 0
+
+
+def test_a_single_prompt_has_no_bootstrap_interval(training, fresh, tmp_path):
+    """Drawn again and again it would have no width, as if it were sure."""
+    images = load_images(fresh, "x")
+    images.texts = ["one"] * len(images)
+    held = load_images(write_folder(tmp_path / "held", 9, seed=4), "heldout")
+    scores = score(images, load_images(training, "x"), tmp_path / "s", Tools(PIXEL), heldout=held)
+    assert scores["num_prompts"] == 1 and scores["sim_score_ci95"] is None and scores["sim_mean_ci95"] is None
+    low, high = scores["training_preference_ci95"]
+    assert high - low > 1 and low <= scores["training_preference"] <= high
+    write_report([Scored.load(tmp_path / "s", "model")], tmp_path / "r.html")
 
 
 def test_names_with_signs_of_a_formula_or_a_leading_underscore_are_shown_as_they_are(training, fresh, tmp_path):

@@ -16,9 +16,23 @@ from ..protocol import Protocol
 from .intervals import bootstrap_interval, newcombe_interval, wilson_interval
 
 Values = torch.Tensor | np.ndarray
+
+
+def _bootstrap(values: tuple[Values, ...], statistic: Callable, groups: np.ndarray | None) -> list[float] | None:
+    """None where there is a single value or group: drawn again and again it would have no width, as if it were sure."""
+    if len(np.unique(np.arange(len(values[0])) if groups is None else groups)) < 2:
+        return None
+    return bootstrap_interval(values[0], statistic, groups=groups)
+
+
+def _above_chance(values: tuple[Values, ...], statistic: Callable, groups: np.ndarray | None) -> list[float]:
+    return [statistic(np.array([end]), values[1]) for end in wilson_interval(values[0], groups=groups)]
+
+
 # Each is called with the values of a metric, its statistic, and the groups of the (first) values.
-INTERVALS: dict[str, Callable[..., list[float]]] = {
-    "bootstrap": lambda values, statistic, groups: bootstrap_interval(values[0], statistic, groups=groups),
+INTERVALS: dict[str, Callable[..., list[float] | None]] = {
+    "above_chance": _above_chance,
+    "bootstrap": _bootstrap,
     "wilson": lambda values, _, groups: wilson_interval(values[0], groups=groups),
     "newcombe": lambda values, _, groups: newcombe_interval(values[0], values[1], groups=groups),
 }
@@ -39,7 +53,8 @@ class Metric:
         statistic: computes it, from a value for each image (N,), or from the features (N, D) and (M, D) of two sets. A
             statistic over random subsets returns [mean, standard deviation].
         interval_by: how its 95% interval is computed from the values of the images, if it has one. ``wilson`` is for
-            shares: its values are hits. ``newcombe`` is for the difference of the shares of two sets.
+            shares: its values are hits. ``above_chance`` is for statistics of hits and of the share that chance gives,
+            ``newcombe`` for the difference of the shares of two sets. ``bootstrap`` gives none for one prompt.
         lower: True if lower is better, False if higher is, None if neither.
         digits: shown decimal places; percent: whether it is shown as a percentage; per: what a share is multiplied by
             to be shown as a count.
@@ -50,7 +65,7 @@ class Metric:
     name: str
     title: str
     statistic: Callable[..., float | list[float]]
-    interval_by: Literal["bootstrap", "wilson", "newcombe"] | None = None
+    interval_by: Literal["above_chance", "bootstrap", "wilson", "newcombe"] | None = None
     lower: bool | None = True
     digits: int = 3
     percent: bool = False

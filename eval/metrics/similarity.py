@@ -32,6 +32,25 @@ def is_copy(similarities: torch.Tensor, copy_threshold: float) -> torch.Tensor:
     return (similarities.double() > copy_threshold).double()
 
 
+def above_chance(hits: Values, chance: float) -> float:
+    """How much more often there are hits (N,) than by chance: 0 where there are as many, 1 where all are hits."""
+    return (mean(hits) - chance) / (1 - chance)
+
+
+def prefers_training(to_training: torch.Tensor, to_heldout: torch.Tensor) -> torch.Tensor:
+    """Whether the nearest of all training and held-out images is a training image: float64 (N,), 1, 0, or for equally
+    near ones a half.
+
+    With N training and M held-out images of the same kind, that is so with probability N / (N + M) for an image that
+    has nothing to do with the training. An image that simple pictures resemble by chance resembles those of both sets,
+    so that, unlike a copy rate, this does not depend on how simple they are.
+
+    Args:
+        to_training, to_heldout: similarity to the nearest of each set, (N,) each.
+    """
+    return (to_training > to_heldout).double() + (to_training == to_heldout).double() / 2
+
+
 def number_of_different(indices: torch.Tensor) -> int:
     """How many different ones there are among indices (N,)."""
     return len(indices.unique())
@@ -69,33 +88,12 @@ EXCESS_COPY_RATE = Metric(
 TRAINING_PREFERENCE = Metric(
     "training_preference",
     "preference for training over held-out pictures",
-    mean,
-    "bootstrap",
+    above_chance,
+    "above_chance",
     digits=1,
     percent=True,
 )
 OF_HELDOUT = (HELDOUT_SIM_SCORE, HELDOUT_COPY_RATE, EXCESS_COPY_RATE, TRAINING_PREFERENCE)
-
-
-def preference(
-    to_training: torch.Tensor, to_heldout: torch.Tensor, num_training: int, num_heldout: int
-) -> torch.Tensor:
-    """How much more often an image's nearest is a training image than by chance: its mean is 0 for a model that draws
-    training and held-out images alike, and 1 for one whose images all have a training image nearest.
-
-    With N training and M held-out images of the same kind, the nearest of them all to an image that has nothing to do
-    with the training is a training image with probability c = N / (N + M). An image that simple pictures resemble by
-    chance resembles those of both sets, so that, unlike a copy rate, this does not depend on how simple they are.
-
-    Args:
-        to_training, to_heldout: similarity to the nearest of each set, (N,) each; equal ones count half.
-
-    Returns:
-        (hit - c) / (1 - c) of each image, float64 (N,), where a hit is 1 or 0.
-    """
-    chance = num_training / (num_training + num_heldout)
-    hits = (to_training > to_heldout).double() + (to_training == to_heldout).double() / 2
-    return (hits - chance) / (1 - chance)
 
 
 class Similarity(Kind):
@@ -166,8 +164,9 @@ class Similarity(Kind):
         scores |= EXCESS_COPY_RATE.of(self._copies(of_generated), usual, groups=sets.prompts)
         # With all held-out pictures: without those that resemble training images, these would seem preferred.
         to_heldout, _ = self._nearest(sets.generated, sets.heldout, "as_training")
-        preferred = preference(of_generated, to_heldout, len(sets.distinct_training.kept), len(similarity))
-        scores |= TRAINING_PREFERENCE.of(preferred, groups=sets.prompts)
+        num_training = len(sets.distinct_training.kept)
+        chance = num_training / (num_training + len(similarity))
+        scores |= TRAINING_PREFERENCE.of(prefers_training(of_generated, to_heldout), chance, groups=sets.prompts)
         return Measured(scores | counts, notes=notes if num_near else ())
 
     def _same_thumbnail(self, heldout: Embedded, training: Embedded) -> torch.Tensor:
