@@ -65,7 +65,8 @@ def low_frequencies(images: torch.Tensor) -> torch.Tensor:
         images: uint8 (N, 3, H, W).
 
     Returns:
-        float32 (N, D), of unit length; 0, which is similar to nothing, for images of a single colour.
+        float32 (N, D), of unit length, and without loss also float16; 0, which is similar to nothing, for images of a
+        single colour.
     """
     red, green, blue = images.float().unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -75,7 +76,7 @@ def low_frequencies(images: torch.Tensor) -> torch.Tensor:
     kept = (found[:, 0], found[:, 1, :CHROMA, :CHROMA], found[:, 2, :CHROMA, :CHROMA])
     values = torch.cat([each.flatten(1)[:, 1:] for each in kept], dim=1)
     values = torch.where(values.abs() < FLAT, 0, values) * _frequencies()[0]
-    return F.normalize(values.sign() * values.abs().sqrt(), dim=1).float()
+    return F.normalize(values.sign() * values.abs().sqrt(), dim=1).half().float()
 
 
 def both_ways(vectors: torch.Tensor) -> Vectors:
