@@ -29,6 +29,7 @@ from .near_duplicates import (
     cluster,
     largest_first,
     low_frequencies,
+    of_half,
 )
 from .rows import decode
 from .work import batched, in_threads
@@ -168,7 +169,7 @@ def described(
     sizes = np.array([np.frombuffer(one or bare, np.uint32, 2, HASH) for one in found]).astype(np.int64)
     vectors = np.array([np.frombuffer(one or bare, np.float16, offset=HASH + 8) for one in found])
     hashes = _numbered([None if one is None else one[:HASH] for one in found])
-    return Described(hashes, sizes, both_ways(torch.from_numpy(vectors.astype(np.float32))))
+    return Described(hashes, sizes, both_ways(of_half(torch.from_numpy(vectors))))
 
 
 def _description(image: Image.Image) -> bytes:

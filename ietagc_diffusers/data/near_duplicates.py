@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -65,8 +65,8 @@ def low_frequencies(images: torch.Tensor) -> torch.Tensor:
         images: uint8 (N, 3, H, W).
 
     Returns:
-        float32 (N, D), of unit length, and without loss also float16; 0, which is similar to nothing, for images of a
-        single colour.
+        float32 (N, D), of unit length, which float16 and ``of_half`` keep; 0, which is similar to nothing, for images
+        of a single colour.
     """
     red, green, blue = images.float().unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -76,7 +76,12 @@ def low_frequencies(images: torch.Tensor) -> torch.Tensor:
     kept = (found[:, 0], found[:, 1, :CHROMA, :CHROMA], found[:, 2, :CHROMA, :CHROMA])
     values = torch.cat([each.flatten(1)[:, 1:] for each in kept], dim=1)
     values = torch.where(values.abs() < FLAT, 0, values) * _frequencies()[0]
-    return F.normalize(values.sign() * values.abs().sqrt(), dim=1).half().float()
+    return of_half(F.normalize(values.sign() * values.abs().sqrt(), dim=1).half())
+
+
+def of_half(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors (N, D) of unit length that were kept as float16."""
+    return F.normalize(vectors.float(), dim=1)
 
 
 def both_ways(vectors: torch.Tensor) -> Vectors:
@@ -117,12 +122,16 @@ class Calibration:
         altered_median: what half of them have.
         different: what the nearest other image has at most, if it is another picture: see ``limit_of_different``; -1 of
             a single image.
+        worst: the least similarity to its altered versions, of each image that was looked at.
+        nearest: the similarity to the nearest other image, of each that was compared.
     """
 
     threshold: float
     altered: float
     altered_median: float
     different: float
+    worst: np.ndarray = field(repr=False, compare=False)
+    nearest: np.ndarray = field(repr=False, compare=False)
 
     @property
     def weak(self) -> bool:
@@ -136,7 +145,9 @@ def calibrate(
     """The threshold for a set of images: halfway between different images and altered versions of one image.
 
     Where the two overlap, it is the limit of different images, so that few of these are lost; but never more than half
-    of the altered versions have, so that duplicates are found in a set that consists of them.
+    of the altered versions have, so that duplicates are found in a set that consists of them. Images whose nearest
+    other one is as similar as an altered version may be duplicates, and are no different images, unless they are most
+    of the set.
 
     Args:
         vectors: of all N images.
@@ -145,15 +156,18 @@ def calibrate(
     """
     usable = vectors.plain.any(dim=1).nonzero()[:, 0]  # the others are of a single colour, or broken
     if not len(usable):
-        return Calibration(1.0, 1.0, 1.0, -1.0)
+        return Calibration(1.0, 1.0, 1.0, -1.0, np.empty(0), np.empty(0))
     worst = []
     for row in usable[drawn(len(usable), SAMPLED)].tolist():
         versions = altered(image(row), np.random.default_rng(row))
         worst.append(min(float(describe(version) @ vectors.plain[row]) for version in versions))
     low, median = (float(np.quantile(worst, share)) for share in (MISSED, 0.5))
-    different = limit_of_different(nearest_others(vectors, usable[drawn(len(usable), COMPARED)]).numpy())
+    nearest = nearest_others(vectors, usable[drawn(len(usable), COMPARED)]).numpy()
+    rest = nearest[nearest < low]  # the others may have a duplicate
+    different = limit_of_different(rest if 2 * len(rest) >= len(nearest) else nearest)
     between = min(max(different, (low + different) / 2), median)
-    return Calibration(round(min(max(between, LOWEST), 1.0), 4), low, median, different)
+    threshold = round(min(max(between, LOWEST), 1.0), 4)
+    return Calibration(threshold, low, median, different, np.array(worst), nearest)
 
 
 def limit_of_different(nearest: np.ndarray) -> float:
@@ -161,8 +175,7 @@ def limit_of_different(nearest: np.ndarray) -> float:
     where all are different pictures.
 
     The highest of many similarities follows the law of extremes (Gumbel), whatever the images are. Its place and width
-    are read from the lower half of the values, their 10% and 50% quantiles. Duplicates are in the upper half and do not
-    change them, unless more than half of the images have one.
+    are read from the lower half of the values, their 10% and 50% quantiles, where duplicates change little.
 
     Args:
         nearest: (N,) of each image.

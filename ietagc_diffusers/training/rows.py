@@ -86,7 +86,7 @@ def _near_duplicates(rows: Dataset, settings: RunSettings, accelerator: Accelera
     kept = np.flatnonzero(is_kept)
     kept = kept[first_rows(hashes[kept])]  # images of a single colour are similar to nothing
     logger.info(
-        f"{len(rows)} rows: {len(kept)} are kept; {len(rows) - len(kept)} are near duplicates of these (similarity over "
-        f"{settings.deduplicate_similarity:g}), {len(rows) - len(np.unique(hashes))} of them exact ones"
+        f"{len(rows)} rows: {len(kept)} are kept, {len(rows) - len(kept)} are near duplicates of these (similarity "
+        f"over {settings.deduplicate_similarity:g}), {len(rows) - len(np.unique(hashes))} of them exact ones"
     )
     return hashes, kept
