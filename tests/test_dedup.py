@@ -13,8 +13,9 @@ from PIL import ImageOps
 from ietagc_diffusers import RunFolder, UsageError
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.cli import main
-from ietagc_diffusers.data import Captions, DataSettings, load_training_rows
+from ietagc_diffusers.data import Captions, DataSettings, hashes, load_training_rows
 from ietagc_diffusers.eval.record import recorded_training, training_set
+from ietagc_diffusers.hub.card import write_card_of_records
 
 NUMBER = 20
 SCRIPT_NAME = "<script>.png"
@@ -144,14 +145,17 @@ def test_excluded_rows_are_not_trained_on(base, scenes, excluded, tmp_path):
     assert not set(compared.images.names) & set(LEFT_OUT) and len(compared.images) == 20 and not compared.warnings
     record = RunFolder(excluded).training_set_file.read_text()
     assert json.loads(record)["num_left_out"] == 4 and not any(name in record for name in LEFT_OUT)
+    write_card_of_records(RunFolder(excluded), "me/model")
+    assert "left out (excluded, near duplicates) | 4 |" in RunFolder(excluded).card_file.read_text()
 
 
-def test_training_leaves_out_what_the_command_shows(base, scenes, found, excluded, tmp_path, caplog):
+def test_training_leaves_out_what_the_command_shows(base, scenes, found, excluded, tmp_path, caplog, monkeypatch):
     """And a resumed run takes the threshold from its checkpoint."""
     flags = train_flags(base, scenes, *PLAIN, "--deduplicate=near", "--checkpointing_steps=1")
     run = train_here(flags, tmp_path / "run", stop_at=1)
     assert "20 are kept, 4 are near duplicates of these" in caplog.text and "1 of them exact ones" in caplog.text
     assert RunFolder(run).config()["deduplicate_similarity"] == found[1]["similarity"]
+    monkeypatch.setattr(hashes, "calibrate", None)
     run = train_here([*flags, "--resume_from_checkpoint=latest"], run)
     assert sorted(used_rows(run)) == used_rows(excluded) and unet_bytes(run) == unet_bytes(excluded)
     RunFolder(run).training_rows_file.unlink()  # as of a model that comes from the Hub

@@ -1,5 +1,6 @@
 """Rows that the user leaves out of the training set, named in a file."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,13 +31,7 @@ def without_excluded(source: Source, file: str | Path | None) -> tuple[Source, n
     except (OSError, ValueError) as error:
         raise UsageError(f"{name}: cannot be read: {one_line(error)}") from error
     ids, names = stored_column(source.rows, SAMPLE_ID).to_numpy(), [] if source.folder is None else source.folder.names
-    rows_of: dict[str, list[int]] = {}
-    for known in (map(str, ids.tolist()), names):  # a name takes the place of an id that is written alike
-        found: dict[str, list[int]] = {}
-        for row, one in enumerate(known):
-            if one is not None:
-                found.setdefault(one, []).append(row)
-        rows_of |= found
+    rows_of = _rows_of(map(str, ids.tolist())) | _rows_of(names)  # a name counts before an id that is written alike
     excluded = np.zeros(len(ids), dtype=bool)
     for number, line in enumerate(lines, 1):
         if line and line not in rows_of:
@@ -49,3 +44,11 @@ def without_excluded(source: Source, file: str | Path | None) -> tuple[Source, n
     kept = np.flatnonzero(~excluded)
     folder = None if source.folder is None else replace(source.folder, names=[names[row] for row in kept])
     return replace(source, rows=source.rows.select(kept), folder=folder), ids[excluded]
+
+
+def _rows_of(names: Iterable[str | None]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if name is not None:
+            rows.setdefault(name, []).append(row)
+    return rows

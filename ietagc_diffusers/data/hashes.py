@@ -1,5 +1,5 @@
-"""What stands for images: hashes of the bytes as they are stored; and what their decoded pixels say, their hash and
-what near duplicates are found by, which a cache keeps between runs.
+"""What images are told apart by: hashes of the bytes as they are stored; and of the decoded pixels, which a cache keeps
+between runs, hashes and the vectors of near duplicates.
 """
 
 import hashlib
@@ -193,8 +193,8 @@ def near_clusters(
         similarity: from which images are near duplicates; None: what ``near_duplicates.calibrate`` finds.
     """
     if similarity is None:
-        found_here = calibrate(found.vectors, lambda row: decode(rows, image_column, row, alpha), vector_of)
-        similarity = found_here.threshold
+        measured = calibrate(found.vectors, lambda row: decode(rows, image_column, row, alpha), vector_of)
+        similarity = measured.threshold
     return cluster(found.vectors, similarity, largest_first(found.sizes)), similarity
 
 
