@@ -221,7 +221,8 @@ def _reasons(one: Risk, median: float) -> list[str]:
             f"The base's loss on it is {one.ratio:.1f} times the model's; of the held-out images at most 1% reach that."
         )
     if one.like_others:
-        others = f"{one.size - 1} others" if (one.size or 1) > 2 else "another image"
+        size = one.size or 1
+        others = f"{size - 1} others" if size > 2 else "another image"
         reasons.append(f"The set has {others} like it (similarity {one.twin:.2f}): the model sees it more often.")
     if one.skips and one.skip_share is not None and one.skip_share >= OFTEN * median:
         reasons.append(
