@@ -184,7 +184,8 @@ def limit_of_different(nearest: np.ndarray) -> float:
         return -1.0
     low, median = np.quantile(nearest, [0.1, 0.5])
     share = 1 - max(FALSE, 1 / len(nearest))
-    return float(median + (median - low) * (_gumbel(share) - _gumbel(0.5)) / (_gumbel(0.5) - _gumbel(0.1)))
+    limit = median + (median - low) * (_gumbel(share) - _gumbel(0.5)) / (_gumbel(0.5) - _gumbel(0.1))
+    return min(float(limit), 1.0)
 
 
 def _gumbel(share: float) -> float:
