@@ -91,8 +91,8 @@ class Duplicates:
             )
             if measured.weak:
                 notes.append(
-                    "This descriptor hardly tells versions of these images from different ones: look at the clusters, "
-                    "and give another `descriptor` or a `similarity`."
+                    "Altered versions of these images are hardly more similar to them than different images: look at "
+                    "the clusters, or take another descriptor."
                 )
         if unread := [name for name, _ in self.images.skipped]:
             notes.append(f"Cannot be read: {unread[0]}{f' and {len(unread) - 1} others' if len(unread) > 1 else ''}.")
