@@ -23,9 +23,9 @@ from ietagc_diffusers.eval.neighbours import most_similar
 from ietagc_diffusers.sscd import load_descriptor
 
 
-def recompressed(image):
+def recompressed(image, quality=20):
     buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=20)
+    image.save(buffer, "jpeg", quality=quality)
     return Image.open(buffer).convert("RGB")
 
 

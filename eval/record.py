@@ -1,5 +1,6 @@
 """What a model was trained on, as its run recorded it; and whether the images at hand are those."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 from ietagc_diffusers.data import DataSettings
 from ietagc_diffusers.data.contents import Contents, contents
-from ietagc_diffusers.data.hashes import default_cache, pixel_hashes
+from ietagc_diffusers.data.hashes import default_cache, described, near_clusters, pixel_hashes
 from ietagc_diffusers.data.rows import first_rows, held_out
 from ietagc_diffusers.data.sources import SAMPLE_ID, read_source, stored_column
 from ietagc_diffusers.errors import UsageError
@@ -38,6 +39,7 @@ class Selection(NamedTuple):
     max_train_samples: int | None
     seed: int | None
     deduplicate: str | None
+    deduplicate_similarity: float | None
     heldout_share: float | None
 
 
@@ -50,12 +52,15 @@ class TrainingRecord:
         places: ``dataset_name`` and ``train_data_dir`` as they may be read on this machine.
         rows: ``sample_id`` of the rows that were used, in their order, int64 (N,); None if that is not known.
         canaries: {``sample_id``: grey of its border, 0 to 255} of the rows that were canaries, as far as is known.
+        left_out: ``sample_id`` of those that were neither trained on nor held out: rows that were excluded, and near
+            duplicates; None if that is not known.
     """
 
     settings: dict[str, Any]
     places: dict[str, str]
     rows: np.ndarray | None = None
     canaries: dict[int, int] = field(default_factory=dict)
+    left_out: np.ndarray | None = None
 
     @property
     def resolution(self) -> int | None:
@@ -133,6 +138,7 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
     if not settings:
         return None
     rows, places, canaries = None, {}, {}
+    left_out = None if settings.get("num_left_out") else np.array([], dtype=np.int64)
     if run.config_file.is_file():
         places = {name: value for name in PLACES if (value := run.config().get(name))}
     if run.training_rows_file.is_file():
@@ -146,7 +152,9 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
             canaries = {row: grey for row, grey in keys if grey is not None}
         kept = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         places |= {name: kept[name] for name in PLACES if name in kept}
-    return TrainingRecord(settings, places, rows, canaries)
+        if "left_out" in kept:
+            left_out = np.array(json.loads(kept["left_out"]), dtype=np.int64)
+    return TrainingRecord(settings, places, rows, canaries, left_out)
 
 
 @dataclass(frozen=True)
@@ -260,11 +268,14 @@ def _compared(
 def _left_out(
     record: TrainingRecord, rows: Dataset, images: ImageSet, used: np.ndarray, settings: _Settings
 ) -> ImageSet | None:
-    """The images that were held out, of those that were found."""
-    if not record.selection.heldout_share:
+    """The images that were held out, of those that were found; None also where it is not known which were left out for
+    another reason.
+    """
+    if not record.selection.heldout_share or record.left_out is None:
         return None
     hashes = pixel_hashes(rows, settings.image_column, default_cache(), allow_bad=True)
-    return images.select(np.flatnonzero(~np.isin(hashes, hashes[used])))
+    others = np.isin(stored_column(rows, SAMPLE_ID).to_numpy(), record.left_out)
+    return images.select(np.flatnonzero(~np.isin(hashes, hashes[used]) & ~others))
 
 
 def _of_selection(used: np.ndarray, rows: Dataset, images: ImageSet) -> tuple[str, ...]:
@@ -281,14 +292,18 @@ def _selections(record: TrainingRecord, rows: Dataset, settings: DataSettings) -
     ids = stored_column(rows, SAMPLE_ID).to_numpy()
     if record.rows is not None and np.isin(record.rows, ids).all():
         yield np.flatnonzero(np.isin(ids, record.rows))
-    most, seed, without_duplicates, share = record.selection
-    if most is not None or without_duplicates or share:
-        some = rows
+    most, seed, deduplicate, similarity, share = record.selection
+    if most is not None or deduplicate or share:
+        some, column = rows, settings.image_column
         if most is not None:
             some = some.shuffle(seed=seed).select(range(min(most, len(rows))))
-        if without_duplicates or share:
-            hashes = pixel_hashes(some, settings.image_column, default_cache(), allow_bad=True)
-            if without_duplicates:
+        if deduplicate == "near":
+            found = described(some, column, default_cache(), allow_bad=True, alpha=settings.alpha)
+            kept = near_clusters(some, column, found, similarity, settings.alpha)[0].is_kept
+            some = some.select(np.flatnonzero(kept))
+        if deduplicate or share:
+            hashes = pixel_hashes(some, column, default_cache(), allow_bad=True)
+            if deduplicate:
                 first = first_rows(hashes)
                 some, hashes = some.select(first), hashes[first]
             if share:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from ietagc_diffusers.data.near_duplicates import nearest_others
 from ietagc_diffusers.data.sources import SAMPLE_ID
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import read_json, write_text
@@ -19,7 +19,7 @@ from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.sscd import Descriptor
 
 from .attack import IMAGES, RESULT
-from .features import embed
+from .dedup import Duplicates, near_duplicates
 from .generate import model_hash
 from .image_sets import BadImage, ImageSet
 from .record import TrainingSet
@@ -30,7 +30,6 @@ from .score import load_scores
 TABLE, PAGE = "risk.csv", "risk.html"
 TEMPLATE = Path(__file__).with_suffix(".html")
 OFTEN = 2  # times the median share of skips, from which an image counts as skipped often
-ROWS = 4096  # images that are compared with all others at once
 
 
 @dataclass
@@ -43,7 +42,8 @@ class Risk:
         model_loss, base_loss: on the same noise; given_away: whether their ratio is over that of all but 1% of the
             held-out images.
         copies: drawn images that are copies of it; most_similar: the highest similarity of a drawn image to it.
-        group: the number of its group of near duplicates; size: of the group; twin: the similarity to the nearest.
+        group: the number of its cluster of near duplicates; size: of the cluster; twin: the similarity to the nearest
+            other image; like_others: whether that is a near duplicate.
         reasons: why it is memorized, or may be, in words.
     """
 
@@ -60,6 +60,7 @@ class Risk:
     group: int | None = None
     size: int | None = None
     twin: float | None = None
+    like_others: bool = False
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +99,7 @@ def risk(
     Args:
         run: the run's folder; training: its images.
         descriptor: by which near duplicates are looked for; duplicate_similarity: two images over it are near
-            duplicates, None is from which the descriptor counts a copy.
+            duplicates, None: measured on the images. See ``dedup.near_duplicates``.
         attack, audit: folders that these commands wrote about this model, or None.
         max_shown: images on the page.
 
@@ -106,10 +107,9 @@ def risk(
         The images, the most memorized first.
 
     Raises:
-        UsageError: results of another model, files that are missing or broken, or a descriptor without a threshold.
+        UsageError: results of another model, or files that are missing or broken.
     """
     folder, images = RunFolder(run), training.images
-    threshold = descriptor.threshold(duplicate_similarity, "duplicate_similarity")
     risks = [
         Risk(name, text, row[SAMPLE_ID])
         for name, text, row in zip(images.names, images.texts, images.rows, strict=True)
@@ -118,7 +118,7 @@ def risk(
     _add_skips(risks, folder, notes)
     _add_losses(risks, run, attack, notes)
     _add_copies(risks, run, audit, notes)
-    _add_duplicates(risks, images, descriptor, threshold, cache, notes)
+    _add_duplicates(risks, near_duplicates(images, descriptor, duplicate_similarity, cache), notes)
     median = _median_share(risks)
     for one in risks:
         one.reasons = _reasons(one, median)
@@ -195,51 +195,15 @@ def _check_model(found: dict[str, Any], run: str | Path, setting: str, folder: s
         raise UsageError(f"`{setting}` {folder}: is about another model ({found.get('model')}), not about {run}")
 
 
-def _add_duplicates(
-    risks: list[Risk],
-    images: ImageSet,
-    descriptor: Descriptor,
-    threshold: float,
-    cache: str | Path | None,
-    notes: list[str],
-) -> None:
-    described = embed(images, {"whole": descriptor}, cache, desc="Describing training images")
-    vectors = described.features["whole"]
-    groups, twins = near_duplicates(vectors, threshold)
-    sizes = groups.bincount(minlength=len(groups))
-    for place, group, twin in zip(described.kept, groups.tolist(), twins.tolist(), strict=True):
+def _add_duplicates(risks: list[Risk], found: Duplicates, notes: list[str]) -> None:
+    clusters, twins = found.clusters, nearest_others(found.vectors).tolist()
+    for place, group, size, twin in zip(
+        found.images.kept, clusters.kept.tolist(), clusters.sizes.tolist(), twins, strict=True
+    ):
         one = risks[place]
-        one.group, one.size, one.twin = group, int(sizes[group]), twin if np.isfinite(twin) else None
-    notes.append(f"Near duplicates are more similar than {threshold:g} by {descriptor.name}.")
-    if len(described.kept) < len(risks):
-        notes.append(f"{len(risks) - len(described.kept)} images cannot be read.")
-
-
-def near_duplicates(vectors: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups of images that are linked by similarities over a threshold, however many links lie between two of them.
-
-    Args:
-        vectors: (N, D) of unit length.
-
-    Returns:
-        int64 (N,): the lowest number of an image of the same group; float32 (N,): the similarity to the nearest other
-        image, -inf for a single one.
-    """
-    twins, links = torch.full((len(vectors),), -torch.inf), []
-    for rows in torch.arange(len(vectors)).split(ROWS):
-        similarity = vectors[rows] @ vectors.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf
-        twins[rows] = similarity.max(dim=1).values
-        first, second = (similarity > threshold).nonzero(as_tuple=True)
-        links.append(torch.stack([rows[first], second]))
-    first, second = torch.cat(links, dim=1)
-    groups = torch.arange(len(vectors))
-    while True:
-        lower = groups.scatter_reduce(0, first, groups[second], "amin")
-        lower = lower[lower]  # the group's lowest may itself have found a lower one
-        if lower.equal(groups):
-            return groups, twins
-        groups = lower
+        one.group, one.size, one.twin = group, size, twin if np.isfinite(twin) else None
+        one.like_others = twin > found.similarity
+    notes.extend(found.notes)
 
 
 def _median_share(risks: list[Risk]) -> float:
@@ -256,8 +220,9 @@ def _reasons(one: Risk, median: float) -> list[str]:
         reasons.append(
             f"The base's loss on it is {one.ratio:.1f} times the model's; of the held-out images at most 1% reach that."
         )
-    if (one.size or 1) > 1:
-        others = "another image" if one.size == 2 else f"{(one.size or 1) - 1} others"
+    if one.like_others:
+        size = one.size or 1
+        others = f"{size - 1} others" if size > 2 else "another image"
         reasons.append(f"The set has {others} like it (similarity {one.twin:.2f}): the model sees it more often.")
     if one.skips and one.skip_share is not None and one.skip_share >= OFTEN * median:
         reasons.append(

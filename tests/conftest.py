@@ -52,6 +52,17 @@ def write_folder(folder, num_images, copies=(), size=20, seed=0):
     return folder
 
 
+def scene(seed, size=(96, 80)):
+    """A picture with the amplitudes of natural images, which fall with the frequency."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    noise = np.fft.rfft2(rng.standard_normal((3, height, width)), axes=(1, 2))
+    far = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    values = np.fft.irfft2(noise / np.maximum(far, 1 / width), s=(height, width), axes=(1, 2))
+    values = 128 + 45 * (values - values.mean()) / values.std()
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A random tiny Stable Diffusion with v-prediction."""

@@ -19,8 +19,9 @@ from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.data import Batch
 from ietagc_diffusers.data.rows import load_other_rows
 from ietagc_diffusers.method.control import DecidingControl, Decision
-from ietagc_diffusers.training.build import build_run, load_family, load_rows
+from ietagc_diffusers.training.build import build_run, load_family
 from ietagc_diffusers.training.prior import Prior, PriorSet
+from ietagc_diffusers.training.rows import load_rows
 from ietagc_diffusers.training.run import train
 from ietagc_diffusers.training.streams import RandomStreams
 
@@ -398,7 +399,7 @@ def test_a_cache_of_latents_changes_nothing(base, pictures, prior_dir, tmp_path)
     settings, accelerator = parse_flags(cached), Accelerator(cpu=True)
     family = load_family(settings, accelerator)
     condition = family.condition(settings, settings.method)
-    rows, groups, _ = load_rows(settings, condition, accelerator)
+    rows, groups, *_ = load_rows(settings, condition, accelerator)
     for prior, resting in ((None, 2), (PriorSet.load(settings, family, accelerator), 0)):
         build_run(settings, accelerator, family, None, condition, rows, groups, prior)
         assert len(family.resting) == resting  # VAE and text encoder

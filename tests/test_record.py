@@ -92,7 +92,7 @@ def test_the_record_has_no_path_and_the_rows_that_were_used(run, pictures):
     folder, record = RunFolder(run), recorded_training(run)
     assert str(pictures.parent) not in folder.training_set_file.read_text()
     assert record.source == "pictures" and record.resolution == 28 and record.views == (False, True)
-    assert record.selection == (12, 5, "exact", None) and record.num_rows == len(record.rows) < 13
+    assert record.selection == (12, 5, "exact", None, None) and record.num_rows == len(record.rows) < 13
     assert record.columns == {"image_column": "image", "caption_column": "text"} and record.alpha == "white"
     counts = Dataset.from_parquet(str(folder.skip_counts_file))
     assert list(record.rows) == counts["sample_id"][:]

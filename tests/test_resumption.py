@@ -15,8 +15,9 @@ from ietagc_diffusers import RunFolder, UsageError
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.checkpoint import Checkpoint
 from ietagc_diffusers.settings import Resume
-from ietagc_diffusers.training.build import build_run, load_family, load_rows, moving_average
+from ietagc_diffusers.training.build import build_run, load_family, moving_average
 from ietagc_diffusers.training.resumption import extend, fingerprint, resume
+from ietagc_diffusers.training.rows import load_rows
 
 METHOD = ["--num_shards=2", "--steps_per_round=2", "--skip_threshold=0.9", "--augment_range=1.3", "--bank_buckets=2"]
 # Another value for every setting that must agree unless it is allowed to differ.
@@ -82,7 +83,7 @@ def built(flags, found=None):
     family = load_family(settings, accelerator)
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
-    rows, groups, _ = load_rows(settings, condition, accelerator)
+    rows, groups, *_ = load_rows(settings, condition, accelerator)
     buckets = settings.method.bank_buckets
     extend(settings, found)
     run, _ = build_run(settings, accelerator, family, average, condition, rows, groups)

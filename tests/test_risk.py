@@ -5,38 +5,16 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from conftest import write_folder
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.eval.generate import model_hash
-from ietagc_diffusers.eval.risk import near_duplicates
 
 MEMORIZED, SEEN = 5, 7  # images that a drawn image copies, and that the loss gives away
-
-
-def test_groups_are_what_links_connect_and_twins_the_nearest():
-    torch.manual_seed(0)
-    vectors = torch.nn.functional.normalize(torch.randn(80, 4), dim=1)
-    similarity = vectors @ vectors.T
-    for threshold in (0.8, 0.93, 0.99):
-        groups, twins = near_duplicates(vectors, threshold)
-        for start in range(80):  # a walk along the links
-            reached, waiting = {start}, [start]
-            while waiting:
-                found = set((similarity[waiting.pop()] > threshold).nonzero()[:, 0].tolist()) - reached
-                reached, waiting = reached | found, waiting + list(found)
-            assert set((groups == groups[start]).nonzero()[:, 0].tolist()) == reached and groups[start] == min(reached)
-    expected = (similarity - 3 * torch.eye(80)).max(dim=1).values
-    torch.testing.assert_close(twins, expected)
-    chain = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.28, 0.96], [-1.0, 0.0]])  # neighbours are linked, the ends are not
-    assert near_duplicates(chain.flip(0), 0.75)[0].tolist() == [0, 1, 1, 1]
-    assert near_duplicates(chain[:1], 0.5)[1].tolist() == [-np.inf]
 
 
 @pytest.fixture

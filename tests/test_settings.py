@@ -39,6 +39,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
     assert settings.shaping(Resume.FIXED) == {
         "num_shards", "epochs_per_round", "steps_per_round", "bank_buckets", "train_batch_size", "use_ema",
         "gradient_accumulation_steps", "use_8bit_adam", "max_train_samples", "deduplicate", "group_duplicates",
+        "deduplicate_similarity",
         "label_column", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "lora_average",
         "train_text_encoder", "scale_weight_norms", "shard_data", "ambient_corruption",
         "ambient_further_corruption", "dp_noise_multiplier", "dp_max_grad_norm",
@@ -53,7 +54,7 @@ def test_what_shapes_a_run_is_known_for_each_flag():
         "enable_xformers_memory_efficient_attention", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
         "resume_from_checkpoint", "resume_allow", "logging_dir", "report_to", "tracker_project_name",
         "validation_prompts", "num_validation_images", "validation_epochs", "debug_loss", "enable_npu_flash_attention",
-        "prior_dir", "heldout_dir", "monitor_every", "monitor_budget", "stop_at_gap", "keep_best",
+        "prior_dir", "heldout_dir", "exclude_rows", "monitor_every", "monitor_budget", "stop_at_gap", "keep_best",
         "monitor_images", "monitor_descriptor", "monitor_copy_similarity", "monitor_inference_steps",
         "stop_at_copy_rate",
         "on_bad_sample", "log_every", "save_shards", "save_rounds",

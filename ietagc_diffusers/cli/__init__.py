@@ -17,6 +17,7 @@ from ..errors import UsageError, with_flags
 COMMANDS = {
     "prepare": "make a training set of images and captions as they were downloaded, and report what is left out",
     "train": "fine-tune a model without memorizing the training set",
+    "dedup": "find near duplicates among training images before the training: a table, a page, the rows to leave out",
     "audit": "draw images, compare them with the training set, report; exit with 3 above the limits, 4 if in doubt",
     "generate": "draw images, each from its own seed; continues where it was interrupted",
     "score": "compare generated images with the training set",

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from ..console import say
 from ..files import check_output
 from . import common
+from .dedup import add_descriptor, descriptor_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -16,12 +17,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--audit", metavar="DIR", help="what `ietagc audit` or `score` wrote about this model, for copies"
     )
-    common.add_descriptor(parser)
+    add_descriptor(parser)
     parser.add_argument(
         "--duplicate_similarity",
         type=float,
-        help="training images that are more similar are near duplicates; default: from where the descriptor counts "
-        "a copy",
+        help="training images that are more similar are near duplicates; default: measured on them, as dedup does",
     )
     parser.add_argument("--max_shown", type=int, default=200, help="images on the page; default: 200")
     parser.add_argument("--output", default="risk", metavar="DIR", help="default: risk")
@@ -36,10 +36,9 @@ def run(args: Namespace) -> None:
     common.check_apart(args, "train", "attack", "audit")
     from ietagc_diffusers.eval.risk import risk, summary
     from ietagc_diffusers.run_folder import RunFolder
-    from ietagc_diffusers.sscd import load_descriptor
 
     RunFolder(args.run).config()  # refuses what is no run
-    descriptor = load_descriptor(args.descriptor, args.protocol, common.device_of(args))
+    descriptor = descriptor_of(args)
     found = risk(
         args.run,
         common.training_set(args, args.run),

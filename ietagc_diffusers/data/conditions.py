@@ -148,8 +148,9 @@ class Captions(Condition):
             for number, caption in enumerate(self._stored(rows)):
                 if not _is_caption(caption):
                     file = "" if source is None else source.file_of(number)
+                    row = stored_column(rows, SAMPLE_ID)[number] if SAMPLE_ID in rows.column_names else number
                     raise UsageError(
-                        f"row {number} has no caption in column '{self.column}'{file}: add one or remove the row"
+                        f"row {row} has no caption in column '{self.column}'{file}: add one or remove the row"
                     )
         if self.mitigation == "mc":
             self._require_several(rows, text)

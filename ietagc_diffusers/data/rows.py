@@ -17,6 +17,7 @@ from PIL import Image
 from ..errors import UsageError
 from .conditions import ROWS_AT_ONCE, Condition
 from .decoder import BadImage, decode_stored, is_file, look, native, read_file, read_stored
+from .excluded import without_excluded
 from .settings import ImageSettings
 from .sources import SAMPLE_ID, read_source, selected, stored_column, stored_image
 from .work import batched, in_threads
@@ -29,13 +30,19 @@ LOOKED_AT = 200_000  # images whose ends are looked at before training; of more,
 
 
 def load_training_rows(settings: ImageSettings, condition: Condition | None = None) -> Dataset:
-    """Load ``dataset_name`` or ``train_data_dir``.
+    """Load ``dataset_name`` or ``train_data_dir``, without the rows that ``exclude_rows`` names.
 
     Returns the rows with the image column, the condition's columns and ``sample_id`` (int64): the row's number in the
     source, whatever is selected later. Raises ``UsageError`` naming the setting or the row.
     """
+    return load_and_exclude(settings, condition)[0]
+
+
+def load_and_exclude(settings: ImageSettings, condition: Condition | None = None) -> tuple[Dataset, np.ndarray]:
+    """What ``load_training_rows`` returns, and the sample ids of the rows that were left out, int64."""
     columns = () if condition is None else condition.columns
-    return _checked(read_source(settings, columns), settings, condition)
+    source, excluded = without_excluded(read_source(settings, columns), settings.exclude_rows)
+    return _checked(source, settings, condition), excluded
 
 
 def load_other_rows(settings: Any, setting: str, condition: Condition) -> Dataset:
@@ -53,7 +60,7 @@ def load_other_rows(settings: Any, setting: str, condition: Condition) -> Datase
     name = f"`{setting}` {folder}"
     others = copy(settings)
     others.dataset_name, others.train_data_dir = None, folder
-    others.dataset_split, others.max_train_samples = "train", None
+    others.dataset_split, others.max_train_samples, others.exclude_rows = "train", None, None
     try:
         source = read_source(others, {*condition.columns, TEXT}, setting=setting)
         _check_apart(settings, folder, name)

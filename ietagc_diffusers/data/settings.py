@@ -47,6 +47,12 @@ class ImageSettings(CacheSettings):
         choices=ALPHA,
     )
     image_column: str = setting("image", "Column that holds the image.", resume=Resume.SAME)
+    exclude_rows: str | None = setting(
+        None,
+        "A text file of rows that are left out, a file name or sample_id a line, such as the exclude.txt of ietagc "
+        "dedup.",
+        resume=Resume.FREE,  # the rows that are left must agree
+    )
     max_train_samples: int | None = setting(
         None, "Train on this many rows, drawn with --seed.", resume=Resume.FIXED, type=int, **at_least(1)
     )
@@ -73,9 +79,19 @@ class ImageSettings(CacheSettings):
     )
     deduplicate: str | None = setting(
         None,
-        "'exact' trains on one row of each image, compared by decoded pixels. Recommended.",
+        "'exact' trains on one row of each image, compared by decoded pixels. Recommended. 'near' trains on one row of "
+        "each cluster of near duplicates, such as crops and re-encoded copies; see ietagc dedup.",
         resume=Resume.FIXED,
-        choices=["exact"],
+        choices=["exact", "near"],
+    )
+    deduplicate_similarity: float | None = setting(
+        None,
+        "With --deduplicate near: images that are more similar are near duplicates. Default: measured on the training "
+        "set, and recorded in config.yaml.",
+        resume=Resume.FIXED,
+        type=float,
+        check=lambda similarity: 0 < similarity <= 1,
+        wanted="over 0, and at most 1",
     )
     group_duplicates: bool = setting(
         False,

@@ -54,6 +54,7 @@ class Facts:
         licence: of the base, as its card's metadata have it; {} if that is not known.
         stated: whether the card states a licence already.
         audits: what audits found.
+        num_left_out: rows of the training set that were excluded, or are near duplicates.
     """
 
     repo_id: str
@@ -65,6 +66,7 @@ class Facts:
     licence: Mapping[str, Any] = field(default_factory=dict)
     stated: bool = False
     audits: Sequence[Audit] = ()
+    num_left_out: int = 0
 
     @property
     def base(self) -> str | None:
@@ -193,7 +195,8 @@ def _write(
         if prompted and prompts:
             gallery += f"\nPrompts: {', '.join(f'“{plain(prompt)}”' for prompt in prompts)}\n"
     stated = bool((split(there or "")[0] or {}).get("license"))
-    facts = Facts(repo_id, values, rows, tags, prompted, gallery, licence_of(values, token), stated, audits_of(run))
+    licence, left_out = licence_of(values, token), run.training_set().get("num_left_out") or 0
+    facts = Facts(repo_id, values, rows, tags, prompted, gallery, licence, stated, audits_of(run), left_out)
     card = join(metadata_of(facts), f"\n# {facts.repo_id}\n\n{START}\n{_section(facts)}\n{END}\n")
     write_text(run.card_file, card if there is None else merge(there, card, str(run.card_file)))
 
@@ -225,6 +228,8 @@ def _section(facts: Facts) -> str:
     ]
     known = {name: values[name] for name in NUMBERS if values.get(name) is not None}
     training = [(title, known.get(name, "none")) for name, title in NUMBERS.items()]
+    if facts.num_left_out:
+        training.append(("training images left out (excluded, near duplicates)", facts.num_left_out))
     if values.get("prior_dir"):
         training.insert(0, ("prior preservation, weight", values.get("prior_loss_weight")))
     if values.get("canary"):

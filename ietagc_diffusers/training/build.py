@@ -4,23 +4,22 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import is_torch_npu_available, is_xformers_available
 
 from ..data.conditions import Condition
-from ..data.hashes import default_cache, pixel_hashes, stored_hashes
+from ..data.hashes import stored_hashes
 from ..data.latent_cache import cache_samples
 from ..data.loaders import SeededLoader, StreamLoader
-from ..data.rows import first_rows, held_out, label_values, load_other_rows, load_training_rows
+from ..data.rows import label_values
 from ..data.samples import TrainingSamples
 from ..errors import UsageError
 from ..families import Family, family_of
@@ -39,6 +38,7 @@ from .lora import LoraWeights, add_adapter
 from .prior import Prior, PriorSet
 from .privacy import PrivateGradients
 from .proxy import Proxy
+from .rows import of_main
 from .settings import RunSettings
 from .streams import RandomStreams
 from .views import canary_views, view_of
@@ -104,51 +104,9 @@ def moving_average(family: Family, settings: RunSettings, device: torch.device) 
     return average
 
 
-class Rows(NamedTuple):
-    """training: what is trained on; groups: their groups of duplicates (N,), or None; heldout: what is only measured,
-    or None.
-    """
-
-    training: Dataset
-    groups: np.ndarray | None
-    heldout: Dataset | None
-
-
-def load_rows(settings: RunSettings, condition: Condition, accelerator: Accelerator) -> Rows:
-    """The rows of a run: de-duplicated, and some of them held out, on request. No image is on both sides."""
-    with accelerator.main_process_first():
-        rows = load_training_rows(settings, condition)
-        heldout = None if settings.heldout_dir is None else load_other_rows(settings, "heldout_dir", condition)
-    if not (settings.deduplicate or settings.group_duplicates or settings.heldout_share):
-        return Rows(rows, None, heldout)
-    column, bad = settings.image_column, settings.replaces_bad_samples
-    hashes = _of_main(accelerator, lambda: pixel_hashes(rows, column, default_cache(), bad, alpha=settings.alpha))
-    logger.info(f"{len(rows)} rows show {len(np.unique(hashes))} different images")
-    if settings.deduplicate:
-        first = first_rows(hashes)
-        rows, hashes = rows.select(first), hashes[first]
-    if settings.heldout_share:
-        held = held_out(hashes, settings.heldout_share, settings.seed)
-        rows, heldout, hashes = rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held)), hashes[~held]
-        logger.info(f"{len(heldout)} rows are held out, {len(rows)} are trained on")
-    num_images = len(np.unique(hashes))
-    why = [f"`{name}`" for name in ("deduplicate", "heldout_share") if getattr(settings, name)]
-    if why and len(rows) < settings.method.num_parts:
-        raise UsageError(
-            f"`num_shards` {settings.method.num_shards}: more than the {num_images} different images that "
-            f"{' and '.join(why)} left"
-        )
-    return Rows(rows, hashes if settings.group_duplicates and num_images < len(rows) else None, heldout)
-
-
-def _of_main(accelerator, compute):
-    """What the main process computes, on all of them."""
-    return broadcast_object_list([compute() if accelerator.is_main_process else None])[0]
-
-
 def _cached(samples, rows, settings, accelerator, family, layout, others):
     """The samples, read from the cache of latents; encoders that have nothing left to do leave the device."""
-    keys = _of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
+    keys = of_main(accelerator, lambda: stored_hashes(rows, settings.image_column, "Reading images"))
     marks = family.encoder_marks()
     if family.objective.trains_text:
         del marks["inputs"]

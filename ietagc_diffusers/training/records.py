@@ -1,5 +1,6 @@
 """The records that a run leaves beside its pipeline."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .views import canary_keys
 PLACES = ("dataset_name", "train_data_dir")
 SOURCE = (*PLACES, "dataset_config_name", "dataset_split")
 COLUMNS = ("image_column", "caption_column", "caption_lines")
-SELECTION = ("max_train_samples", "seed", "deduplicate", "heldout_share")
+SELECTION = ("max_train_samples", "seed", "deduplicate", "deduplicate_similarity", "heldout_share")
 VIEWS = ("center_crop", "random_flip", "image_interpolation_mode", "alpha")
 OF_ONE_START = ("local_rank", "resume_from_checkpoint")  # settings that a repeated run must not take over
 
@@ -43,6 +44,7 @@ def write_training_set(
     columns: Sequence[str],
     folder: RunFolder,
     fingerprints: Sequence[dict[str, Any]] = (),
+    left_out: np.ndarray | None = None,
 ) -> None:
     """training_set.json: what the run is trained on, without a path of this machine; and training_rows.parquet, which
     is never uploaded: the rows that are used, where they lie, and the keys of those that are canaries.
@@ -52,6 +54,7 @@ def write_training_set(
         columns: of the rows, what the model is told of each image.
         fingerprints: those that the run has had. Where a resumed run was given another view of the images, the model
             was shown both.
+        left_out: see ``rows.Rows``. How many they are is public, which they are is not.
     """
     values, found = settings.values(), contents(rows, settings.image_column, columns)
     views: dict[str, Any] = {"resolution": settings.resolution}
@@ -65,6 +68,7 @@ def write_training_set(
     record = {
         "version": __version__,
         "num_rows": len(rows),
+        "num_left_out": 0 if left_out is None else len(left_out),
         "images_hash": found.images,
         "captions_hash": found.captions,
         **{name: place_name(value) if isinstance(value, str) else value for name, value in source.items()},
@@ -78,6 +82,8 @@ def write_training_set(
     if keys:
         table["canary"] = pa.array([keys.get(row) for row in range(len(rows))], pa.uint8())
     about = {"ietagc_diffusers": __version__, **places}
+    if left_out is not None and len(left_out):
+        about["left_out"] = json.dumps(left_out.tolist())
     part = folder.training_rows_file.with_suffix(".part")
     pq.write_table(pa.table(table).replace_schema_metadata(about), part)
     part.replace(folder.training_rows_file)

@@ -80,9 +80,13 @@ def _find(wanted, folder):
 
 
 def take_over(settings: RunSettings, found: Checkpoint | None) -> None:
-    """What the first run drew for itself belongs to its state: its seed, if none is given."""
+    """What the first run drew or measured for itself belongs to its state: its seed and the similarity of near
+    duplicates, if none is given.
+    """
     if found is not None and settings.seed is None:
         settings.seed = found.fingerprint["seed"]
+    if found is not None and settings.deduplicate == "near" and settings.deduplicate_similarity is None:
+        settings.deduplicate_similarity = found.fingerprint.get("deduplicate_similarity")
 
 
 def extend(settings: RunSettings, found: Checkpoint | None) -> None:

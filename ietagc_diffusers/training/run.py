@@ -29,7 +29,7 @@ from ..run_folder import RunFolder
 from ..single_file import folder_of
 from ..tensor_files import Disk
 from . import records
-from .build import Budget, build_run, load_family, load_rows, moving_average
+from .build import Budget, build_run, load_family, moving_average
 from .callbacks import (
     BadSamples,
     Checkpoints,
@@ -54,6 +54,7 @@ from .monitor import Comparer, CopyMeter, Meter
 from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
+from .rows import load_rows
 from .settings import RunSettings
 from .views import view_of
 
@@ -291,7 +292,7 @@ def _train(
         family.pipeline()  # what the end needs is proved before the first step
     average = moving_average(family, settings, accelerator.device)
     condition = family.condition(settings, settings.method)
-    rows, groups, others = load_rows(settings, condition, accelerator)
+    rows, groups, others, left_out = load_rows(settings, condition, accelerator)
     prior = PriorSet.load(settings, family, accelerator)
     heldout = HeldoutSet.of(others, settings, condition, view_of(settings, family))
     meter = Meter.of(rows, others, settings, family)
@@ -306,7 +307,7 @@ def _train(
         simple = {key: value for key, value in values if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers(settings.tracker_project_name, simple)
         records.write_config(settings, folder)
-        records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder))
+        records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder), left_out)
     _announce(settings, run, budget, len(rows), prior)
     account = PrivacyAccount.of(settings, budget.visits_per_step, run.plan.shards)
     if account is not None:

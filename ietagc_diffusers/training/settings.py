@@ -63,6 +63,11 @@ class RunSettings(
         for name in ("save_shards", "group_duplicates"):
             if getattr(self, name) and not self.method.shard_data:
                 raise UsageError(f"`{name}`: without `shard_data` there are no shards; leave it out")
+        if self.deduplicate_similarity is not None and self.deduplicate != "near":
+            raise UsageError(
+                f"`deduplicate_similarity` {self.deduplicate_similarity}: is for `deduplicate` near; give that too, or "
+                "leave this out"
+            )
         self._check_heldout()
         self._check_canary()
         if self.use_8bit_adam and self.fused_adam:
