@@ -124,7 +124,7 @@ def write(
     return TensorFile(path, crc, not_finite)
 
 
-def link(source: Path, target: Path) -> None:
+def link(source: str | Path, target: str | Path) -> None:
     """A second name for a file that nobody changes, or a copy where the file system refuses that."""
     try:
         os.link(source, target)

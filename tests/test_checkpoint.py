@@ -52,6 +52,11 @@ def test_models_inside_are_loaded_by_diffusers(whole):
     UNet2DConditionModel.from_pretrained(newest / "unet")
 
 
+@pytest.fixture(scope="module")
+def stopped(flags, tmp_path_factory):
+    return train_here(flags, tmp_path_factory.mktemp("runs") / "stopped", stop_at=10)
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -61,16 +66,21 @@ def test_models_inside_are_loaded_by_diffusers(whole):
         lambda folder: flip_a_byte(folder / "ietagc" / "proxy-0.safetensors"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path, harm):
-    train_here(flags, tmp_path, stop_at=10)
-    newest, before = reversed(RunFolder(tmp_path).checkpoints()[-2:])
+def test_a_damaged_checkpoint_is_passed_over(stopped, tmp_path, harm):
+    run = RunFolder(shutil.copytree(stopped, tmp_path / "run"))
+    newest, before = reversed(run.checkpoints()[-2:])
     assert (newest.name, before.name) == ("checkpoint-10", "checkpoint-8")
     harm(newest)
-    assert checkpoint.find("latest", RunFolder(tmp_path)) == before
+    assert checkpoint.find("latest", run) == before
     with pytest.raises(UsageError, match=r"`resume_from_checkpoint` checkpoint-10: .*; 'latest' takes"):
-        checkpoint.find("checkpoint-10", RunFolder(tmp_path))
-    train_here([*flags, "--resume_from_checkpoint=latest"], tmp_path)
-    assert unet_bytes(tmp_path) == unet_bytes(whole)
+        checkpoint.find("checkpoint-10", run)
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(flags, stopped, whole, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    flip_a_byte(folder / "checkpoint-10" / "ietagc" / "proxy-0.safetensors")
+    train_here([*flags, "--resume_from_checkpoint=latest"], folder)
+    assert unet_bytes(folder) == unet_bytes(whole)
 
 
 def flip_a_byte(path):

@@ -37,7 +37,7 @@ def real_base(tmp_path_factory):
     "flags",
     [
         FULL,
-        [*FULL, "--dataloader_num_workers=2"],
+        pytest.param([*FULL, "--dataloader_num_workers=2"], marks=pytest.mark.slow),
         PLAIN,
         [*PLAIN, "--train_batch_size=23"],  # the epoch's last batch is a single image
         [*PLAIN, "--train_batch_size=1"],

@@ -310,7 +310,7 @@ def test_one_shard_goes_on_after_a_kill_and_caches_latents(base, pictures, tmp_p
     assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
-@pytest.mark.parametrize("average", ["svd", "concatenate"])
+@pytest.mark.parametrize("average", ["svd", pytest.param("concatenate", marks=pytest.mark.slow)])
 def test_a_limit_of_norms_holds_for_the_saved_adapter_over_interruptions(flags, runs, tmp_path, average):
     def norms(folder):
         tensors = load_file(folder / ADAPTER_FILE)

@@ -46,7 +46,7 @@ def test_every_metric_finds_what_it_wrote_under_a_name_of_its_own():
     assert len({metric.title for metric in metrics}) == len(metrics)
     hits, two_sets = [(features(0, 50, 1)[:, 0] > 0).float()], [features(1, 20), features(2, 20)]
     for metric in metrics:
-        others = {EXCESS_COPY_RATE: hits * 2, TRAINING_PREFERENCE: [*hits, 0.5]}
+        others = {EXCESS_COPY_RATE: hits * 2, TRAINING_PREFERENCE: [*hits, torch.tensor(0.5)]}
         values = two_sets if metric in frechet.Frechet.metrics else others.get(metric, hits)
         scores = metric.of(*values)
         assert list(scores) == metric.keys and metric.value(scores) == metric.statistic(*values)

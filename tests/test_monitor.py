@@ -124,7 +124,10 @@ class _Levels:
         self.levels = torch.arange(draws * number).view(draws, number) * 7 % 1000
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora_rank=2", "--lora_average=fold", "--train_text_encoder"]])
+@pytest.mark.parametrize(
+    "lora",
+    [[], pytest.param(["--lora_rank=2", "--lora_average=fold", "--train_text_encoder"], marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_measures_the_same(flags, watched, tmp_path, lora):
     """It measures its base again, which is no longer what it trains."""
     more = [*lora, "--resume_from_checkpoint=latest"]

@@ -314,7 +314,11 @@ def test_min_snr_weighs_the_prior_as_it_weighs_training(base, prior_dir):
 # Whole runs
 
 
-@pytest.mark.parametrize("flags", [PLAIN, METHOD, LORA], ids=["none", "method", "lora"])
+@pytest.mark.parametrize(
+    "flags",
+    [PLAIN, pytest.param(METHOD, marks=pytest.mark.slow), LORA],
+    ids=["none", "method", "lora"],
+)
 def test_nothing_else_changes(base, pictures, prior_dir, tmp_path, flags):
     """With weight 0 a run is the run without the set, bit for bit; with another weight it is not."""
     name = "pytorch_lora_weights.safetensors" if flags is LORA else "unet/diffusion_pytorch_model.safetensors"
@@ -346,6 +350,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method_flags, method_run, tmp_path, s
     assert unet_bytes(tmp_path) == unet_bytes(method_run)
 
 
+@pytest.mark.slow
 def test_a_stopped_plain_run_goes_on_bit_for_bit(base, pictures, prior_dir, tmp_path):
     flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=11", f"--prior_dir={prior_dir}")
     flags += ["--gradient_accumulation_steps=4", "--random_flip"]
@@ -355,6 +360,7 @@ def test_a_stopped_plain_run_goes_on_bit_for_bit(base, pictures, prior_dir, tmp_
     assert unet_bytes(tmp_path / "cut") == unet_bytes(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(method_flags, method_run, tmp_path):
     launch(method_flags, tmp_path, processes=2)
     assert unet_bytes(tmp_path) == unet_bytes(method_run)

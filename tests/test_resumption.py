@@ -188,7 +188,9 @@ def test_a_run_without_a_seed_is_resumed_with_the_one_it_drew(base, pictures, tm
     assert RunFolder(cut).config()["seed"] == RunFolder(whole).config()["seed"]
 
 
-@pytest.mark.parametrize("method", [["--mitigation=none"], [*METHOD, "--use_ema"]])
+@pytest.mark.parametrize(
+    "method", [pytest.param(["--mitigation=none"], marks=pytest.mark.slow), [*METHOD, "--use_ema"]]
+)
 def test_a_run_that_is_given_more_steps_equals_one_that_had_them(base, pictures, tmp_path, method):
     flags = train_flags(base, pictures, *method, "--checkpointing_steps=4")
     whole = train_here([*flags, "--max_train_steps=16"], tmp_path / "whole")

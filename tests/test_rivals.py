@@ -57,7 +57,9 @@ def counts(folder):
         (NONE, ["--embedding_noise=0.1"]),
         (NONE, ["--caption_mitigation=mc", "--caption_column=captions"]),
         (NONE, ["--caption_mitigation=rc", "--caption_mitigation_probability=0.5"]),
-        (METHOD, ["--caption_mitigation=rt", "--caption_mitigation_probability=0.5"]),
+        pytest.param(
+            METHOD, ["--caption_mitigation=rt", "--caption_mitigation_probability=0.5"], marks=pytest.mark.slow
+        ),
         (NONE, ["--caption_mitigation=cwr", "--caption_mitigation_probability=0.5", "--dataloader_num_workers=2"]),
         (METHOD, ["--noisy_data_sigma=1"]),
         (METHOD, ALL),

@@ -603,11 +603,11 @@ def test_the_preference_is_zero_by_chance_and_one_for_copies():
         # The sets themselves are random: their share varies as if each of their images were drawn once.
         spread = (hits.std() / 4000**0.5) / (1 - chance)
         spread += (num_training / num_heldout / min(num_training, num_heldout)) ** 0.5
-        assert abs(similarity.above_chance(hits, chance)) < 3 * spread
+        assert abs(similarity.above_chance(hits, torch.tensor(chance))) < 3 * spread
         nearest = [(training @ others.T).amax(dim=1) for others in (training, heldout)]
-        assert similarity.above_chance(similarity.prefers_training(*nearest), chance) == pytest.approx(1)
+        assert similarity.above_chance(similarity.prefers_training(*nearest), torch.tensor(chance)) == pytest.approx(1)
     same = torch.rand(9)
-    assert similarity.above_chance(similarity.prefers_training(same, same), 0.5) == 0
+    assert similarity.above_chance(similarity.prefers_training(same, same), torch.tensor(0.5)) == 0
 
 
 def test_a_single_prompt_has_no_bootstrap_interval(training, fresh, tmp_path):

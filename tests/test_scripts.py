@@ -86,7 +86,7 @@ def test_the_help_says_the_default_of_the_script():
 def test_the_command_trains_as_the_script_that_it_is_told(name, monkeypatch):
     kind, settings = scripts.SCRIPTS[name], []
     assert f"main(kind={kind.__name__})" in (ROOT / f"train_{name}_ietagc.py").read_text()
-    monkeypatch.setattr(train, "train", lambda given, say: settings.append(given))
+    monkeypatch.setattr(train, "train", lambda given, say, comparer: settings.append(given))
     needed = ["--train_data_dir=d", "--pretrained_model_name_or_path=m"]
     assert main(["train", *needed, f"--script={name}"]) == 0 and type(settings[0]) is kind
     assert main(["train", *needed]) == 0 and type(settings[1]) is scripts.TrainingSettings

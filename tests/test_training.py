@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, pictures, method_run, tmp_path,
     assert tables[0].equals(tables[1])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_plain_run_goes_on_bit_for_bit(base, pictures, tmp_path, workers):
     flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=11", "--random_flip", "--use_ema")
     flags += [f"--dataloader_num_workers={workers}", "--gradient_accumulation_steps=2"]

@@ -32,9 +32,9 @@ def is_copy(similarities: torch.Tensor, copy_threshold: float) -> torch.Tensor:
     return (similarities.double() > copy_threshold).double()
 
 
-def above_chance(hits: Values, chance: float) -> float:
-    """How much more often there are hits (N,) than by chance: 0 where there are as many, 1 where all are hits."""
-    return (mean(hits) - chance) / (1 - chance)
+def above_chance(hits: Values, chance: Values) -> float:
+    """How much more often there are hits (N,) than by chance (): 0 where there are as many, 1 where all are hits."""
+    return (mean(hits) - float(chance)) / (1 - float(chance))
 
 
 def prefers_training(to_training: torch.Tensor, to_heldout: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ class Similarity(Kind):
         # With all held-out pictures: without those that resemble training images, these would seem preferred.
         to_heldout, _ = self._nearest(sets.generated, sets.heldout, "as_training")
         num_training = len(sets.distinct_training.kept)
-        chance = num_training / (num_training + len(similarity))
+        chance = torch.tensor(num_training / (num_training + len(similarity)), dtype=torch.float64)
         scores |= TRAINING_PREFERENCE.of(prefers_training(of_generated, to_heldout), chance, groups=sets.prompts)
         return Measured(scores | counts, notes=notes if num_near else ())
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 REFRESH = 30  # seconds, while the run goes on
@@ -107,6 +105,8 @@ def _svg(figure):
 
 
 def _axes(label, below="step"):
+    from matplotlib.figure import Figure  # takes half a second, which runs without a page need not wait for
+
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=below, ylabel=label)
@@ -143,7 +143,7 @@ def _gap(rows):
 def _copy_rate(rows):
     figure, axes = _with_interval(rows, "copy_rate", "copy rate", RED)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     if rows[-1]["base_copy_rate"] is not None:
         axes.axhline(rows[-1]["base_copy_rate"], color=GREY, linewidth=1, linestyle=":")
     return figure
