@@ -105,6 +105,18 @@ def test_a_folder_among_the_training_images_is_refused(base, pictures, tmp_path)
         train_here(train_flags(base, pictures, *RUN, f"--heldout_dir={pictures}"), tmp_path)
 
 
+def test_a_folder_of_another_split_beside_the_training_images_is_taken(base, pictures, heldout, tmp_path):
+    """As ``ietagc prepare --test_share`` writes it; training does not read it."""
+    shutil.copytree(pictures, tmp_path / "set")
+    shutil.copytree(heldout, tmp_path / "set" / "test")
+    outside = train_here(train_flags(base, pictures, *RUN, f"--heldout_dir={heldout}"), tmp_path / "outside")
+    flags = train_flags(base, tmp_path / "set", *RUN, f"--heldout_dir={tmp_path / 'set' / 'test'}")
+    assert unet_bytes(train_here(flags, tmp_path / "inside")) == unet_bytes(outside)
+    (tmp_path / "set" / "test").rename(tmp_path / "set" / "others")
+    with pytest.raises(UsageError, match="must not lie in one another"):
+        train_here([*flags, f"--heldout_dir={tmp_path / 'set' / 'others'}"], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -18,6 +18,7 @@ from ..errors import UsageError
 from .conditions import ROWS_AT_ONCE, Condition
 from .decoder import BadImage, decode_stored, is_file, look, native, read_file, read_stored
 from .excluded import without_excluded
+from .listing import KEYWORDS, split_of_folder
 from .settings import ImageSettings
 from .sources import SAMPLE_ID, read_source, selected, stored_column, stored_image
 from .work import batched, in_threads
@@ -54,7 +55,8 @@ def load_other_rows(settings: Any, setting: str, condition: Condition) -> Datase
 
     Raises:
         UsageError: naming the setting, and the row if one is bad; also where the folder and the training set lie in one
-            another, so that one would be read as part of the other.
+            another, so that one would be read as part of the other. A folder ``test`` or the like in that of the
+            training set is not.
     """
     folder = getattr(settings, setting)
     name = f"`{setting}` {folder}"
@@ -81,6 +83,10 @@ def _check_apart(settings, folder, name):
     if not own.is_dir():
         return
     other, own = Path(folder).resolve(), own.resolve()
+    if own in other.parents:
+        split = split_of_folder(other.relative_to(own).as_posix())
+        if split not in (None, KEYWORDS.get(settings.dataset_split, settings.dataset_split)):
+            return  # its name keeps it apart
     if other == own or own in other.parents or other in own.parents:
         raise UsageError(
             f"{name}: this folder and that of the training set, {own}, must not lie in one another, because "
