@@ -54,6 +54,7 @@ class TrainingRecord:
         canaries: {``sample_id``: grey of its border, 0 to 255} of the rows that were canaries, as far as is known.
         left_out: ``sample_id`` of those that were neither trained on nor held out: rows that were excluded, and near
             duplicates; None if that is not known.
+        heldout_dir: images that the run was given to measure only, as it named their folder; None: it was given none.
     """
 
     settings: dict[str, Any]
@@ -61,6 +62,7 @@ class TrainingRecord:
     rows: np.ndarray | None = None
     canaries: dict[int, int] = field(default_factory=dict)
     left_out: np.ndarray | None = None
+    heldout_dir: str | None = None
 
     @property
     def resolution(self) -> int | None:
@@ -139,8 +141,11 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
         return None
     rows, places, canaries = None, {}, {}
     left_out = None if settings.get("num_left_out") else np.array([], dtype=np.int64)
+    heldout_dir = None
     if run.config_file.is_file():
-        places = {name: value for name in PLACES if (value := run.config().get(name))}
+        config = run.config()
+        places = {name: value for name in PLACES if (value := config.get(name))}
+        heldout_dir = config.get("heldout_dir")
     if run.training_rows_file.is_file():
         try:
             table = pq.read_table(run.training_rows_file)
@@ -154,7 +159,7 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
         places |= {name: kept[name] for name in PLACES if name in kept}
         if "left_out" in kept:
             left_out = np.array(json.loads(kept["left_out"]), dtype=np.int64)
-    return TrainingRecord(settings, places, rows, canaries, left_out)
+    return TrainingRecord(settings, places, rows, canaries, left_out, heldout_dir)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--heldout",
         metavar="DIR|ID",
         help="images that were not trained on and differ from the training images in nothing else, captioned or "
-        "labelled as these; default: those that the run held out (--heldout_share)",
+        "labelled as these; default: those that the run held out (--heldout_share, --heldout_dir)",
     )
     parser.add_argument(
         "--base",

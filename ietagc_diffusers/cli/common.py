@@ -332,7 +332,12 @@ def heldout_images(args: Namespace) -> "ImageSet | None":
 
 
 def heldout_or_left_out(args: Namespace, training: "TrainingSet", load: Callable[[], "ImageSet"]) -> "ImageSet":
-    """The images of ``--heldout``, which ``load`` reads, or those that the run held out of its training set."""
+    """The images of ``--heldout``, which ``load`` reads, or those that the run held out of its training set, or was
+    given to measure only.
+    """
+    if not args.heldout and training.heldout is None and training.record is not None:
+        place = training.record.heldout_dir
+        args.heldout = place if place is not None and Path(place).is_dir() else None
     if args.heldout:
         return load()
     if training.heldout is None:
@@ -353,7 +358,7 @@ def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) 
     read, recorded = {name: getattr(args, name, None) for name in inputs}, list[str]()
     model = model if model is not None else getattr(args, "model", None)
     if model is not None and Path(model).is_dir() and (record := recorded_training(model)) is not None:
-        recorded = list(record.places.values())
+        recorded = [*record.places.values(), *([record.heldout_dir] if record.heldout_dir else [])]
     check_apart(args.output, read, getattr(args, "model", None), recorded=recorded)
     cache = getattr(args, "feature_cache", None)
     if cache not in (None, "none"):

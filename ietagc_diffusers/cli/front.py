@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--heldout",
         metavar="DIR|ID",
         help="images that were not trained on, captioned or labelled as the others; default: those that the first run "
-        "held out (--heldout_share)",
+        "held out (--heldout_share, --heldout_dir)",
     )
     common.add_training_images(parser, required=False)
     parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from, if any")

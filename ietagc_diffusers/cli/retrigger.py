@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--heldout",
         metavar="DIR|ID",
         help="images that were not trained on and differ from the training images in nothing else, captioned as these; "
-        "default: those that the run held out (--heldout_share)",
+        "default: those that the run held out (--heldout_share, --heldout_dir)",
     )
     parser.add_argument("--output", default="retrigger", metavar="DIR", help="default: retrigger")
     parser.add_argument("--max_images", type=int, default=20, help="of each set; default: 20")
