@@ -171,6 +171,9 @@ class HostMemory:
     def clear(self) -> None:
         """Nothing that was kept is needed any more."""
 
+    def close(self) -> None:
+        """Nothing will be kept any more either."""
+
 
 class Disk:
     """Tensors wait in files of a folder, made when needed; the system caches them in what memory it has."""
@@ -203,7 +206,10 @@ class Disk:
         self._path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)  # and not its parent, in which others may be making theirs
+
+    def close(self) -> None:
+        self.clear()
         with suppress(OSError):  # other processes have theirs beside it
             self.folder.parent.rmdir()
 

@@ -52,6 +52,18 @@ def test_an_open_file_is_read_whatever_becomes_of_its_name(tmp_path):
     assert old["a"].tolist() == [1, 1, 1] and new["a"].tolist() == [0, 0, 0]
 
 
+def test_a_process_that_begins_leaves_the_folder_in_which_others_make_theirs(tmp_path):
+    mine, other = (Disk(tmp_path / "waiting" / f"process-{number}") for number in (0, 1))
+    mine.folder.parent.mkdir()
+    mine.clear()
+    assert mine.folder.parent.is_dir()  # where the other one is about to make its folder
+    other.keep("x", {"a": torch.ones(3)}, {"a": torch.ones(3)}.items())
+    mine.close()
+    assert other.folder.is_dir()
+    other.close()
+    assert not mine.folder.parent.exists()
+
+
 def test_a_refused_write_leaves_the_old_file(tmp_path, monkeypatch):
     write(tmp_path / "a", {"x": torch.ones(2)})
 

@@ -53,7 +53,7 @@ class Checkpoints(Callback):
             self.save(run)
 
     def on_end(self, run):
-        run.weights.place.clear()  # what waited is in the checkpoints, or done with
+        run.weights.place.close()  # what waited is in the checkpoints, or done with
 
     def _save_if_due(self, run, before):
         if run.global_step // self.every > before // self.every:
