@@ -332,12 +332,9 @@ def heldout_images(args: Namespace) -> "ImageSet | None":
 
 
 def heldout_or_left_out(args: Namespace, training: "TrainingSet", load: Callable[[], "ImageSet"]) -> "ImageSet":
-    """The images of ``--heldout``, which ``load`` reads, or those that the run held out of its training set, or was
-    given to measure only.
-    """
+    """The images of ``--heldout``, which ``load`` reads, or those that the run held out, or was given to measure."""
     if not args.heldout and training.heldout is None and training.record is not None:
-        place = training.record.heldout_dir
-        args.heldout = place if place is not None and Path(place).is_dir() else None
+        args.heldout = training.record.heldout_dir
     if args.heldout:
         return load()
     if training.heldout is None:
