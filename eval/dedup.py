@@ -29,9 +29,9 @@ from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.sscd import Descriptor
 
 from .features import Embedded, Extractor, Size, embed
-from .image_sets import BadImage, ImageSet, to_tensor
+from .image_sets import ImageSet, to_tensor
 from .plots import COLOURS, GREY, inline_svg
-from .report import as_html, grey, thumbnail
+from .report import as_html, picture_of
 from .views import Mirrored
 
 TABLE, PAGE, EXCLUDED, RESULT = "duplicates.csv", "dedup.html", "exclude.txt", "dedup.json"
@@ -248,14 +248,9 @@ def _cluster(found: Duplicates, group: np.ndarray, number: int) -> str:
 
 def _figure(found: Duplicates, place: int) -> str:
     images, kept = found.images.images, found.clusters.kept[place] == place
-    try:
-        picture = thumbnail(images.image(place))
-    except (BadImage, OSError):
-        picture = thumbnail(grey())
     width, height = found.sizes[place].tolist()
     state = "kept" if kept else f"left out, similarity {found.clusters.similarity[place]:.3f}"
-    small = ' class="small"' if picture["side"] < 100 else ""
     return (
-        f'<figure{" class=kept" if kept else ""}><img{small} src="{picture["uri"]}" alt="">'
+        f"<figure{' class=kept' if kept else ''}>{picture_of(images, place)}"
         f"<figcaption><b>{html.escape(images.names[place])}</b><br>{width} × {height}, {state}</figcaption></figure>"
     )

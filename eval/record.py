@@ -157,6 +157,7 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
             canaries = {row: grey for row, grey in keys if grey is not None}
         kept = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         places |= {name: kept[name] for name in PLACES if name in kept}
+        heldout_dir = kept.get("heldout_dir", heldout_dir)
         if "left_out" in kept:
             left_out = np.array(json.loads(kept["left_out"]), dtype=np.int64)
     return TrainingRecord(settings, places, rows, canaries, left_out, heldout_dir)

@@ -21,7 +21,7 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import write_text
 
 from .drawing import sentence_of
-from .image_sets import BadImage
+from .image_sets import BadImage, ImageSet
 from .metrics import METRICS
 from .metrics.patches import crop_boxes
 from .plots import inline_svg, plot_similarities
@@ -170,6 +170,16 @@ def thumbnail(image: Image.Image) -> dict[str, Any]:
     image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
     code = base64.b64encode(buffer.getvalue()).decode()
     return {"uri": f"data:image/{kind};base64,{code}", "side": max(image.size)}
+
+
+def picture_of(images: ImageSet, index: int) -> str:
+    """An image of a set as HTML, grey if it cannot be read any more."""
+    try:
+        found = thumbnail(images.image(index))
+    except (BadImage, OSError):
+        found = thumbnail(grey())
+    small = ' class="small"' if found["side"] < 100 else ""
+    return f'<img{small} src="{found["uri"]}" alt="">'
 
 
 def _number(value: float | None, digits: int = 4) -> float | None:

@@ -21,9 +21,9 @@ from ietagc_diffusers.sscd import Descriptor
 from .attack import IMAGES, RESULT
 from .dedup import Duplicates, near_duplicates
 from .generate import model_hash
-from .image_sets import BadImage, ImageSet
+from .image_sets import ImageSet
 from .record import TrainingSet
-from .report import as_html, grey, thumbnail
+from .report import as_html, picture_of
 from .roc import FALSE_POSITIVES, threshold_at
 from .score import load_scores
 
@@ -272,14 +272,9 @@ def _page(run: Path, risks: list[Risk], shown: list[int], images: ImageSet, note
 
 
 def _card(one: Risk, images: ImageSet, place: int) -> str:
-    try:
-        picture = thumbnail(images.image(place))
-    except (BadImage, OSError):
-        picture = thumbnail(grey())
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in one.reasons)
-    small = ' class="small"' if picture["side"] < 100 else ""
     return (
-        f'<figure class="{"memorized" if one.memorized else "maybe"}"><img{small} src="{picture["uri"]}" alt="">'
+        f'<figure class="{"memorized" if one.memorized else "maybe"}">{picture_of(images, place)}'
         f"<figcaption><b>{html.escape(one.name)}</b> {html.escape(one.text or '')}<ul>{reasons}</ul></figcaption>"
         "</figure>"
     )

@@ -161,8 +161,8 @@ class TriggerSearch:
         return embeddings, torch.optim.Adam(groups)
 
     def descend(self, encoded: Any, embeddings: Tensors, optimizer: torch.optim.Optimizer) -> bool:
-        """One step, with noise and levels drawn anew, one level in each of as many equal parts of their range as there
-        are draws. Returns whether the loss is finite; if not, nothing is changed.
+        """One step. Its noise and noise levels are drawn anew: the range of levels has as many equal parts as there are
+        draws, and each draw has a level of its own part. Returns whether the loss is finite; nothing is changed if not.
         """
         draws, number = self.search.draws, self.objective.num_levels
         levels = ((torch.arange(draws) + torch.rand(draws)) / draws * number).long().clamp(max=number - 1)

@@ -97,6 +97,20 @@ def waits(monkeypatch):
     return waits
 
 
+@pytest.fixture(scope="module")
+def made(request, tmp_path_factory):
+    """The folder of a tiny pipeline, by its name in the module's ``MADE``."""
+    folders = {}
+
+    def of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("made") / name
+            request.module.MADE[name]().save_pretrained(folders[name])
+        return folders[name]
+
+    return of
+
+
 def environment():
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "RANK", "WORLD_SIZE"))}
     return keep | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}

@@ -35,20 +35,6 @@ def predicting_images(pipeline):
     return pipeline
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The folder of a tiny pipeline, by its name in ``MADE``."""
-    folders = {}
-
-    def of(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp("made") / name
-            MADE[name]().save_pretrained(folders[name])
-        return folders[name]
-
-    return of
-
-
 def told(pipeline, captions):
     """What Diffusers' pipeline tells its denoiser of captions, and of none."""
     if not hasattr(pipeline, "encode_prompt"):

@@ -176,7 +176,7 @@ def _rows(folder):
     return map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
 
 
-def test_what_a_run_held_out_is_what_it_is_attacked_with(base, pictures, heldout, tmp_path, capsys):
+def test_what_a_run_held_out_is_what_it_is_attacked_with(base, pictures, heldout, tmp_path, capsys, monkeypatch):
     flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=2", "--report_to=none", "--save_rounds")
     run = train_here([*flags, "--heldout_share=0.3", "--monitor_every=9"], tmp_path / "share")
     command = ["attack", "--model", str(run), "--attack=loss", "--draws=1", "--output", str(tmp_path / "attack")]
@@ -188,7 +188,9 @@ def test_what_a_run_held_out_is_what_it_is_attacked_with(base, pictures, heldout
     whole = train_here(flags, tmp_path / "whole")
     assert main([*command[:2], str(whole), *command[3:]]) == 2
     assert "--heldout: the run held no images out; give" in capsys.readouterr().err
-    given = train_here([*flags, f"--heldout_dir={heldout}", "--monitor_every=9"], tmp_path / "given")
+    monkeypatch.chdir(heldout.parent)
+    given = train_here([*flags, f"--heldout_dir={heldout.name}", "--monitor_every=9"], tmp_path / "given")
+    monkeypatch.chdir(tmp_path)  # where the name that the run was given means nothing
     assert main([*command[:2], str(given), *command[3:]]) == 0
     result = json.loads((tmp_path / "attack" / "attack.json").read_text())
     assert result["heldout"] == str(heldout) and result["num_heldout"] == len(load_rows_of(heldout))

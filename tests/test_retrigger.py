@@ -38,20 +38,6 @@ SIDE = 16
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The folder of a tiny pipeline, by its name in ``MADE``."""
-    folders = {}
-
-    def of(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp("made") / name
-            MADE[name]().save_pretrained(folders[name])
-        return folders[name]
-
-    return of
-
-
-@pytest.fixture(scope="module")
 def pixels():
     return torch.randint(0, 256, (3, SIDE, SIDE), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
 

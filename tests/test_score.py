@@ -1,29 +1,22 @@
 """Scores say copy of copies, and reports render whatever there is."""
 
-import html
-import html.parser
 import importlib.util
 import json
-import math
 import os
-import re
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_folder
-from datasets import Dataset, Features
-from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric, similarity
+from ietagc_diffusers.eval.metrics import KINDS, METRICS, Kind, Measured, Metric
 from ietagc_diffusers.eval.metrics.base import mean
 from ietagc_diffusers.eval.metrics.clip_score import ClipScore
 from ietagc_diffusers.eval.metrics.intervals import wilson_interval
@@ -337,140 +330,6 @@ def test_wrong_use_of_score_names_the_flag(training, fresh, tmp_path, capsys, fl
     assert message in capsys.readouterr().err
 
 
-class Checker(html.parser.HTMLParser):
-    """Counts open elements and collects addresses."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.addresses, self.bad = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.addresses += [value for key, value in attributes if key in ("src", "href") and value]
-        if tag not in ("meta", "img", "input", "br", "link"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.bad.append(tag)
-
-
-def check_page(path):
-    """The page's data. Asserts that it is well-formed and asks nothing of the network."""
-    text = path.read_text(encoding="utf-8")
-    checker = Checker()
-    checker.feed(re.sub(r"(?s)<svg.*?</svg>|<p>(?=<noscript>)", "", text))
-    assert not checker.bad
-    assert not [a for a in checker.addresses if not a.startswith(("data:", "#"))]
-    outside = re.findall(r"https?://[^\s\"'<)]+", re.sub(r"(?s)<svg.*?</svg>", "", text))
-    assert not outside
-    return json.loads(re.search(r'(?s)<script type="application/json" id="data">(.*?)</script>', text)[1])
-
-
-def test_a_report_of_one_model(training, fresh, tmp_path):
-    scored(fresh, training, tmp_path / "s")
-    data = check_page(write_report([Scored.load(tmp_path / "s", "mine")], tmp_path / "report.html"))
-    assert len(data["pairs"]) == 12 and data["models"] == ["mine"]
-    similarity = [pair["similarity"] for pair in data["pairs"]]
-    assert similarity == sorted(similarity, reverse=True)
-    assert all(image["uri"].startswith("data:image/") for image in data["images"])
-
-
-def synthetic(folder, number, fresh, training):
-    """Scores of ``number`` pairs that show the same few images."""
-    scores, nearest, background = load_scores(folder)
-    names = [nearest["file_name"][i % 12] for i in range(number)]
-    rng = np.random.default_rng(0)
-    table = {
-        "file_name": names,
-        "text": ["<script>alert('x')</script> & \"quotes\" </script>"] * number,
-        "seed": list(range(number)),
-        "nearest": [nearest["nearest"][i % 12] for i in range(number)],
-        "similarity": rng.random(number).tolist(),
-        "copy": [False] * number,
-        "l2_ratio": [math.nan] * number,
-    }
-    return Scored("synthetic & <b>", scores, table, background)
-
-
-@pytest.mark.parametrize("number", [0, 1, 10_000])
-def test_reports_render_with_any_number_of_pairs(training, fresh, tmp_path, number):
-    scored(fresh, training, tmp_path / "s")
-    model = synthetic(tmp_path / "s", number, fresh, training)
-    data = check_page(write_report([model], tmp_path / "report.html", max_pairs=10_000))
-    assert len(data["pairs"]) == number and len(data["images"]) <= 24
-    assert (tmp_path / "report.html").stat().st_size < 6e6
-
-
-def test_models_stand_side_by_side_for_the_same_prompt_and_seed(training, fresh, tmp_path):
-    scored(fresh, training, tmp_path / "s")
-    models = [synthetic(tmp_path / "s", 30, fresh, training) for _ in range(2)]
-    models[1] = Scored("other", *(getattr(models[1], key) for key in ("scores", "nearest", "background")))
-    data = check_page(write_report(models, tmp_path / "report.html"))
-    assert len(data["compare"]) == 24 and [cell["model"] for cell in data["compare"][0]["cells"]][1] == "other"
-
-
-def test_pictures_that_are_gone_leave_a_gap_and_no_error(training, fresh, tmp_path):
-    shutil.copytree(fresh, tmp_path / "gone")
-    scored(tmp_path / "gone", training, tmp_path / "s")
-    shutil.rmtree(tmp_path / "gone")
-    check_page(write_report([Scored.load(tmp_path / "s")], tmp_path / "report.html"))
-
-
-def test_the_report_command_names_what_is_missing(training, fresh, tmp_path, capsys):
-    assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "r.html")]) == 2
-    assert "scores.json" in capsys.readouterr().err
-    scored(fresh, training, tmp_path / "s")
-    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path)]) == 2
-    assert f"--output {tmp_path}: is a folder; give a file" in capsys.readouterr().err
-
-
-def test_pairs_that_share_crops_alone_are_shown_with_their_crops(training, tmp_path):
-    """One generated image resembles a training image, the other holds a quarter of another one."""
-    made = tmp_path / "made"
-    made.mkdir()
-    near, copied = (Image.open(training / name) for name in ("010_0.png", "011_0.png"))
-    image = Image.fromarray(np.random.default_rng(100).integers(0, 256, (20, 23, 3), dtype=np.uint8))
-    Image.blend(near, image, 0.3).save(made / "near.png")
-    image.paste(copied.crop((0, 0, 10, 10)), (13, 10))
-    image.save(made / "part.png")
-    scored(made, training, tmp_path / "s", Protocol(descriptor="pixel", patches=True))
-    data = check_page(write_report([Scored.load(tmp_path / "s", "mine")], tmp_path / "report.html", max_pairs=1))
-    near, part = data["pairs"]
-    assert (near["file_name"], near["nearest"]) == ("near.png", "010_0.png")
-    assert not part["copy"] and part["patch"]["copy"] and part["patch"]["nearest"] == "011_0.png" != part["nearest"]
-    crops = [data["images"][part["patch"][key]] for key in ("image", "training")]
-    assert crops[0] == crops[1] and crops[0]["side"] == 10 and "the 1 with the most similar crops" in data["count"]
-
-
-def test_a_report_finds_images_in_columns_of_other_names_and_counts_those_that_are_gone(fresh, tmp_path):
-    rows = [{"picture": {"bytes": path.read_bytes(), "path": None}} for path in sorted(fresh.glob("*.png"))]
-    saved = tmp_path / "saved"
-    Dataset.from_list(rows, features=Features({"picture": ImageFeature()})).save_to_disk(str(saved))
-    gone = tmp_path / "gone"
-    shutil.copytree(fresh, gone)
-    known = load_images(saved, "train", image_column="picture")
-    score(load_images(gone, "generated"), known, tmp_path / "s", Tools(PIXEL))
-    model = Scored.load(tmp_path / "s", "mine")
-    assert "grey squares" not in write_report([model], tmp_path / "a.html").read_text()
-    (gone / "000_0.png").unlink()
-    assert "1 pictures can no longer be read" in write_report([model], tmp_path / "b.html").read_text()
-
-
-def test_models_of_different_training_sets_are_told_apart(training, fresh, tmp_path):
-    shutil.copytree(training, tmp_path / "same")
-    for name, known in (("a", training), ("b", tmp_path / "same"), ("c", fresh)):
-        scored(fresh, known, tmp_path / name)
-    a, b, c = (Scored.load(tmp_path / name) for name in "abc")
-    same = write_report([a, b], tmp_path / "same.html").read_text()
-    assert "12 of a, 12 of b; compared with 63 training images." in same and "different training sets" not in same
-    other = write_report([a, c], tmp_path / "other.html").read_text()
-    assert "12 of a, compared with 63 training images; 12 of c, compared with 12 training images." in other
-    assert "scored against different training sets" in other and "different versions" not in other
-    older = {**b.scores, "protocol": {**b.scores["protocol"], "version": "0.1.0"}}
-    older = write_report([a, replace(b, scores=older)], tmp_path / "older.html").read_text()
-    assert "different versions of this software (0.1.0, " in older and "scored under different protocols" not in older
-
-
 def test_unknown_protocols_are_refused():
     with pytest.raises(UsageError, match="`fid` x"):
         Protocol(descriptor="pixel", fid="x")
@@ -505,28 +364,6 @@ def test_the_training_set_has_a_copy_rate_of_its_own_in_which_duplicates_count_o
     image = Image.open(training / "020_0.png")
     Image.fromarray((np.asarray(image) * 0.97).astype(np.uint8)).save(tmp_path / "near" / "darker.png")
     assert scored(fresh, tmp_path / "near", tmp_path / "t")["train_train_copy_rate"] == pytest.approx(2 / 61)
-
-
-def test_held_out_pictures_are_compared_like_generated_ones(training, fresh, tmp_path):
-    """Copies of the model are set against those of pictures that were not trained on."""
-    training_images, images = load_images(training, "x"), load_images(training, "x").select(range(4, 14))
-    held = write_folder(tmp_path / "held", 9, seed=4)
-    soft = Image.open(training / "020_0.png").convert("RGB")
-    noise = Image.open(held / "000_0.png").resize(soft.size)
-    Image.blend(soft, noise, 0.3).save(held / "000_0.png")
-    Image.fromarray((np.asarray(soft) * 0.98).astype(np.uint8)).save(held / "darker.png")
-    tools = Tools(PIXEL)
-    scores = score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
-    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 1
-    assert scores["heldout_copy_rate"] == pytest.approx(1 / 9) and scores["copy_rate"] == 1
-    assert scores["excess_copy_rate"] == pytest.approx(8 / 9)
-    assert scores["excess_copy_rate_ci95"][0] < 8 / 9 < scores["excess_copy_rate_ci95"][1] <= 1
-    assert scores["heldout_sim_score"] < 0.95 and any("taken for other versions" in x for x in scores["notes"])
-    assert scores["training_preference"] == 1  # all are training images
-    # The same pictures, in another file format and under another name, are refused.
-    Image.open(training / "030_0.png").save(held / "other.bmp")
-    with pytest.raises(UsageError, match=r"`heldout`.*: 1 of its 11 pictures are also among the training images"):
-        score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
 
 
 def test_flat_colours_are_flat_channel_by_channel_and_pictures_are_not():
@@ -571,73 +408,3 @@ def test_noise_is_told_from_pictures_of_the_same_kind_and_few_images_from_nothin
     torch.jit.script(Blobs()).save(str(tmp_path / "blobs.torchscript.pt"))
     network = Protocol(descriptor=str(tmp_path / "blobs.torchscript.pt"), copy_similarity=0.9)
     assert scored(noise, known, tmp_path / "s", network)["plausibility"] == bad
-
-
-def test_a_part_of_a_held_out_picture_is_as_near_as_one_of_a_training_image(training, fresh, tmp_path):
-    """Both sets are shown as training shows its images: by crops along the long side, and mirrored."""
-    wide = write_folder(tmp_path / "wide", 2, size=40, seed=4)
-    for path in wide.glob("*.png"):
-        Image.open(path).crop((0, 10, 43, 30)).save(path)
-    (tmp_path / "drawn").mkdir()
-    left = Image.open(wide / "000_0.png").crop((0, 0, 20, 20))
-    ImageOps.mirror(left).save(tmp_path / "drawn" / "0.png")
-    drawn, training_images = load_images(tmp_path / "drawn", "x"), load_images(training, "x")
-    scores = score(drawn, training_images, tmp_path / "s", Tools(PIXEL), heldout=load_images(wide, "heldout"))
-    assert scores["num_heldout"] == 2 and scores["training_preference"] == pytest.approx(-60 / 2)
-    unlike = load_images(fresh, "x")
-    scores = score(unlike, training_images, tmp_path / "t", Tools(PIXEL), heldout=load_images(wide, "heldout"))
-    low, high = scores["training_preference_ci95"]
-    assert -30 <= low <= scores["training_preference"] <= high <= 1
-
-
-def test_the_preference_is_zero_by_chance_and_one_for_copies():
-    """Of sets that one distribution gives, however unequal in size."""
-    generator = torch.Generator().manual_seed(0)
-    for num_training, num_heldout in ((200, 200), (300, 20), (20, 300)):
-        vectors = torch.nn.functional.normalize(
-            torch.randn(4000 + num_training + num_heldout, 8, generator=generator), dim=1
-        )
-        images, training, heldout = vectors.split([4000, num_training, num_heldout])
-        nearest = [(images @ others.T).amax(dim=1) for others in (training, heldout)]
-        chance, hits = num_training / (num_training + num_heldout), similarity.prefers_training(*nearest)
-        # The sets themselves are random: their share varies as if each of their images were drawn once.
-        spread = (hits.std() / 4000**0.5) / (1 - chance)
-        spread += (num_training / num_heldout / min(num_training, num_heldout)) ** 0.5
-        assert abs(similarity.above_chance(hits, torch.tensor(chance))) < 3 * spread
-        nearest = [(training @ others.T).amax(dim=1) for others in (training, heldout)]
-        assert similarity.above_chance(similarity.prefers_training(*nearest), torch.tensor(chance)) == pytest.approx(1)
-    same = torch.rand(9)
-    assert similarity.above_chance(similarity.prefers_training(same, same), torch.tensor(0.5)) == 0
-
-
-def test_a_single_prompt_has_no_bootstrap_interval(training, fresh, tmp_path):
-    """Drawn again and again it would have no width, as if it were sure."""
-    images = load_images(fresh, "x")
-    images.texts = ["one"] * len(images)
-    held = load_images(write_folder(tmp_path / "held", 9, seed=4), "heldout")
-    scores = score(images, load_images(training, "x"), tmp_path / "s", Tools(PIXEL), heldout=held)
-    assert scores["num_prompts"] == 1 and scores["sim_score_ci95"] is None and scores["sim_mean_ci95"] is None
-    low, high = scores["training_preference_ci95"]
-    assert high - low > 1 and low <= scores["training_preference"] <= high
-    write_report([Scored.load(tmp_path / "s", "model")], tmp_path / "r.html")
-
-
-def test_names_with_signs_of_a_formula_or_a_leading_underscore_are_shown_as_they_are(training, fresh, tmp_path):
-    scored(fresh, training, tmp_path / "s")
-    for name in ("price_$5_$6", "_hidden", "$\\frac$", "a\nb"):
-        page = write_report([Scored.load(tmp_path / "s", name)], tmp_path / "r.html").read_text()
-        svg = html.unescape(re.search(r"(?s)<svg.*?</svg>", page)[0])
-        assert " ".join(name.split()) in svg and "could not be drawn" not in page
-
-
-def test_held_out_versions_of_training_images_are_left_out_though_the_descriptor_sees_others(
-    training, fresh, tmp_path, monkeypatch
-):
-    """To SSCD a smaller version is less similar than a near duplicate, and would make copies look usual."""
-    monkeypatch.setattr(similarity, "NEAR_DUPLICATE", 2)
-    held = write_folder(tmp_path / "held", 9, seed=4)
-    picture = Image.open(training / "020_0.png").convert("RGB")
-    ImageOps.mirror(picture).save(held / "mirrored.jpg", quality=90, subsampling=0)
-    sets = load_images(fresh, "x"), load_images(training, "x")
-    scores = score(*sets, tmp_path / "s", Tools(PIXEL), heldout=load_images(held, "heldout"))
-    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 1

@@ -367,10 +367,8 @@ class LatentDiffusion(Family):
                 output_type="latent",
                 **self.drawn_size(),
             ).images
-        # In its own precision: some VAEs overflow in half.
-        vae = self.vae.config
-        latents = latents.to(self.vae.dtype) / vae.scaling_factor + (vae.shift_factor or 0)
-        decoded = [self.vae.decode(one, return_dict=False)[0] for one in latents.split(1)]  # it has the widest tensors
+        # Outside of the autocast, as some VAEs overflow in half; and one at a time: a VAE has the widest tensors.
+        decoded = [self.objective.decoded(one.to(self.vae.dtype)) for one in latents.split(1)]
         return [pipeline.image_processor.postprocess(image)[0] for image in decoded]
 
     def drawn_size(self) -> dict[str, int]:

@@ -92,7 +92,7 @@ def _doubt(audit: Audit, mark: str) -> str | None:
     if audit.scores.get("weights_hash") != mark:
         return "is not of the weights that are here now"
     added = [name for name in ("mitigation", "negative_prompt", "lora") if drawing.get(name)]
-    return f"is of images drawn with {added[0]}, not by the weights alone" if added else None
+    return f"is of images that were drawn with {added[0]}, which is not part of the weights" if added else None
 
 
 def as_markdown(audits: Sequence[Audit]) -> str:

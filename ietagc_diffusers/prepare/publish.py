@@ -17,7 +17,7 @@ def publish(folder: str | Path, repository: Repository) -> str:
     A card that is there already stays. Returns the address of the last commit.
 
     Raises:
-        UploadError: the Hub or the network refuses; the same call goes on from there.
+        UploadError: the Hub or the network refuses; the same call continues, and sends no file twice.
         UsageError: no set was prepared in the folder.
     """
     folder = Path(folder)

@@ -106,7 +106,7 @@ class State:
         return _number(*parts, str(times).encode()) if times else own
 
     def commit(self) -> None:
-        """Keep the progress: what a killed run goes on from."""
+        """Keep the progress, from which a killed run continues."""
         self._put("progress", asdict(self.progress))
         self.connection.commit()
 

@@ -151,7 +151,8 @@ def members(path: Path) -> Iterator[tuple[str, bytes] | LeftOut]:
 def _members(tar: tarfile.TarFile, file: Any, where: str) -> Iterator[tuple[str, bytes] | LeftOut]:
     end = 0
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
+        # tarfile lists every member that it has read: of a large tar the list would fill the memory.
+        tar.members.clear()  # type: ignore[attr-defined]
         if tar.offset <= end or member.size < 0:
             raise tarfile.ReadError("a member of negative size")
         end = tar.offset

@@ -76,7 +76,8 @@ def write_training_set(
         **views,
     }
     write_json(folder.training_set_file, record)
-    places = {name: str(Path(value).resolve()) for name in PLACES if (value := values[name]) and Path(value).exists()}
+    named = {name: values[name] for name in (*PLACES, "heldout_dir") if values[name]}
+    places = {name: str(Path(value).resolve()) for name, value in named.items() if Path(value).exists()}
     table = {SAMPLE_ID: stored_column(rows, SAMPLE_ID), "image": pa.array(found.marks, pa.binary(16))}
     keys = canary_keys(rows, settings)
     if keys:

@@ -1,0 +1,109 @@
+"""Scores beside those of pictures that were not trained on: copies, and the preference for training images."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image, ImageOps
+
+from ietagc_diffusers.errors import UsageError
+from ietagc_diffusers.eval.image_sets import load_images
+from ietagc_diffusers.eval.metrics import similarity
+from ietagc_diffusers.eval.report import Scored, write_report
+from ietagc_diffusers.eval.score import Protocol, Tools, score
+
+PIXEL = Protocol(descriptor="pixel", batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("score") / "training", 60, copies=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
+
+
+def test_held_out_pictures_are_compared_like_generated_ones(training, fresh, tmp_path):
+    """Copies of the model are set against those of pictures that were not trained on."""
+    training_images, images = load_images(training, "x"), load_images(training, "x").select(range(4, 14))
+    held = write_folder(tmp_path / "held", 9, seed=4)
+    soft = Image.open(training / "020_0.png").convert("RGB")
+    noise = Image.open(held / "000_0.png").resize(soft.size)
+    Image.blend(soft, noise, 0.3).save(held / "000_0.png")
+    Image.fromarray((np.asarray(soft) * 0.98).astype(np.uint8)).save(held / "darker.png")
+    tools = Tools(PIXEL)
+    scores = score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
+    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 1
+    assert scores["heldout_copy_rate"] == pytest.approx(1 / 9) and scores["copy_rate"] == 1
+    assert scores["excess_copy_rate"] == pytest.approx(8 / 9)
+    assert scores["excess_copy_rate_ci95"][0] < 8 / 9 < scores["excess_copy_rate_ci95"][1] <= 1
+    assert scores["heldout_sim_score"] < 0.95 and any("taken for other versions" in x for x in scores["notes"])
+    assert scores["training_preference"] == 1  # all are training images
+    # The same pictures, in another file format and under another name, are refused.
+    Image.open(training / "030_0.png").save(held / "other.bmp")
+    with pytest.raises(UsageError, match=r"`heldout`.*: 1 of its 11 pictures are also among the training images"):
+        score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
+
+
+def test_held_out_versions_of_training_images_are_left_out_though_the_descriptor_sees_others(
+    training, fresh, tmp_path, monkeypatch
+):
+    """To SSCD a smaller version is less similar than a near duplicate, and would make copies look usual."""
+    monkeypatch.setattr(similarity, "NEAR_DUPLICATE", 2)
+    held = write_folder(tmp_path / "held", 9, seed=4)
+    picture = Image.open(training / "020_0.png").convert("RGB")
+    ImageOps.mirror(picture).save(held / "mirrored.jpg", quality=90, subsampling=0)
+    sets = load_images(fresh, "x"), load_images(training, "x")
+    scores = score(*sets, tmp_path / "s", Tools(PIXEL), heldout=load_images(held, "heldout"))
+    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 1
+
+
+def test_a_part_of_a_held_out_picture_is_as_near_as_one_of_a_training_image(training, fresh, tmp_path):
+    """Both sets are shown as training shows its images: by crops along the long side, and mirrored."""
+    wide = write_folder(tmp_path / "wide", 2, size=40, seed=4)
+    for path in wide.glob("*.png"):
+        Image.open(path).crop((0, 10, 43, 30)).save(path)
+    (tmp_path / "drawn").mkdir()
+    left = Image.open(wide / "000_0.png").crop((0, 0, 20, 20))
+    ImageOps.mirror(left).save(tmp_path / "drawn" / "0.png")
+    drawn, training_images = load_images(tmp_path / "drawn", "x"), load_images(training, "x")
+    scores = score(drawn, training_images, tmp_path / "s", Tools(PIXEL), heldout=load_images(wide, "heldout"))
+    assert scores["num_heldout"] == 2 and scores["training_preference"] == pytest.approx(-60 / 2)
+    unlike = load_images(fresh, "x")
+    scores = score(unlike, training_images, tmp_path / "t", Tools(PIXEL), heldout=load_images(wide, "heldout"))
+    low, high = scores["training_preference_ci95"]
+    assert -30 <= low <= scores["training_preference"] <= high <= 1
+
+
+def test_the_preference_is_zero_by_chance_and_one_for_copies():
+    """Of sets that one distribution gives, however unequal in size."""
+    generator = torch.Generator().manual_seed(0)
+    for num_training, num_heldout in ((200, 200), (300, 20), (20, 300)):
+        vectors = torch.nn.functional.normalize(
+            torch.randn(4000 + num_training + num_heldout, 8, generator=generator), dim=1
+        )
+        images, training, heldout = vectors.split([4000, num_training, num_heldout])
+        nearest = [(images @ others.T).amax(dim=1) for others in (training, heldout)]
+        chance, hits = num_training / (num_training + num_heldout), similarity.prefers_training(*nearest)
+        # The sets themselves are random: their share varies as if each of their images were drawn once.
+        spread = (hits.std() / 4000**0.5) / (1 - chance)
+        spread += (num_training / num_heldout / min(num_training, num_heldout)) ** 0.5
+        assert abs(similarity.above_chance(hits, torch.tensor(chance))) < 3 * spread
+        nearest = [(training @ others.T).amax(dim=1) for others in (training, heldout)]
+        assert similarity.above_chance(similarity.prefers_training(*nearest), torch.tensor(chance)) == pytest.approx(1)
+    same = torch.rand(9)
+    assert similarity.above_chance(similarity.prefers_training(same, same), torch.tensor(0.5)) == 0
+
+
+def test_a_single_prompt_has_no_bootstrap_interval(training, fresh, tmp_path):
+    """Drawn again and again it would have no width, as if it were sure."""
+    images = load_images(fresh, "x")
+    images.texts = ["one"] * len(images)
+    held = load_images(write_folder(tmp_path / "held", 9, seed=4), "heldout")
+    scores = score(images, load_images(training, "x"), tmp_path / "s", Tools(PIXEL), heldout=held)
+    assert scores["num_prompts"] == 1 and scores["sim_score_ci95"] is None and scores["sim_mean_ci95"] is None
+    low, high = scores["training_preference_ci95"]
+    assert high - low > 1 and low <= scores["training_preference"] <= high
+    write_report([Scored.load(tmp_path / "s", "model")], tmp_path / "r.html")
