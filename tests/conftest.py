@@ -52,6 +52,13 @@ def write_folder(folder, num_images, copies=(), size=20, seed=0):
     return folder
 
 
+def write_index(folder, kind):
+    """A folder that says that it holds such a pipeline, and nothing else."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind, "_diffusers_version": "0.30.0"}))
+    return folder
+
+
 def scene(seed, size=(96, 80)):
     """A picture with the amplitudes of natural images, which fall with the frequency."""
     rng = np.random.default_rng(seed)

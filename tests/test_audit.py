@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import write_folder
+from pages import check_page
 from PIL import Image
-from test_score import check_page
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.console import say

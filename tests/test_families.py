@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import train_flags, train_here
+from conftest import train_flags, train_here, write_index
 
 from ietagc_diffusers import StableDiffusion, UsageError, family_of, testing
 from ietagc_diffusers.data import Batch
 from ietagc_diffusers.families import StableDiffusionXL
-
-
-def write_index(folder, kind):
-    folder.mkdir()
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind, "_diffusers_version": "0.30.0"}))
-    return folder
 
 
 def test_a_base_is_known_by_its_index(base, tmp_path):

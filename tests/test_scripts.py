@@ -1,9 +1,8 @@
 """The training scripts under the names of Diffusers' own take their flags, with their defaults."""
 
 import pytest
-from conftest import COLOURS, ROOT, launch, train_flags
-from test_arguments import NEEDED, OFFICIAL_DEFAULTS
-from test_families import write_index
+from conftest import COLOURS, ROOT, launch, train_flags, write_index
+from official import NEEDED, OFFICIAL_DEFAULTS
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.arguments import build_parser, parse_args

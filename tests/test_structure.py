@@ -141,3 +141,10 @@ def test_the_library_names_settings_not_flags_in_its_errors(path):
 @pytest.mark.parametrize("path", [*SOURCES, *ROOT.glob("train_*.py")], ids=lambda p: p.name)
 def test_modules_are_a_sitting_long(path):
     assert len(path.read_text().splitlines()) <= (30 if path.parent == ROOT else 400)
+
+
+def test_tests_share_through_modules_that_are_no_tests():
+    """A test that moves takes what others import from its module with it; `pytest` finds that last of all."""
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        modules = [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        assert not [name for name in modules if name and name.startswith("test_")], path.name
