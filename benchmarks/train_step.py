@@ -9,6 +9,7 @@ the step.
 
     python -m benchmarks.train_step --model tiny --steps 100
     python -m benchmarks.train_step --model sd15 --size 64 --batch 1 --steps 3
+    python -m benchmarks.train_step --model sdxl --size 128 --batch 1 --steps 3 --lora 16
 """
 
 import argparse
@@ -25,17 +26,21 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.data import Batch, image_transform
+from ietagc_diffusers.families import StableDiffusion
 from ietagc_diffusers.families.text_to_image import TextToImageObjective
 from ietagc_diffusers.method.augmentation import StrengthRandAugment
 from ietagc_diffusers.method.control import PlainControl, ThresholdAwareControl
 from ietagc_diffusers.method.memory_bank import LossMemoryBank
-from ietagc_diffusers.training.controls import BaseCopy
+from ietagc_diffusers.training.controls import BaseCopy, WithoutAdapters
+from ietagc_diffusers.training.groups import LoraSettings
 from ietagc_diffusers.training.layout import Layout
+from ietagc_diffusers.training.lora import adapted, adapter_config
 from ietagc_diffusers.training.proxy import Proxy
 
 ATTENTION, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -60,8 +65,8 @@ TEXT = {
     "sd21": [(1024, 23, 16)],
     "sdxl": [(768, 12, 12), (1280, 32, 20)],
 }  # width, layers, heads
-# Whether a variant augments, and whether it reads the cache.
-# Whether a variant augments, has a cache, and is calibrated by a copy of the base.
+# Whether a variant augments, has a cache, and is calibrated: by a copy of the base or, with adapters, by the model
+# without them.
 VARIANTS = {
     "none": (False, False, False),
     "agc": (False, False, False),
@@ -173,6 +178,10 @@ def build(args, device, dtype):
         sizes = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]]) if args.model == "sdxl" else None
     vae.decoder = None  # half of its memory
     unet.train().to(device)
+    if args.lora:
+        unet.requires_grad_(False).to(dtype)
+        unet.add_adapter(adapter_config(LoraSettings(lora_rank=args.lora), [*StableDiffusion.denoiser_targets]))
+        cast_training_params(unet)
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
@@ -230,15 +239,15 @@ def official_step(model, objective, batch, optimizer, schedule):
     optimizer.zero_grad()
 
 
-def control_of(name, args, num_levels, base):
-    """``base``: makes the copy of the base, if need be."""
+def control_of(name, args, num_levels, reference):
+    """``reference``: makes that of a calibrated control."""
     if name == "none":
         return PlainControl()
     augments, _, calibrated = VARIANTS[name]
     augment = StrengthRandAugment(5, 2) if augments else None
     options = (LossMemoryBank(num_levels, 0.8, False), 0.8, 1.4 if augments else 1.0, 5.0, augment)
-    reference = BaseCopy(base()) if calibrated else None
-    return SetShares(args.skip_share, args.augment_share if augments else 0, *options, None, reference)
+    calibrates = reference() if calibrated else None
+    return SetShares(args.skip_share, args.augment_share if augments else 0, *options, None, calibrates)
 
 
 def timed(step, device, clock):
@@ -260,6 +269,7 @@ def main():
     parser.add_argument("--augment_share", type=float, default=0.3)
     parser.add_argument("--cpu_time", action="store_true", help="of all threads, for a machine that does other work")
     parser.add_argument("--sgd", action="store_true", help="where AdamW's state does not fit; ratios come out larger")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of the attention layers, as LoRA does")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     for flag in ("compile", "channels_last", "fused_adam", "gradient_checkpointing", "allow_tf32"):
         parser.add_argument(f"--{flag}", action="store_true", help="of the training script; for both steps")
@@ -274,23 +284,26 @@ def main():
     model = accelerator.prepare_model(denoiser, evaluation_mode=True)
     if args.compile:
         model = torch.compile(model)
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     if args.sgd:
-        optimizer = torch.optim.SGD(denoiser.parameters(), lr=1e-6)
+        optimizer = torch.optim.SGD(trained, lr=1e-6)
     else:
-        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-6, **({"fused": True} if args.fused_adam else {}))
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, **({"fused": True} if args.fused_adam else {}))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     plain, cached = batches(args, objective, vocabulary, device)
 
     @functools.cache
-    def base():
+    def reference():
+        if args.lora:
+            return WithoutAdapters(model, [*adapted(denoiser).values()])
         copied = accelerator.prepare_model(
             copy.deepcopy(denoiser).requires_grad_(False).eval().to(dtype), evaluation_mode=True
         )
-        return torch.compile(copied) if args.compile else copied
+        return BaseCopy(torch.compile(copied) if args.compile else copied)
 
     layout, proxies = Layout(1, device=device), {}
     for name in args.variants:
-        control = control_of(name, args, objective.num_levels, base).to(device)
+        control = control_of(name, args, objective.num_levels, reference).to(device)
         loader = Batches(cached if VARIANTS[name][1] else plain)
         proxies[name] = Proxy(0, loader, control, optimizer, schedule, args.batch)
         proxies[name]._move(device)
@@ -304,11 +317,12 @@ def main():
                 seconds[name].append(took)
             if args.model != "tiny":
                 print(f"step {number}, {name}: {took:.2f} s", file=sys.stderr, flush=True)
-    parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    of_all, of_trained = (sum(p.numel() for p in some) / 1e6 for some in (denoiser.parameters(), trained))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     official = statistics.median(seconds["official"])
     clock = "CPU time" if args.cpu_time else "time"
-    print(f"{args.model}: {parameters:.0f} M parameters, {args.batch} images of {args.size} px, {where}, {clock}")
+    size = f"{of_all:.0f} M parameters" + (f", {of_trained:.1f} M trained" if args.lora else "")
+    print(f"{args.model}: {size}, {args.batch} images of {args.size} px, {where}, {clock}")
     print(
         f"skipped {args.skip_share:.0%}, augmented {args.augment_share:.0%}; the official step takes {official:.3f} s"
     )

@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks import train_step
@@ -11,10 +12,10 @@ from ietagc_diffusers.training.layout import Layout
 from ietagc_diffusers.training.proxy import Proxy
 
 
-def stepped(cached, step):
-    args = SimpleNamespace(model="tiny", size=16, batch=3, channels_last=False, gradient_checkpointing=False)
+def stepped(cached, step, lora):
+    args = SimpleNamespace(model="tiny", size=16, batch=3, channels_last=False, gradient_checkpointing=False, lora=lora)
     denoiser, objective, vocabulary = train_step.build(args, torch.device("cpu"), torch.float32)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in denoiser.parameters() if p.requires_grad], lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     batch = train_step.batches(args, objective, vocabulary, torch.device("cpu"))[cached]
     torch.manual_seed(4)
@@ -26,14 +27,16 @@ def ours(denoiser, objective, batch, optimizer, schedule):
     Proxy(0, train_step.Batches(batch), PlainControl(), optimizer, schedule, 3).step(denoiser, objective, Layout(1))
 
 
-def test_the_steps_that_are_compared_are_the_same():
-    official = stepped(False, train_step.official_step)
-    assert torch.equal(official, stepped(False, ours))
-    assert torch.equal(official, stepped(True, ours))
+@pytest.mark.parametrize("lora", [None, 4])
+def test_the_steps_that_are_compared_are_the_same(lora):
+    official = stepped(False, train_step.official_step, lora)
+    assert torch.equal(official, stepped(False, ours, lora))
+    assert torch.equal(official, stepped(True, ours, lora))
 
 
-def test_every_variant_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_step", "--size=16", "--batch=4", "--steps=1", "--fused_adam"])
+@pytest.mark.parametrize("kind", ["--fused_adam", "--lora=4"])
+def test_every_variant_is_measured(monkeypatch, capsys, kind):
+    monkeypatch.setattr(sys, "argv", ["train_step", "--size=16", "--batch=4", "--steps=1", kind])
     train_step.main()
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in train_step.VARIANTS)
