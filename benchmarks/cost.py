@@ -25,12 +25,15 @@ from ietagc_diffusers.training.cost import PROCESS, Adapters, Cost
 from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.lora import shape_of, targeted
 
+from .real_shapes import UNETS
+
 SHARDS = (1, 4, 10)
 CHECKED = (192, 384, 512)  # widths of the model of the real runs
+# Of --check: K, where waiting proxies are, --calibrate.
+RUNS = ((1, "host", "none"), (2, "host", "none"), (2, "disk", "none"), (4, "disk", "none"), (2, "disk", "base"))
 UNCOUNTED = 0.1e9  # bytes of activations and of the tensor that is being moved, beyond what the arithmetic knows
 EVERY, LIMIT = 2000, 2  # checkpoints of the runs in the table
 STEPS_PER_ROUND, NUM_ROUNDS = 2000, 2  # enough rounds for what a longer run keeps at a time
-_SD = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
 # name -> (class, configuration, parameters of the frozen parts)
 MODELS = {
     "CIFAR UNet": (
@@ -45,34 +48,9 @@ MODELS = {
         },
         0,
     ),
-    "SD 1.5": (UNet2DConditionModel, _SD, 83_653_863 + 123_060_480),
-    "SD 2.1": (
-        UNet2DConditionModel,
-        {
-            "sample_size": 96,
-            "attention_head_dim": (5, 10, 20, 20),
-            "cross_attention_dim": 1024,
-            "use_linear_projection": True,
-        },
-        83_653_863 + 340_387_840,
-    ),
-    "SDXL UNet": (
-        UNet2DConditionModel,
-        {
-            "sample_size": 128,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (320, 640, 1280),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "transformer_layers_per_block": (1, 2, 10),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        83_653_863 + 123_060_480 + 694_659_840,
-    ),
+    "SD 1.5": (UNet2DConditionModel, UNETS["sd15"], 83_653_863 + 123_060_480),
+    "SD 2.1": (UNet2DConditionModel, UNETS["sd21"], 83_653_863 + 340_387_840),
+    "SDXL UNet": (UNet2DConditionModel, UNETS["sdxl"], 83_653_863 + 123_060_480 + 694_659_840),
     "SD 3 medium": (
         SD3Transformer2DModel,
         {
@@ -164,17 +142,17 @@ def print_table(table):
         print("| " + " | ".join(map(str, row.values())) + " |")
 
 
-def measure(num_shards: int, ema: bool, place: str, scratch: Path) -> dict[str, float]:
+def measure(num_shards: int, place: str, calibrate: str, scratch: Path) -> dict[str, float]:
     """A real run of a model of 80 M parameters on 16 px images: peak memory and disk beside the arithmetic."""
-    name = f"{num_shards}-{ema}-{place}"
-    command = [sys.executable, "-m", "benchmarks.cost", "--child", str(num_shards), str(int(ema)), place]
-    done = subprocess.run([*command, str(scratch / name)], capture_output=True, text=True)
+    run = [str(num_shards), place, calibrate]
+    command = [sys.executable, "-m", "benchmarks.cost", "--child", *run, str(scratch / "-".join(run))]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
+def child(num_shards: int, place: str, calibrate: str, scratch: Path) -> None:
     """The run itself, in a process of its own; prints its numbers as JSON."""
     from accelerate.state import AcceleratorState
 
@@ -197,11 +175,12 @@ def child(num_shards: int, ema: bool, place: str, scratch: Path) -> None:
     count = sum(p.numel() for p in pipeline.unet.parameters())
     frozen = testing.family_of_pipeline(pipeline).nbytes - count * costs.FLOAT32
     del pipeline
-    flags += ["--use_ema"] * ema
+    flags += ["--use_ema", f"--calibrate={calibrate}"]
     more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
     more += ["--checkpointing_steps=3", "--checkpoints_total_limit=1", f"--proxy_state={place}", "--train_batch_size=1"]
     train(parse_args([*flags, *more, "--augment_range=1", f"--output_dir={scratch / 'out'}"]))
-    cost = costs.Cost(count, frozen, num_shards, ema=ema, on_disk=place == "disk", on_cpu=True)
+    reference = count * costs.FLOAT32 if calibrate == "base" else 0
+    cost = costs.Cost(count, frozen, num_shards, ema=True, on_disk=place == "disk", on_cpu=True, reference=reference)
     rounds = Rounds(num_shards, 4, 2)
     last = costs.checkpoint_steps(rounds, 3)[-1]
     files = (scratch / "out" / f"checkpoint-{last}").rglob("*")
@@ -225,9 +204,9 @@ def check() -> bool:
     """Print real runs beside the arithmetic. Returns whether all agree to 5%, and memory to that and ``UNCOUNTED``."""
     table = []
     with tempfile.TemporaryDirectory() as scratch:
-        for num_shards, ema, place in ((1, True, "host"), (2, True, "host"), (2, True, "disk"), (4, True, "disk")):
-            got = measure(num_shards, ema, place, Path(scratch))
-            row = {"K": num_shards, "EMA": "yes" if ema else "no", "proxy state": place}
+        for run in RUNS:
+            got = measure(*run, Path(scratch))
+            row = dict(zip(("K", "proxy state", "calibrate"), run, strict=True))
             for what in ("memory", "checkpoint"):
                 row[what] = f"{got[what] / 1e9:.3f}"
                 row[f"{what} expected"] = f"{got[f'{what} expected'] / 1e9:.3f}"
@@ -249,8 +228,8 @@ def main():
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        num_shards, ema, place, scratch = args.child
-        child(int(num_shards), bool(int(ema)), place, Path(scratch))
+        num_shards, place, calibrate, scratch = args.child
+        child(int(num_shards), place, calibrate, Path(scratch))
     elif args.lora:
         print_table([row for name in MODELS if name != "CIFAR UNet" for row in adapter_rows(name)])
     elif args.check:

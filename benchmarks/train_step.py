@@ -25,10 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.data import Batch, image_transform
@@ -43,28 +42,8 @@ from ietagc_diffusers.training.layout import Layout
 from ietagc_diffusers.training.lora import adapted, adapter_config
 from ietagc_diffusers.training.proxy import Proxy
 
-ATTENTION, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-UNETS = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-    "sdxl": {
-        "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20],
-        "use_linear_projection": True,
-        "down_block_types": (PLAIN, ATTENTION, ATTENTION),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": [1, 2, 10],
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-TEXT = {
-    "sd15": [(768, 12, 12)],
-    "sd21": [(1024, 23, 16)],
-    "sdxl": [(768, 12, 12), (1280, 32, 20)],
-}  # width, layers, heads
+from . import real_shapes
+
 # Whether a variant augments, has a cache, and is calibrated: by a copy of the base or, with adapters, by the model
 # without them.
 VARIANTS = {
@@ -158,23 +137,9 @@ def build(args, device, dtype):
         unet, vae = testing.build_unet((64, 128)), testing.build_vae()
         texts, vocabulary, sizes = [testing.build_text_encoder(tokenizer)], len(tokenizer), None
     else:
-        unet = UNet2DConditionModel(**UNETS[args.model])
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-        )
-        texts = [
-            CLIPTextModel(
-                CLIPTextConfig(
-                    hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
-                )
-            )
-            for width, layers, heads in TEXT[args.model]
-        ]
-        vocabulary = 49408
+        unet, vae = UNet2DConditionModel(**real_shapes.UNETS[args.model]), real_shapes.vae()
+        texts = [real_shapes.text_encoder(*size) for size in real_shapes.TEXTS[args.model]]
+        vocabulary = real_shapes.NUM_TOKENS
         sizes = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]]) if args.model == "sdxl" else None
     vae.decoder = None  # half of its memory
     unet.train().to(device)
@@ -260,7 +225,7 @@ def timed(step, device, clock):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny", *UNETS], default="tiny")
+    parser.add_argument("--model", choices=["tiny", *real_shapes.UNETS], default="tiny")
     parser.add_argument("--size", type=int, help="of the images, in pixels; default: 32 (tiny), 512, 1024 (sdxl)")
     parser.add_argument("--batch", type=int, help="default: 30 (tiny) or 8")
     parser.add_argument("--steps", type=int, default=30, help="pairs that are measured, after a step to warm up")
