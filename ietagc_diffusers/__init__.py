@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .method.control import PlainControl as PlainControl
     from .method.control import RandomControl as RandomControl
     from .method.control import ThresholdAwareControl as ThresholdAwareControl
-    from .method.control import WenControl as WenControl
     from .method.memory_bank import LossMemoryBank as LossMemoryBank
     from .method.sharding import ShardPlan as ShardPlan
+    from .method.wen import WenControl as WenControl
     from .mitigations import mitigate as mitigate
     from .run_folder import RunFolder as RunFolder
     from .training.ensemble import Callback as Callback
@@ -48,10 +48,11 @@ _HOMES = {
     "method.augmentation": ("StrengthRandAugment", "augmentation_strength"),
     "method.averaging": ("ModelAverage",),
     "method.config": ("MitigationConfig",),
-    "method.control": ("Control", "PlainControl", "RandomControl", "ThresholdAwareControl", "WenControl"),
+    "method.control": ("Control", "PlainControl", "RandomControl", "ThresholdAwareControl"),
     "method.memory_bank": ("LossMemoryBank",),
     "method.sharding": ("ShardPlan",),
     "mitigations": ("mitigate",),
+    "method.wen": ("WenControl",),
     "run_folder": ("RunFolder",),
     "training.ensemble": ("Callback", "IterativeEnsemble", "Rounds"),
     "training.layout": ("Layout",),

@@ -1,6 +1,7 @@
 """Skip, augment or keep: decisions equal a loop over samples, and the loss is the mean over what is kept."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ietagc_diffusers import (
     testing,
 )
 from ietagc_diffusers.data import Batch
+from ietagc_diffusers.method.control import WORTH_A_GRADIENT
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,68 @@ def test_augmented_samples_keep_noise_timestep_and_caption(pipeline, objective, 
     assert controlled.loss.item() == pytest.approx(kept.mean().item(), rel=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "average, passes", [(1e-9, 1), (1e9, 1), (None, 2)], ids=["all kept", "all skipped", "augmented"]
+)
+def test_the_pass_that_decides_is_the_step_s_own_where_it_can_be(pipeline, objective, model, average, passes):
+    """One pass where nothing is left out or augmented; before a second one the first is let go."""
+    batch, made = make_batch(pipeline), []
+    torch.manual_seed(5)
+    plain = objective.losses(model, draw(objective, batch))
+    plain.mean().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+
+    measure = objective.losses
+
+    def losses(*arguments):
+        assert all(earlier() is None for earlier in made)
+        result = measure(*arguments)
+        made.append(weakref.ref(result))
+        return result
+
+    objective.losses = losses
+    torch.manual_seed(5)
+    bank = full_bank(average or plain.detach().mean().item())
+    control = ThresholdAwareControl(bank, 0.9, math.inf, 5.0, StrengthRandAugment(20))
+    controlled = control.step(model, objective, batch)
+    assert len(made) == passes
+    if average == 1e-9:
+        controlled.loss.backward()
+        assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(model).items())
+
+
+def test_whether_the_deciding_pass_keeps_its_gradient_changes_no_bit(pipeline, objective, model):
+    """It does as long as there are batches that are kept as they are, and a resumed control goes on alike."""
+    torch.manual_seed(6)
+    typical = objective.losses(model, draw(objective, make_batch(pipeline))).detach().mean().item()
+
+    def stepped(control, seed, average):
+        control.bank = full_bank(average)
+        model.zero_grad()
+        torch.manual_seed(seed)
+        control.step(model, objective, make_batch(pipeline, seed=seed)).loss.backward()
+        return gradients(model)
+
+    def fresh():
+        return ThresholdAwareControl(full_bank(1), 0.9, math.inf, 5.0, StrengthRandAugment(20))
+
+    control, without = fresh(), fresh()
+    averages = [1e-9, typical] + 25 * [typical] + [1e-9]
+    shares = []
+    for seed, average in enumerate(averages):
+        without.whole_share = 0.0
+        ours, wanted = stepped(control, seed, average), stepped(without, seed, average)
+        assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in ours)
+        shares.append(control.whole_share)
+    assert shares[0] == 1 and min(shares) < WORTH_A_GRADIENT and shares[-1] > shares[-2]
+    for kind in (lambda control: control, lambda control: WenControl(1.0, control)):
+        kept, resumed = kind(fresh()), kind(fresh())
+        kept.whole_share = 0.3
+        resumed.load_state_dict(kept.state_dict())
+        assert resumed.whole_share == 0.3
 
 
 @pytest.mark.parametrize("reach", [1.0, math.inf])
@@ -328,7 +392,7 @@ def test_what_either_control_skips_is_skipped_and_the_bank_learns_from_all(pipel
     assert outcomes[1].augmented.tolist() == (outcomes[0].augmented & ~filtered).tolist()
     assert 0 < outcomes[0].skipped.sum() < outcomes[1].skipped.sum() < 12
     assert (reach == 1) or outcomes[1].augmented.any()
-    for name, tensor in alone.state_dict().items():
+    for name, tensor in alone.bank.state_dict().items():
         assert torch.equal(both.state_dict()[name], tensor)
     resumed = WenControl(threshold, inner())
     resumed.load_state_dict(both.state_dict())

@@ -20,10 +20,10 @@ from ..method.control import (
     Reference,
     SummedControl,
     ThresholdAwareControl,
-    WenControl,
 )
 from ..method.memory_bank import LossMemoryBank
 from ..method.thresholds import RunningQuantile
+from ..method.wen import WenControl
 from .layout import Layout
 from .lora import adapted_layers
 from .settings import RunSettings
