@@ -38,6 +38,7 @@ TABLE, PAGE, EXCLUDED, RESULT = "duplicates.csv", "dedup.html", "exclude.txt", "
 TEMPLATE = Path(__file__).with_suffix(".html")
 LOW_FREQUENCIES = "dct"  # the descriptor of ``low_frequencies``
 SHOWN = 12  # images of a cluster on the page
+CAPTION = 80  # letters of a caption on it
 
 
 def dct_descriptor() -> Descriptor:
@@ -234,7 +235,7 @@ def _plot_of(measured: Calibration) -> Any:
         axes.axvline(measured.threshold, color=GREY, label=f"threshold {measured.threshold:g}")
         axes.set_xlabel("similarity")
         axes.set_ylabel("images")
-        axes.legend(fontsize=8, loc="upper left")
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
     return plot
 
@@ -249,8 +250,11 @@ def _cluster(found: Duplicates, group: np.ndarray, number: int) -> str:
 def _figure(found: Duplicates, place: int) -> str:
     images, kept = found.images.images, found.clusters.kept[place] == place
     width, height = found.sizes[place].tolist()
+    caption = images.texts[place] or ""
+    told = f"<br>{html.escape(caption[:CAPTION])}{'…' if len(caption) > CAPTION else ''}" if caption else ""
     state = "kept" if kept else f"left out, similarity {found.clusters.similarity[place]:.3f}"
     return (
         f"<figure{' class=kept' if kept else ''}>{picture_of(images, place)}"
-        f"<figcaption><b>{html.escape(images.names[place])}</b><br>{width} × {height}, {state}</figcaption></figure>"
+        f"<figcaption><b>{html.escape(images.names[place])}</b>{told}<br>{width} × {height}, {state}</figcaption>"
+        "</figure>"
     )
