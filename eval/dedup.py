@@ -38,7 +38,7 @@ TABLE, PAGE, EXCLUDED, RESULT = "duplicates.csv", "dedup.html", "exclude.txt", "
 TEMPLATE = Path(__file__).with_suffix(".html")
 LOW_FREQUENCIES = "dct"  # the descriptor of ``low_frequencies``
 SHOWN = 12  # images of a cluster on the page
-CAPTION = 80  # letters of a caption on it
+LETTERS = 80  # of what is told of an image on it
 
 
 def dct_descriptor() -> Descriptor:
@@ -255,8 +255,8 @@ def _cluster(found: Duplicates, group: np.ndarray, number: int) -> str:
 def _figure(found: Duplicates, place: int) -> str:
     images, kept = found.images.images, found.clusters.kept[place] == place
     width, height = found.sizes[place].tolist()
-    caption = images.texts[place] or ""
-    told = f"<br>{html.escape(caption[:CAPTION])}{'…' if len(caption) > CAPTION else ''}" if caption else ""
+    text = images.texts[place] or ""
+    told = f"<br>{html.escape(text[:LETTERS])}{'…' if len(text) > LETTERS else ''}" if text else ""
     state = "kept" if kept else f"left out, similarity {found.clusters.similarity[place]:.3f}"
     return (
         f"<figure{' class=kept' if kept else ''}>{picture_of(images, place)}"

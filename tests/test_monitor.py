@@ -98,7 +98,7 @@ def _shown(path):
 
 @pytest.fixture(scope="module")
 def single(base, pictures, heldout):
-    """Flags of one proxy in rounds of five steps, which has dropout, an average, and a look at every third step."""
+    """Flags of one proxy in rounds of five steps, which has an average, and of looks at every third step."""
     more = ["--mitigation=agc", "--num_shards=1", "--steps_per_round=5", "--max_train_steps=8", "--use_ema"]
     return train_flags(base, pictures, *RUN, *more), [f"--heldout_dir={heldout}", "--monitor_steps=3"]
 
@@ -110,8 +110,8 @@ def test_one_proxy_is_measured_in_the_middle_of_a_round(single, tmp_path):
     assert [(row["global_step"], row["round"]) for row in rows_of(watched)] == [(0, 0), (3, 0), (6, 1), (8, 2)]
     assert [round(row["visits_per_image"] * 24) for row in rows_of(watched)] == [0, 12, 24, 32]
     assert unet_bytes(watched) == unet_bytes(train_here(plain, tmp_path / "plain"))
-    again = [*plain, *looks, "--resume_from_checkpoint=latest"]
-    train_here(again, tmp_path / "cut", stop_at=4)
+    train_here([*plain, *looks, "--checkpointing_steps=2"], tmp_path / "cut", stop_at=4)
+    again = [*plain, *looks, "--resume_from_checkpoint=checkpoint-2"]  # from before the look at step 3
     assert unet_bytes(train_here(again, tmp_path / "cut")) == unet_bytes(watched)
     assert rows_of(tmp_path / "cut") == rows_of(watched)
 

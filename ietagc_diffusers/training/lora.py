@@ -311,8 +311,7 @@ class LoraWeights(Weights):
     def _prepare_round(self):
         """``start``, and the base, from theta_hat."""
         assert self.aggregated is not None
-        theta = self.aggregated[KEY]
-        self.start = {}
+        theta, self.start = self.aggregated[KEY], {}
         for number, (layer, module) in enumerate(self.layers.items()):
             factors = self._factors(theta, layer)
             if self.folds:

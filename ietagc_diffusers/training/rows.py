@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 def of_main(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     """What the main process computes, on all of them, which wait as long as it takes; a ``UsageError`` of it too."""
     answer: list[Any] = [None, None]
-    group = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
     if accelerator.is_main_process:
         try:
             answer[0] = compute()

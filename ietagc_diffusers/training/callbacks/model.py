@@ -1,4 +1,4 @@
-"""What happens where the aggregated model is there."""
+"""What happens whenever the aggregated model exists."""
 
 from abc import abstractmethod
 
