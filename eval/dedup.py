@@ -29,7 +29,7 @@ from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.sscd import Descriptor
 
 from .features import Embedded, Extractor, Size, embed
-from .image_sets import ImageSet, to_tensor
+from .image_sets import KEY, ImageSet, to_tensor
 from .plots import COLOURS, GREY, inline_svg
 from .report import as_html, picture_of
 from .views import Mirrored
@@ -38,6 +38,7 @@ TABLE, PAGE, EXCLUDED, RESULT = "duplicates.csv", "dedup.html", "exclude.txt", "
 TEMPLATE = Path(__file__).with_suffix(".html")
 LOW_FREQUENCIES = "dct"  # the descriptor of ``low_frequencies``
 SHOWN = 12  # images of a cluster on the page
+LETTERS = 80  # of what is told of an image on it
 
 
 def dct_descriptor() -> Descriptor:
@@ -188,6 +189,11 @@ def _row_names(images: ImageSet) -> list[str]:
     return names
 
 
+def _name_of(images: ImageSet, place: int) -> str:
+    """What a reader knows the image by: of prepared sets not the id."""
+    return str(images.rows[place].get(KEY) or images.names[place])
+
+
 def _write_table(path: Path, found: Duplicates, groups: Sequence[np.ndarray]) -> None:
     images, clusters = found.images.images, found.clusters
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -195,7 +201,7 @@ def _write_table(path: Path, found: Duplicates, groups: Sequence[np.ndarray]) ->
         writer.writerow(["cluster", "file_name", SAMPLE_ID, "width", "height", "similarity", "kept"])
         for number, group in enumerate(groups, 1):
             for place in group.tolist():
-                about = [images.names[place], images.rows[place][SAMPLE_ID], *found.sizes[place].tolist()]
+                about = [_name_of(images, place), images.rows[place][SAMPLE_ID], *found.sizes[place].tolist()]
                 kept = clusters.kept[place] == place
                 writer.writerow([number, *about, f"{clusters.similarity[place]:.4f}", int(kept)])
 
@@ -234,7 +240,7 @@ def _plot_of(measured: Calibration) -> Any:
         axes.axvline(measured.threshold, color=GREY, label=f"threshold {measured.threshold:g}")
         axes.set_xlabel("similarity")
         axes.set_ylabel("images")
-        axes.legend(fontsize=8, loc="upper left")
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
     return plot
 
@@ -249,8 +255,11 @@ def _cluster(found: Duplicates, group: np.ndarray, number: int) -> str:
 def _figure(found: Duplicates, place: int) -> str:
     images, kept = found.images.images, found.clusters.kept[place] == place
     width, height = found.sizes[place].tolist()
+    text = images.texts[place] or ""
+    told = f"<br>{html.escape(text[:LETTERS])}{'…' if len(text) > LETTERS else ''}" if text else ""
     state = "kept" if kept else f"left out, similarity {found.clusters.similarity[place]:.3f}"
     return (
         f"<figure{' class=kept' if kept else ''}>{picture_of(images, place)}"
-        f"<figcaption><b>{html.escape(images.names[place])}</b><br>{width} × {height}, {state}</figcaption></figure>"
+        f"<figcaption><b>{html.escape(_name_of(images, place))}</b>{told}<br>{width} × {height}, {state}</figcaption>"
+        "</figure>"
     )

@@ -28,6 +28,7 @@ from ietagc_diffusers.errors import UsageError, one_line
 __all__ = ["NO_IMAGE", "NO_ROW", "OTHER_METADATA", "BadImage", "ImageSet", "load_images", "to_rgb", "training_images"]
 MAX_ASPECT = 32  # a strip, resized by its small edge, would fill the memory
 MIN_EDGE = 2
+KEY = "key"  # column in which prepared sets have the name of each image
 
 
 def unusable(skipped: Iterable[Sequence[str]]) -> list[list[str]]:
@@ -165,7 +166,7 @@ def training_images(settings: DataSettings, setting: str = "train", text_column:
         settings.dataset_name or str(settings.train_data_dir),
         names,
         _texts(rows, texts),
-        _rows(rows, ids, settings.label_column),
+        _rows(rows, ids, settings.label_column, KEY if source.folder is None else None),
         lambda index: _read(rows, settings.image_column, index),
         source.skipped,
         options | {"text_column": texts},
@@ -220,12 +221,14 @@ def _read(rows: datasets.Dataset, column: str, index: int) -> bytes:
     return encoded
 
 
-def _rows(rows: datasets.Dataset, ids: Iterable[int], label_column: str | None) -> list[dict[str, Any]]:
-    """Number and, if there is such a column, label of each row."""
-    if label_column is None or label_column not in rows.column_names:
-        return [{SAMPLE_ID: number} for number in ids]
-    labels = stored_column(rows, label_column).to_pylist()
-    return [{SAMPLE_ID: number, label_column: label} for number, label in zip(ids, labels, strict=True)]
+def _rows(rows: datasets.Dataset, ids: Iterable[int], *columns: str | None) -> list[dict[str, Any]]:
+    """Number of each row, and its values of those of the columns that there are."""
+    found: list[dict[str, Any]] = [{SAMPLE_ID: number} for number in ids]
+    for column in columns:
+        if column is not None and column in rows.column_names:
+            for row, value in zip(found, stored_column(rows, column).to_pylist(), strict=True):
+                row[column] = value
+    return found
 
 
 def _texts(rows: datasets.Dataset, column: str) -> list[str | None]:

@@ -1,3 +1,4 @@
+import importlib
 import json
 import multiprocessing
 import os
@@ -127,6 +128,7 @@ def _as_script(environ, argv, output):
     """In a process of its own: run a script or a module with these words, its output into files."""
     os.environ.clear()
     os.environ.update(environ)
+    importlib.reload(constants)  # it read the environment of the process that this one was forked from
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = argv
@@ -146,7 +148,7 @@ def launch(flags, output_dir, processes=1, check=True, during=None, script=SCRIP
     """Run a training script (or another script, or a module) as its user does, in as many processes as a launcher would
     start it in.
 
-    ``output_dir``: a training script's, or None. ``during`` is called with the first process once they have started.
+    ``output_dir``: a training script's, or None. ``during`` is called with the processes once they have started.
 
     Returns the exit code, that of the first process that failed, and the output of all.
     """
@@ -163,7 +165,7 @@ def launch(flags, output_dir, processes=1, check=True, during=None, script=SCRIP
             started.append(FORKS.Process(target=_as_script, args=(environ, argv, f"{folder}/log")))
             started[-1].start()
         if during is not None:
-            during(started[0])
+            during(*started)
         for process in started:
             process.join()
         output = [Path(f"{folder}/log.{name}").read_text() for name in ("out", "err")]

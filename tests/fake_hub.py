@@ -27,6 +27,7 @@ class FakeHub:
         private: {name: whether it was made private}, as the request said.
         requests: (method, path) of each request, in order.
         bodies: all that was sent.
+        held: a pattern of paths whose requests are answered only once ``released`` is set.
         faults: (method, pattern of the path, fault): each request that fits the first of its kind takes it away. A
             fault is ``CUT``, ``HALF_ANSWER`` or (status, headers, body).
     """
@@ -34,6 +35,7 @@ class FakeHub:
     def __init__(self):
         self.repositories, self.objects, self.private = {}, {}, {}
         self.commits, self.requests, self.bodies, self.faults = [], [], [], []
+        self.held, self.released = None, threading.Event()
         self.lock = threading.Lock()
         self.address = ""
 
@@ -155,6 +157,8 @@ class Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, path))
             fault = hub.fault_of(self.command, path)
+        if hub.held is not None and re.search(hub.held, path):
+            hub.released.wait()
         if fault == CUT:
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             return self._close()
@@ -211,6 +215,7 @@ def serving():
     try:
         yield hub
     finally:
+        hub.released.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import COLOURS, train_flags, train_here, unet_bytes, write_folder
+from safetensors.torch import load_file, save_file
 
 from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
@@ -22,7 +24,7 @@ from ietagc_diffusers.eval.outpaint import border_level, outpaint
 from ietagc_diffusers.eval.record import training_set
 from ietagc_diffusers.families import bordered, family_of
 from ietagc_diffusers.hub.content import contents
-from ietagc_diffusers.run_folder import RunFolder
+from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 from ietagc_diffusers.settings import Resume
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 from ietagc_diffusers.training.scripts import UnconditionalScript
@@ -58,7 +60,8 @@ def built(base, pictures):
         family = family_of(base).load(settings)
         condition = family.condition(settings, settings.method)
         rows = load_training_rows(settings, condition)
-        own, view = canary_views(rows, settings, family), view_of(settings, family)
+        own = canary_views(canary_keys(rows, settings), settings, family)
+        view = view_of(settings, family)
         return TrainingSamples(rows, "image", view, condition, own_views=own), rows, settings
 
     return of
@@ -303,6 +306,25 @@ def test_the_command_reads_keys_and_writes_what_it_read(learned, tmp_path, capsy
     assert (tmp_path / "a/canary.png").stat().st_size > 0 and (
         tmp_path / "a/canary.md"
     ).read_text() in capsys.readouterr().out
+
+
+def test_an_adapter_is_read_on_its_base(base, pictures, tmp_path):
+    """One that changes nothing of its base draws what the base draws; one that was trained draws something else."""
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--lora_rank=2", *CANARIES)
+    run = train_here([*flags, "--learning_rate=0.1", "--report_to=none"], tmp_path / "run")
+    still = shutil.copytree(run, tmp_path / "still")
+    factors = load_file(run / ADAPTER_FILE)
+    save_file({name: tensor * (".lora.up." not in name) for name, tensor in factors.items()}, still / ADAPTER_FILE)
+    own = shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(run / "ietagc", own / "ietagc")
+    read = {}
+    for model in (run, still, own):
+        words = ["canary", "--model", str(model), "--output", str(tmp_path / "o"), "--device", "cpu", "--steps", "2"]
+        assert main(words) == 0
+        rows = list(csv.DictReader((tmp_path / "o" / "canary.csv").open()))
+        assert {int(row["sample_id"]): round(float(row["key"]) * 255) for row in rows} == keys_of(run)
+        read[model] = [row["read"] for row in rows]
+    assert read[run] != read[still] == read[own]
 
 
 def test_changed_files_and_runs_without_canaries_are_not_read(learned, base, tmp_path, capsys):

@@ -4,9 +4,12 @@ import csv
 import json
 import re
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+from accelerate import PartialState
 from conftest import scene, train_flags, train_here, unet_bytes
 from PIL import ImageOps
 
@@ -16,6 +19,7 @@ from ietagc_diffusers.cli import main
 from ietagc_diffusers.data import Captions, DataSettings, hashes, load_training_rows
 from ietagc_diffusers.eval.record import recorded_training, training_set
 from ietagc_diffusers.hub.card import write_card_of_records
+from ietagc_diffusers.training import rows as training_rows
 
 NUMBER = 20
 SCRIPT_NAME = "<script>.png"
@@ -85,6 +89,15 @@ def test_rows_of_one_file_are_listed_by_their_numbers(scenes, tmp_path):
     assert (output / "exclude.txt").read_text().splitlines() == [SCRIPT_NAME, "same.png", "24"]
     assert result["similarity"] == 0.9999 and result["calibration"] is None and result["num_identical_files"] == 1
     assert "1 of 3 clusters" in (output / "dedup.html").read_text()
+
+
+def test_rows_of_a_prepared_set_are_shown_by_their_names_and_listed_by_their_ids(scenes, tmp_path):
+    assert main(["prepare", str(scenes), "--output", str(tmp_path / "prepared")]) == 0
+    _, rows = deduplicated(tmp_path / "prepared", tmp_path / "out", "--similarity", "0.9999")
+    assert [row["file_name"] for row in rows if row["kept"] == "0"] in ([SCRIPT_NAME, "same.png"], ["same.png"])
+    listed = (tmp_path / "out" / "exclude.txt").read_text().splitlines()
+    assert sorted(listed) == sorted(row["sample_id"] for row in rows if row["kept"] == "0")
+    assert "<b>same.png</b><br>a red 23<br>" in (tmp_path / "out" / "dedup.html").read_text()
 
 
 def test_a_set_without_duplicates_says_so(scenes, tmp_path):
@@ -162,6 +175,41 @@ def test_training_leaves_out_what_the_command_shows(base, scenes, found, exclude
     assert recorded_training(run).selection.deduplicate_similarity == found[1]["similarity"]
     compared = training_set(run, str(scenes))
     assert len(compared.images) == 20 and not compared.warnings
+
+
+def test_all_processes_train_on_what_the_main_one_found_and_raise_what_it_raises(base, scenes, found, monkeypatch):
+    """The others decode nothing for it."""
+    sent = []
+
+    def broadcast(answer, group):
+        if sent:
+            answer[:] = sent[0]
+        else:
+            sent.append(answer)
+
+    def loaded(is_main, folder=scenes):
+        PartialState()  # what the log asks for
+        process = SimpleNamespace(is_main_process=is_main, num_processes=2, main_process_first=nullcontext)
+        settings = parse_flags(train_flags(base, folder, *PLAIN, "--deduplicate=near"))
+        rows = training_rows.load_rows(settings, Captions("text", None, None), process)
+        return settings.deduplicate_similarity, rows.training["sample_id"][:], rows.left_out.tolist()
+
+    monkeypatch.setattr(training_rows.dist, "new_group", lambda **about: "group")
+    monkeypatch.setattr(training_rows.dist, "broadcast_object_list", broadcast)
+    of_main = loaded(True)
+    with monkeypatch.context() as context:
+        context.setattr(training_rows, "described", None)
+        assert loaded(False) == of_main
+    assert of_main[0] == found[1]["similarity"] and len(of_main[1]) == 20
+    sent.clear()
+
+    def fails(*about, **more):
+        raise UsageError("row 1: the image does not decode")
+
+    monkeypatch.setattr(training_rows, "described", fails)
+    for is_main in (True, False):
+        with pytest.raises(UsageError, match="row 1: the image does not decode"):
+            loaded(is_main)
 
 
 def test_a_near_duplicate_is_not_held_out(base, scenes, tmp_path):

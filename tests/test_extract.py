@@ -2,12 +2,15 @@
 
 import csv
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, train_flags, train_here, write_folder
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.cli import extract as command
@@ -19,6 +22,7 @@ from ietagc_diffusers.eval.features import embed
 from ietagc_diffusers.eval.fine_tune import FineTune
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.views import ALL_VIEWS
+from ietagc_diffusers.run_folder import ADAPTER_FILE
 from ietagc_diffusers.sscd import pixel_descriptor
 
 CAPTIONS = [f"a {colour} picture" for colour in COLOURS]
@@ -140,17 +144,37 @@ def test_a_planted_copy_that_plain_draws_do_not_show_is_found_and_drawing_contin
     assert "begun with `base_guidance` {'base': " in capsys.readouterr().err
 
 
-def test_a_lora_run_is_attacked_with_what_it_records(base, pictures, tmp_path):
-    run = train_here(
-        train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--lora_rank=2"), tmp_path / "run"
-    )
-    words = ["--model", run, "--output", tmp_path / "out", "--num_images", 2, *FLAGS, "--num_inference_steps", 2]
+@pytest.fixture(scope="module")
+def adapter(base, pictures, tmp_path_factory):
+    """A LoRA run of one large step."""
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--lora_rank=2", "--report_to=none")
+    return train_here([*flags, "--learning_rate=0.3"], tmp_path_factory.mktemp("adapter") / "run")
+
+
+def drawn(model, output, *flags):
+    """The result, and the images of each way: int (2, 16, 16, 3)."""
+    words = ["--model", model, "--output", output, "--num_images", 2, *FLAGS, "--num_inference_steps", 2, *flags]
     assert main(["extract", *map(str, words)]) == 0
-    result = json.loads((tmp_path / "out" / "extract.json").read_text())
+    folders = {way: load_images(output / way, "output") for way in ("guided", "plain", "base")}
+    images = {way: np.stack([np.asarray(found.image(n), int) for n in (0, 1)]) for way, found in folders.items()}
+    return json.loads((output / "extract.json").read_text()), images
+
+
+def test_a_lora_run_is_attacked_with_what_it_records(base, adapter, tmp_path):
+    result, images = drawn(adapter, tmp_path / "out")
     assert (result["guidance"], result["correction"], result["base"]) == (5, 0, str(base))
     assert result["num_train"] == 22 and result["settings"]["resolution"] == 16
     assert any("2 training images are exact duplicates" in note for note in result["notes"])
     assert any("each image represents itself" in note for note in result["notes"])
+    assert all(np.abs(images[way] - images["base"]).max() > 9 for way in ("guided", "plain"))
+
+
+def test_an_adapter_that_changes_nothing_is_guided_as_a_model_is_by_its_own_empty_prompt(adapter, tmp_path):
+    still = shutil.copytree(adapter, tmp_path / "still")
+    factors = load_file(adapter / ADAPTER_FILE)
+    save_file({name: tensor * (".lora.up." not in name) for name, tensor in factors.items()}, still / ADAPTER_FILE)
+    _, images = drawn(still, tmp_path / "out", "--guidance", 3)
+    assert all(np.abs(images[way] - images["base"]).max() <= 1 for way in ("guided", "plain"))
 
 
 def test_numbers_are_the_authors_and_no_correction_where_it_is_not_defined():

@@ -121,8 +121,8 @@ def test_a_folder_of_another_split_beside_the_training_images_is_taken(base, pic
     ("more", "message"),
     [
         (["--skip_false_rate=0.05"], "`skip_false_rate` 0.05: is of images that are not trained on"),
-        (["--heldout_dir=h"], "`heldout_dir` h: is for `monitor_every` and `skip_false_rate`"),
-        (["--heldout_share=0.1"], "`heldout_share` 0.1: is for `monitor_every` and `skip_false_rate`"),
+        (["--heldout_dir=h"], "`heldout_dir` h: is for `monitor_every`, `monitor_steps` and `skip_false_rate`"),
+        (["--heldout_share=0.1"], "`heldout_share` 0.1: is for `monitor_every`, `monitor_steps` and `skip_false_rate`"),
         (
             ["--heldout_dir=h", "--heldout_share=0.1", "--monitor_every=1"],
             "`heldout_dir` and `heldout_share` were both",

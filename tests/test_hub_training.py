@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import train_flags, train_here, unet_bytes
+from conftest import launch, train_flags, train_here, unet_bytes
 from fake_hub import TOKEN
 from huggingface_hub import metadata_load
 from safetensors.torch import load
@@ -154,6 +154,7 @@ class Ensemble:
         self.waited = []
         self.layout = SimpleNamespace(is_main=is_main, barrier=lambda: self.waited.append(self.global_step))
         self.weights = SimpleNamespace(save_pipeline=lambda folder: folder.mkdir(parents=True), output_bytes=1000)
+        self.weights.unfinished_bytes = 500
 
     def step(self, callback, last=False):
         before, self.global_step, self.finished = self.global_step, self.global_step + 1, last
@@ -218,7 +219,7 @@ def test_the_model_of_several_shards_exists_only_between_rounds(tmp_path, proces
 
 def test_no_model_is_saved_for_an_upload_where_the_result_would_not_fit_any_more(tmp_path, processes, monkeypatch):
     run, callback = Ensemble(), uploader(tmp_path)
-    for left, started in ((1999, 0), (2000, 1)):
+    for left, started in ((1499, 0), (1500, 1)):
         monkeypatch.setattr(uploads, "room", lambda folder, left=left: left)
         run.step(callback)
         run.step(callback)
@@ -247,6 +248,39 @@ def test_an_upload_is_a_process_of_its_own_that_is_told_the_token_privately(hub,
     assert process.wait() == 0, (tmp_path / "log").read_text()
     assert hub.commits[0][:3] == ("me/model", "v1", "Step 4") and hub.files(branch="v1")[WEIGHTS] == unet_bytes(plain)
     assert TOKEN not in (tmp_path / "log").read_text()
+
+
+def launched(hub, base, pictures, output, *more):
+    """Two processes of a run that is pushed, the second of which has ended while what the hub holds went on."""
+
+    def release(main, other):
+        other.join(600)
+        assert other.exitcode == 0 and main.is_alive()
+        hub.released.set()
+
+    there = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    flags = train_flags(base, pictures, *ROUNDS, *PUSH, *more)
+    return launch(flags, output, processes=2, during=release, **there)
+
+
+def test_one_of_two_processes_uploads_and_no_other_waits_for_it(hub, base, pictures, tmp_path):
+    """Nor fails if that does."""
+    hub.held = "/preupload/"
+    hub.fail("POST", "/commit/", (403, {}, "no"))
+    done = launched(hub, base, pictures, tmp_path / "out", "--max_train_steps=2")
+    assert done.returncode == 0 and not hub.commits
+    assert [hub.count("POST", path) for path in ("/repos/create", "/preupload/", "/commit/")] == [1, 1, 1]
+    assert done.stdout.count(f"Upload it later with: ietagc push {tmp_path / 'out'} me/model") == 1
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_upload_along_the_way_once(hub, plain, base, pictures, tmp_path):
+    """The first upload is held, so that later ones are left out; none of it is waited for, and the result follows."""
+    hub.held = "/preupload/"
+    out = launched(hub, base, pictures, tmp_path / "out", "--hub_strategy=every_round") and tmp_path / "out"
+    assert [commit[2] for commit in hub.commits] == ["End of training"]
+    assert unet_bytes(out) == unet_bytes(plain) == hub.files()[WEIGHTS]
 
 
 def test_pushing_a_run_with_its_card_loads_no_model_code():

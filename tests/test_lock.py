@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import environment, train_flags, train_here
@@ -27,7 +28,7 @@ def test_a_training_does_not_enter_a_folder_that_is_in_use(base, pictures, tmp_p
             with pytest.raises(UsageError, match=told):
                 train_here(flags + more, run.path)
         assert not run.belongings()
-        with _entered(run, is_main=False):
+        with _entered(run, SimpleNamespace(is_main_process=False, num_processes=1)):
             pass  # the other processes of the run leave the lock to the main one
     train_here(flags, run.path)
     assert run.is_finished

@@ -367,15 +367,17 @@ def test_the_arithmetic_of_the_cost_is_that_of_real_checkpoints(flags, runs, ave
 def test_room_is_asked_for_a_merged_pipeline_as_it_is_saved(base, pictures, tmp_path):
     """What was trained beside adapters in half precision is merged, and saved, in float32."""
     flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--lora_rank=2", "--save_merged")
-    flags += ["--mixed_precision=bf16", "--train_text_encoder"]
+    flags += ["--mixed_precision=bf16", "--train_text_encoder", "--save_rounds"]
     saved = train_here(flags, tmp_path / "out")
     about = parse_flags(flags)
     family = StableDiffusion.load(about, dtype=torch.bfloat16)
     add_adapter(family, about)
     paths = [saved / ADAPTER_FILE, *saved.glob("*/*.safetensors")]
-    files = sum(t.nbytes for path in paths for t in TensorFile(path).values())
-    assert cost_of(about, family, Layout(1)).output(1) == files
-    assert LoraWeights(family, 1, about).output_bytes == files
+    adapter, *_ = sizes = [sum(t.nbytes for t in TensorFile(path).values()) for path in paths]
+    cost, weights = cost_of(about, family, Layout(1)), LoraWeights(family, 1, about)
+    assert cost.output(1) == weights.output_bytes == sum(sizes)
+    assert weights.unfinished_bytes == adapter
+    assert [path.name for path in RunFolder(saved).round(1).iterdir()] == [ADAPTER_FILE]  # is not merged
 
 
 def test_half_precision_is_for_what_is_frozen(base):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from conftest import train_flags, train_here, unet_bytes, write_folder
+from safetensors.torch import load, load_file
 
 from ietagc_diffusers import UsageError, testing
 from ietagc_diffusers.arguments import parse_flags
@@ -30,7 +31,8 @@ def no_pictures():
 
 def script(monkeypatch, *heldout_and_gap):
     """Let the measurements say this, round by round."""
-    said = iter(measured(*heldout_and_gap))
+    told = ("heldout_loss", "gap", "gap_ci95")
+    said = iter([{key: row[key] for key in told} for row in measured(*heldout_and_gap)])
     monkeypatch.setattr(
         Meter, "measurement", lambda meter, losses, base: next(said) | {"train_loss": 0.5, "levels": []}
     )
@@ -92,6 +94,45 @@ def _shown(path):
 
     image = F.center_crop(F.resize(Image.open(path).convert("RGB"), 16, F.InterpolationMode.LANCZOS), 16)
     return F.to_tensor(image) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def single(base, pictures, heldout):
+    """Flags of one proxy in rounds of five steps, which has an average, and of looks at every third step."""
+    more = ["--mitigation=agc", "--num_shards=1", "--steps_per_round=5", "--max_train_steps=8", "--use_ema"]
+    return train_flags(base, pictures, *RUN, *more), [f"--heldout_dir={heldout}", "--monitor_steps=3"]
+
+
+def test_one_proxy_is_measured_in_the_middle_of_a_round(single, tmp_path):
+    """Which changes nothing of the training, and a stopped run measures the same."""
+    plain, looks = single
+    watched = train_here([*plain, *looks], tmp_path / "watched")
+    assert [(row["global_step"], row["round"]) for row in rows_of(watched)] == [(0, 0), (3, 0), (6, 1), (8, 2)]
+    assert [round(row["visits_per_image"] * 24) for row in rows_of(watched)] == [0, 12, 24, 32]
+    assert unet_bytes(watched) == unet_bytes(train_here(plain, tmp_path / "plain"))
+    train_here([*plain, *looks, "--checkpointing_steps=2"], tmp_path / "cut", stop_at=4)
+    again = [*plain, *looks, "--resume_from_checkpoint=checkpoint-2"]  # from before the look at step 3
+    assert unet_bytes(train_here(again, tmp_path / "cut")) == unet_bytes(watched)
+    assert rows_of(tmp_path / "cut") == rows_of(watched)
+
+
+def test_a_gap_in_the_middle_of_the_first_round_ends_the_run_with_the_model_before(single, tmp_path, monkeypatch):
+    plain, looks = single
+    script(monkeypatch, (0.9, 0), (0.8, 0.1), (0.7, 0.3))
+    rules = ["--monitor_steps=1", "--stop_at_gap=0.2", "--keep_best=gap", "--checkpointing_steps=1"]
+    folder = train_here([*plain, *looks, *rules], tmp_path / "out")
+    assert [row["global_step"] for row in rows_of(folder)] == [0, 1, 2]
+    average = load_file(RunFolder(folder).checkpoint(1) / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    saved = load(unet_bytes(folder))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in average.items())
+
+
+def test_several_proxies_are_measured_at_the_first_average_at_or_after_each_step(flags, tmp_path):
+    """Rounds end at steps 4, 8, 12 and 16."""
+    flags = [flag for flag in flags if not flag.startswith("--monitor_every")]
+    for every, steps in ((4, [0, 4, 8, 12, 16]), (5, [0, 8, 12, 16]), (9, [0, 12, 16])):
+        rows = rows_of(train_here([*flags, f"--monitor_steps={every}"], tmp_path / str(every)))
+        assert [row["global_step"] for row in rows] == steps
 
 
 def test_the_base_has_no_gap_at_any_noise_level(watched):
@@ -223,7 +264,9 @@ def test_what_training_adds_is_not_measured():
     ("more", "message"),
     [
         (["--monitor_every=1"], "`monitor_every` 1: compares with images that are not trained on"),
-        (["--stop_at_gap=0.1"], "`stop_at_gap`: belongs to `monitor_every`"),
+        (["--monitor_steps=7"], "`monitor_steps` 7: compares with images that are not trained on"),
+        (["--monitor_every=1", "--monitor_steps=7"], "`monitor_every` and `monitor_steps` were both given"),
+        (["--stop_at_gap=0.1"], "`stop_at_gap`: belongs to `monitor_every` or `monitor_steps`"),
         (["--keep_best=heldout"], "`keep_best`: belongs to `monitor_every`"),
         (["--monitor_every=1", "--heldout_dir=h", "--keep_best=gap"], "`keep_best` gap: keeps a model whose gap"),
         (["--monitor_every=1", "--heldout_dir=h", "--monitor_budget=0"], "`monitor_budget` 0.0: must be over 0"),

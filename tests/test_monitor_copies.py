@@ -185,14 +185,14 @@ def kept(folder, rows, *more, finite=True):
     for row in rows:
         if monitor._is_best(run, row):
             best.append(row)
-    return [row["round"] for row in best]
+    return [row["global_step"] for row in best]
 
 
 def test_of_the_models_below_the_limit_the_one_of_the_lowest_held_out_loss_is_kept_or_the_last(tmp_path):
     found = [(0, 0.1, 0.0), (1, 0.9, 0.0), (2, 0.5, 0.4), (3, 0.8, 0.3), (4, 0.85, 0.0), (5, math.nan, 0.0)]
-    rows = [{"round": number, "heldout_loss": loss, "excess_copy_rate": rate} for number, loss, rate in found]
+    rows = [{"global_step": number, "heldout_loss": loss, "excess_copy_rate": rate} for number, loss, rate in found]
     assert kept(tmp_path, rows, "--heldout_dir=h") == [1, 3]
-    without = [{"round": number, "excess_copy_rate": rate} for number, _, rate in found]
+    without = [{"global_step": number, "excess_copy_rate": rate} for number, _, rate in found]
     assert kept(tmp_path, without) == [1, 3, 4, 5]
     assert kept(tmp_path, without, finite=False) == []  # a broken model copies nothing
 

@@ -237,6 +237,9 @@ def test_labels_are_those_of_the_rows(pictures):
         labels("column", 2, "label")
     with pytest.raises(UsageError, match=r"`num_classes` 20: fewer than the rows .* give 24 or more"):
         labels("unique", 20)
+    prepared = rows.remove_columns("sample_id").add_column("sample_id", [(1 << 62) + row for row in range(24)])
+    with pytest.raises(UsageError, match="`class_labels` unique: takes the rows' numbers"):
+        ClassLabels("unique", 24).check(prepared)
     with pytest.raises(UsageError, match="`label_column` kind: not a column"):
         labels("column", 2, "kind")
 

@@ -15,6 +15,7 @@ from .columns import is_text, is_texts
 from .sources import SAMPLE_ID, stored_column
 
 ROWS_AT_ONCE = 10_000
+MOST_CLASSES = 1 << 31  # more are no numbers of rows
 LABELS = 1  # tells the draw of random labels from others of the same seed
 REPLACED, ADDED = 4, 2  # words, as Somepalli et al. (2023) have them
 
@@ -75,6 +76,12 @@ class ClassLabels(Condition):
         if self.kind == "random" or (only_types and self.kind == "column"):
             return
         found = [value for value in stored_column(rows, name).unique().to_pylist() if not self._is_label(value)]
+        if found and self.kind == "unique" and max(found) >= MOST_CLASSES:
+            raise UsageError(
+                f"`class_labels` unique: takes the rows' numbers as classes, and here they are ids, such as {found[0]} "
+                "(`ietagc prepare` makes such); add a column that counts the rows from 0, and name it as "
+                "`label_column` with `class_labels` column"
+            )
         if found and self.kind == "unique":
             raise UsageError(
                 f"`num_classes` {self.number}: fewer than the rows of the dataset, each of which is a class of its own "

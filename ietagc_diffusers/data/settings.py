@@ -105,7 +105,7 @@ class ImageSettings(CacheSettings):
     heldout_dir: str | None = setting(
         None,
         "A folder of images like the training images that are never trained on, captioned or labelled like "
-        "--train_data_dir; for --monitor_every and --skip_false_rate.",
+        "--train_data_dir; for --monitor_every, --monitor_steps and --skip_false_rate.",
         resume=Resume.FREE,  # the content of the images must agree, wherever they lie
     )
     heldout_share: float | None = setting(

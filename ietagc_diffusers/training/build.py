@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -299,8 +299,9 @@ def build_run(
     groups: np.ndarray | None,
     prior: PriorSet | None = None,
     heldout: HeldoutSet | None = None,
+    canaries: Mapping[int, int] | None = None,
 ) -> tuple[IterativeEnsemble, Budget]:
-    """Everything of the run, at its first step."""
+    """Everything of the run, at its first step. ``canaries``: keys of the rows that are some, see ``canary_keys``."""
     if settings.seed is None:
         raise ValueError("a run is built from a seed")
     config = settings.method
@@ -312,7 +313,7 @@ def build_run(
         plan = ShardPlan.whole(len(rows), config.num_shards)
     budget = Budget.of(settings, len(rows), layout.size)
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
-    view, own_views = view_of(settings, family), canary_views(rows, settings, family)
+    view, own_views = view_of(settings, family), canary_views(canaries or {}, settings, family)
     samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding, own_views)
     if settings.cache_latents is not None:
         samples = _cached(samples, rows, settings, accelerator, family, layout, (prior, heldout))

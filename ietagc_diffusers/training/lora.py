@@ -311,8 +311,7 @@ class LoraWeights(Weights):
     def _prepare_round(self):
         """``start``, and the base, from theta_hat."""
         assert self.aggregated is not None
-        theta = self.aggregated[KEY]
-        self.start = {}
+        theta, self.start = self.aggregated[KEY], {}
         for number, (layer, module) in enumerate(self.layers.items()):
             factors = self._factors(theta, layer)
             if self.folds:
@@ -346,8 +345,11 @@ class LoraWeights(Weights):
 
     @property
     def output_bytes(self) -> int:
-        adapter = sum(tensor.nbytes for tensor in self.deployable()[KEY].values())
-        return adapter + (self.family.merged_nbytes if self.settings.save_merged else 0)
+        return self.unfinished_bytes + (self.family.merged_nbytes if self.settings.save_merged else 0)
+
+    @property
+    def unfinished_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.deployable()[KEY].values())
 
     def metadata(self) -> dict[str, str]:
         """The header of the file: what peft must know of the adapter, as diffusers writes it."""

@@ -3,7 +3,7 @@ the same fixed noise, copies among images that are drawn from the same noise, an
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -19,7 +19,6 @@ from ..errors import UsageError
 from ..families import Family
 from .fixed_losses import FixedLosses
 from .settings import RunSettings
-from .views import canary_keys
 
 MAX_IMAGES = 256  # of each set
 NUM_RANGES = 10  # of noise levels
@@ -82,18 +81,26 @@ class Meter:
     heldout: FixedLosses
 
     @classmethod
-    def of(cls, rows: Dataset, heldout: Dataset | None, settings: RunSettings, family: Family) -> "Meter | None":
+    def of(
+        cls,
+        rows: Dataset,
+        heldout: Dataset | None,
+        settings: RunSettings,
+        family: Family,
+        canaries: Collection[int] = (),
+    ) -> "Meter | None":
         """The meter of a run that is monitored, or None. Up to ``MAX_IMAGES`` of each set, evenly spread, are shown as
         they are. Canaries, which training never shows so, are not among them.
 
         Args:
             rows: that are trained on; heldout: that are not.
+            canaries: those of ``rows`` that are some.
         """
-        if heldout is None or settings.monitor_every is None:
+        if heldout is None or not settings.is_monitored:
             return None
         shown, told = _shown(settings, family)
         sets = []
-        for some, left_out in ((rows, canary_keys(rows, settings)), (heldout, {})):
+        for some, left_out in ((rows, canaries), (heldout, ())):
             samples = TrainingSamples(some, settings.image_column, family.view(shown), told, settings.decoding)
             usual = np.setdiff1d(np.arange(len(some)), list(left_out))
             chosen = usual[_spread_evenly(min(len(usual), MAX_IMAGES), len(usual))].tolist()
@@ -237,7 +244,7 @@ def _of_losses(rows):
     if len(rows) <= RISEN:
         return "There are too few measurements of losses for advice yet."
     last, lowest = rows[-1], min(rows, key=lambda row: row["heldout_loss"])
-    since = len(rows) - 1 - [row["round"] for row in rows].index(lowest["round"])
+    since = len(rows) - 1 - [row["global_step"] for row in rows].index(lowest["global_step"])
     low, high = last["gap_ci95"]
     if since >= RISEN and last["gap"] > lowest["gap"]:
         return (

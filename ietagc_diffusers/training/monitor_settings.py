@@ -20,6 +20,14 @@ class MonitorSettings:
         type=int,
         **at_least(1),
     )
+    monitor_steps: int | None = setting(
+        None,
+        "Instead of --monitor_every: measure after every this many steps, counted over all proxies. Several proxies "
+        "are one model only where they are averaged: then after the first round that ends at or after such a step.",
+        resume=Resume.FREE,
+        type=int,
+        **at_least(1),
+    )
     monitor_images: int | None = setting(
         None,
         "At each measurement draw this many images for captions (or classes) of training images, the same each time, "
@@ -89,14 +97,23 @@ class MonitorSettings:
         choices=["heldout", "gap", "copies"],
     )
 
+    @property
+    def is_monitored(self) -> bool:
+        return self.monitor_every is not None or self.monitor_steps is not None
+
     def _check_monitor(self, holds_out: bool) -> None:
-        if self.monitor_every is None:
+        if self.monitor_every is not None and self.monitor_steps is not None:
+            raise UsageError("`monitor_every` and `monitor_steps` were both given: give one of them")
+        if not self.is_monitored:
             for name in ("monitor_images", "monitor_budget", "stop_at_gap", "stop_at_copy_rate", "keep_best"):
                 if getattr(self, name) is not None:
-                    raise UsageError(f"`{name}`: belongs to `monitor_every`; give that too, or leave it out")
+                    raise UsageError(
+                        f"`{name}`: belongs to `monitor_every` or `monitor_steps`; give one of them, or leave it out"
+                    )
         elif not holds_out and self.monitor_images is None:
+            name = "monitor_every" if self.monitor_steps is None else "monitor_steps"
             raise UsageError(
-                f"`monitor_every` {self.monitor_every}: compares with images that are not trained on; give their "
+                f"`{name}` {getattr(self, name)}: compares with images that are not trained on; give their "
                 "folder as `heldout_dir`, or a `heldout_share`, or have images drawn: `monitor_images`"
             )
         if self.monitor_images is None:

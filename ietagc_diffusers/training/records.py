@@ -1,7 +1,7 @@
 """The records that a run leaves beside its pipeline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ..files import place_name, write_json, write_text
 from ..run_folder import RunFolder
 from .ensemble import IterativeEnsemble
 from .settings import RunSettings
-from .views import canary_keys
 
 # The settings that training_set.json holds, beside the resolution.
 PLACES = ("dataset_name", "train_data_dir")
@@ -45,6 +44,7 @@ def write_training_set(
     folder: RunFolder,
     fingerprints: Sequence[dict[str, Any]] = (),
     left_out: np.ndarray | None = None,
+    canaries: Mapping[int, int] | None = None,
 ) -> None:
     """training_set.json: what the run is trained on, without a path of this machine; and training_rows.parquet, which
     is never uploaded: the rows that are used, where they lie, and the keys of those that are canaries.
@@ -55,6 +55,7 @@ def write_training_set(
         fingerprints: those that the run has had. Where a resumed run was given another view of the images, the model
             was shown both.
         left_out: see ``rows.Rows``. How many they are is public, which they are is not.
+        canaries: see ``views.canary_keys``.
     """
     values, found = settings.values(), contents(rows, settings.image_column, columns)
     views: dict[str, Any] = {"resolution": settings.resolution}
@@ -79,9 +80,8 @@ def write_training_set(
     named = {name: values[name] for name in (*PLACES, "heldout_dir") if values[name]}
     places = {name: str(Path(value).resolve()) for name, value in named.items() if Path(value).exists()}
     table = {SAMPLE_ID: stored_column(rows, SAMPLE_ID), "image": pa.array(found.marks, pa.binary(16))}
-    keys = canary_keys(rows, settings)
-    if keys:
-        table["canary"] = pa.array([keys.get(row) for row in range(len(rows))], pa.uint8())
+    if canaries:
+        table["canary"] = pa.array([canaries.get(row) for row in range(len(rows))], pa.uint8())
     about = {"ietagc_diffusers": __version__, **places}
     if left_out is not None and len(left_out):
         about["left_out"] = json.dumps(left_out.tolist())

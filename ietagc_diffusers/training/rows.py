@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from ..data.conditions import Condition
@@ -14,14 +14,27 @@ from ..data.hashes import default_cache, described, near_clusters, pixel_hashes
 from ..data.rows import first_rows, held_out, load_and_exclude, load_other_rows
 from ..data.sources import SAMPLE_ID, stored_column
 from ..errors import UsageError
+from .layout import PATIENCE
 from .settings import RunSettings
 
 logger = get_logger(__name__)
 
 
 def of_main(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
-    """What the main process computes, on all of them."""
-    return broadcast_object_list([compute() if accelerator.is_main_process else None])[0]
+    """What the main process computes, on all of them, which wait as long as it takes; a ``UsageError`` of it too."""
+    answer: list[Any] = [None, None]
+    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+    if accelerator.is_main_process:
+        try:
+            answer[0] = compute()
+        except UsageError as error:
+            answer[1] = UsageError(str(error))
+    if group is not None:
+        dist.broadcast_object_list(answer, group=group)
+    found, refusal = answer
+    if refusal is not None:
+        raise refusal
+    return found
 
 
 class Rows(NamedTuple):

@@ -54,9 +54,9 @@ from .monitor import Comparer, CopyMeter, Meter
 from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
-from .rows import load_rows
+from .rows import load_rows, of_main
 from .settings import RunSettings
-from .views import view_of
+from .views import canary_keys, view_of
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -181,31 +181,23 @@ def train(settings: RunSettings, say: Callable[[str], None] = print, comparer: C
         raise ValueError("`monitor_images` needs a `comparer`, such as ietagc_diffusers.eval.monitor.comparer")
     accelerator = set_up(settings)
     folder = RunFolder(settings.output_dir)
-    with _entered(folder, accelerator.is_main_process):
+    with _entered(folder, accelerator):
         _train(settings, accelerator, folder, say, comparer)
 
 
 @contextmanager
-def _entered(folder: RunFolder, is_main: bool) -> Iterator[None]:
+def _entered(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """Inside, no other training enters the folder. The main process holds it for all, and all hear if it cannot."""
     with ExitStack() as stack:
-        _on_main(is_main, lambda: stack.enter_context(locked(folder)))
+        _on_main(accelerator, lambda: stack.enter_context(locked(folder)))
         yield
 
 
-def _on_main(is_main: bool, make: Callable[[], Any]) -> Any:
+def _on_main(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
     """What ``make`` returns on the main process, None on the others; all of them raise a ``UsageError`` of it."""
-    made: Any = None
-    answer: list[UsageError | None] = [None]
-    if is_main:
-        try:
-            made = make()
-        except UsageError as error:
-            answer = [UsageError(str(error))]
-    (refusal,) = broadcast_object_list(answer)
-    if refusal is not None:
-        raise refusal
-    return made
+    made: list[Any] = [None]
+    of_main(accelerator, lambda: made.insert(0, make()))
+    return made[0]
 
 
 def monitor_of(
@@ -231,22 +223,19 @@ def monitor_of(
     return Monitor(accelerator, folder, settings, meter, copies, None if from_scratch else at_base)
 
 
-def _repository(settings: RunSettings, is_main: bool) -> hub.Repository | None:
+def _repository(settings: RunSettings, accelerator: Accelerator) -> hub.Repository | None:
     """Where the result is uploaded, made by the main process; all processes hear if it cannot be."""
     if not settings.push_to_hub:
         return None
     repository = settings.repository
-    answer: list[hub.Repository | UsageError] = [repository]
-    if is_main:
-        try:
-            named = replace(repository, patience=hub.Patience(longest=30.0)).create()  # the others wait meanwhile
-            answer = [replace(repository, name=named.name)]
+
+    def name() -> str:
+        try:  # the others wait meanwhile
+            return replace(repository, patience=hub.Patience(longest=30.0)).create().name
         except hub.UploadError as error:
-            answer = [UsageError(f"`push_to_hub` {repository.name}: {error}")]
-    (found,) = broadcast_object_list(answer)
-    if isinstance(found, UsageError):
-        raise found
-    return found
+            raise UsageError(f"`push_to_hub` {repository.name}: {error}") from error
+
+    return replace(repository, name=of_main(accelerator, name))
 
 
 def _push(
@@ -283,10 +272,10 @@ def _train(
     found = find_checkpoint(settings, folder, accelerator.is_main_process)
     take_over(settings, found)
     seed = agree_on_seed(settings)
-    repository = _repository(settings, accelerator.is_main_process)
+    repository = _repository(settings, accelerator)
     compares: Any = None
     if settings.monitor_images is not None and comparer is not None:
-        compares = _on_main(accelerator.is_main_process, lambda: comparer(settings, accelerator.device))
+        compares = _on_main(accelerator, lambda: comparer(settings, accelerator.device))
     family = load_family(settings, accelerator)
     if accelerator.is_main_process:
         family.pipeline()  # what the end needs is proved before the first step
@@ -295,10 +284,11 @@ def _train(
     rows, groups, others, left_out = load_rows(settings, condition, accelerator)
     prior = PriorSet.load(settings, family, accelerator)
     heldout = HeldoutSet.of(others, settings, condition, view_of(settings, family))
-    meter = Meter.of(rows, others, settings, family)
+    canaries = canary_keys(rows, settings)
+    meter = Meter.of(rows, others, settings, family, canaries)
     buckets = settings.method.bank_buckets
     extend(settings, found)
-    run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior, heldout)
+    run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior, heldout, canaries)
     marks = fingerprint(settings, rows, condition, run, buckets, prior, heldout)
     resume(settings, run, found, marks, folder)
     settings.method = replace(settings.method, bank_buckets=buckets)
@@ -307,7 +297,7 @@ def _train(
         simple = {key: value for key, value in values if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers(settings.tracker_project_name, simple)
         records.write_config(settings, folder)
-        records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder), left_out)
+        records.write_training_set(settings, rows, condition.columns, folder, fingerprints(folder), left_out, canaries)
     _announce(settings, run, budget, len(rows), prior)
     account = PrivacyAccount.of(settings, budget.visits_per_step, run.plan.shards)
     if account is not None:
@@ -318,7 +308,7 @@ def _train(
     if settings.drawn and per_prompt:
         validation = Validation(accelerator, settings.drawn, every, budget.steps_per_epoch, seed, per_prompt)
     monitor = None
-    if settings.monitor_every is not None:
+    if settings.is_monitored:
         copies = CopyMeter.of(rows, settings, family, None if compares is None else compares(rows))
         monitor = monitor_of(settings, meter, copies, run, folder, accelerator)
     saved = None
@@ -356,7 +346,8 @@ def _train(
     if signals.fault is not None:
         accelerator.end_training()
         raise signals.fault
-    if finished or (monitor and monitor.stopped):
+    ended = finished or (monitor is not None and monitor.stopped)
+    if ended:
         records.write_sample_counts(run, rows, folder)
         if accelerator.is_main_process:
             if monitor:
@@ -368,13 +359,13 @@ def _train(
                 saved.clear()
             if validation:
                 validation.draw(run)
-            if repository:
-                images = validation.images if validation else []
-                _push(
-                    settings,
-                    repository,
-                    lambda name: hub.write_card(settings, name, images, run.rows, family.tags),
-                    say,
-                )
             logger.info(f"Saved to {folder.path}")
     accelerator.end_training()
+    if ended and repository and accelerator.is_main_process:  # by now no process waits for another
+        images = validation.images if validation else []
+        _push(
+            settings,
+            repository,
+            lambda name: hub.write_card(settings, name, images, run.rows, family.tags),
+            say,
+        )

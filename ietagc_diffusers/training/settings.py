@@ -84,11 +84,11 @@ class RunSettings(
                 "folder as `heldout_dir`, or a `heldout_share`"
             )
         self._check_monitor(self.holds_out)
-        if self.holds_out and not (self.method.skip_false_rate or self.monitor_every):
+        if self.holds_out and not (self.method.skip_false_rate or self.is_monitored):
             name = "heldout_dir" if self.heldout_share is None else "heldout_share"
             raise UsageError(
-                f"`{name}` {getattr(self, name)}: is for `monitor_every` and `skip_false_rate`; give one of them, or "
-                "leave it out"
+                f"`{name}` {getattr(self, name)}: is for `monitor_every`, `monitor_steps` and `skip_false_rate`; give "
+                "one of them, or leave it out"
             )
 
     def _check_canary(self):

@@ -4,6 +4,7 @@ A canary (SolidMark, Kriplani et al. 2025) is a training picture with a border w
 Nothing in the picture tells it: a model that can say it has memorized the picture.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ def view_of(settings: RunSettings, family: Family, grey: int | None = None) -> V
     return view if settings.method.pixel_noise is None else NoisyPixels(view, settings.method.pixel_noise)
 
 
-def canary_views(rows: Dataset, settings: RunSettings, family: Family) -> dict[int, View]:
-    """The views of the rows that are canaries."""
-    return {row: view_of(settings, family, grey) for row, grey in canary_keys(rows, settings).items()}
+def canary_views(keys: Mapping[int, int], settings: RunSettings, family: Family) -> dict[int, View]:
+    """The views of the rows that are canaries. ``keys``: see ``canary_keys``."""
+    return {row: view_of(settings, family, grey) for row, grey in keys.items()}
 
 
 def canary_keys(rows: Dataset, settings: RunSettings) -> dict[int, int]:

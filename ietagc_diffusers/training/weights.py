@@ -181,6 +181,11 @@ class Weights:
         """The files that ``save_pipeline`` writes at the end of a run, nearly: their tensors."""
         return self.family.nbytes
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """The same of a model on its way."""
+        return self.output_bytes
+
     def save_pipeline(self, folder: Path, final: bool = False, earlier: Path | None = None) -> None:
         """The trained pipeline as a folder that diffusers loads, with the moving average's weights if there is one.
 

@@ -6,12 +6,13 @@ from abc import abstractmethod
 from accelerate.logging import get_logger
 
 from ...run_folder import RunFolder
-from ..ensemble import Callback, IterativeEnsemble
+from ..ensemble import IterativeEnsemble
+from .model import ModelCallback
 
 logger = get_logger(__name__)
 
 
-class EveryEpochs(Callback):
+class EveryEpochs(ModelCallback):
     """After epochs 1, 1 + X, 1 + 2X, ... as in the official scripts; with several shards after the next round.
 
     Args:
@@ -26,14 +27,7 @@ class EveryEpochs(Callback):
     def act(self, run: IterativeEnsemble) -> None:
         """What happens. All processes call this."""
 
-    def on_step(self, run, proxy, before):
-        if run.single:
-            self._act_if_due(run, before)
-
-    def on_round(self, run, row, before):
-        self._act_if_due(run, before if run.single else run.rounds.steps_before(run.round - 1))
-
-    def _act_if_due(self, run, before):
+    def on_model(self, run: IterativeEnsemble, before: int) -> None:
         first, last = before // self.steps_per_epoch, run.global_step // self.steps_per_epoch
         if any(epoch % self.every == 0 for epoch in range(first, last)):
             self.act(run)

@@ -15,10 +15,11 @@ from accelerate.logging import get_logger
 from ...files import read_json, read_json_lines, write_json, write_text
 from ...run_folder import RunFolder
 from ...tensor_files import NotFinite
-from ..ensemble import Callback, IterativeEnsemble
+from ..ensemble import IterativeEnsemble
 from ..monitor import Compared, CopyMeter, Meter, Row, advice, beside_base
 from ..monitor_page import page
 from ..monitor_settings import MonitorSettings
+from .model import ModelCallback
 from .validation import send_images
 
 logger = get_logger(__name__)
@@ -31,9 +32,9 @@ class Seen(NamedTuple):
     compared: Compared | None
 
 
-class Monitor(Callback):
-    """Measures the aggregated model after every so many rounds and after the last, which changes nothing of the
-    training: monitor.jsonl, a page, sheets, the tracker, and on request a stop or the best model so far.
+class Monitor(ModelCallback):
+    """Measures the aggregated model after every so many rounds or steps and after the last, which changes nothing of
+    the training: monitor.jsonl, a page, sheets, the tracker, and on request a stop or the best model so far.
 
     Args:
         accelerator: whose trackers are told.
@@ -56,8 +57,7 @@ class Monitor(Callback):
         copies: CopyMeter | None,
         at_base: Callable[[], AbstractContextManager[None]] | None,
     ):
-        assert settings.monitor_every is not None
-        self.accelerator, self.folder, self.settings, self.every = accelerator, folder, settings, settings.monitor_every
+        self.accelerator, self.folder, self.settings = accelerator, folder, settings
         self.meter, self.copies, self.at_base = meter, copies, at_base
         self.rows: list[Row] = []
         self.of_base = Seen(None, None)
@@ -77,20 +77,30 @@ class Monitor(Callback):
                 shutil.rmtree(place, ignore_errors=True)
             self._measure(run)
             return
-        self.rows = [row for row in read_json_lines(self.folder.monitor_file) if row["round"] <= run.round]
+        self.rows = [row for row in read_json_lines(self.folder.monitor_file) if row["global_step"] <= run.global_step]
         if self.at_base is not None:
             started = time.monotonic()
             with self.at_base():
                 self.of_base = self._look(run.weights.family)
             self._took(started)
 
-    def on_round(self, run, row, before):
-        if run.round % self.every and not run.finished:
+    def on_step(self, run, proxy, before):
+        if self.settings.monitor_steps is not None:
+            super().on_step(run, proxy, before)
+
+    def on_model(self, run, before):
+        if not run.finished and not self._is_due(run, before):
             return
         if run.layout.is_main and (run.finished or self._affordable()):
             self._measure(run)
             self.stopped = not run.finished and self._is_over(run, self.rows[-1])
         self.stopped = run.layout.any(self.stopped)  # the others wait as long as it takes
+
+    def _is_due(self, run, before):
+        rounds, steps = self.settings.monitor_every, self.settings.monitor_steps
+        if steps is not None:
+            return run.global_step // steps > before // steps
+        return rounds is not None and run.round % rounds == 0
 
     def should_stop(self, run):
         return self.stopped
@@ -186,7 +196,7 @@ class Monitor(Callback):
 
     def _is_best(self, run, row):
         rule, loss = self.settings.keep_best, row.get("heldout_loss")
-        if rule is None or row["round"] == 0 or (loss is not None and not math.isfinite(loss)):
+        if rule is None or row["global_step"] == 0 or (loss is not None and not math.isfinite(loss)):
             return False  # nothing would be better than a loss that is not a number
         if rule == "gap":
             return row["gap"] <= self.settings.stop_at_gap
@@ -219,7 +229,7 @@ class Monitor(Callback):
         best: Any = self._best() if keeps else None
         if keeps and best is None:
             logger.warning("`keep_best`: no measured model was good enough to be kept; the last one is saved")
-        if best is not None and best["round"] != run.round:
+        if best is not None and best["global_step"] != run.global_step:
             run.weights.load(self.folder.best)
             logger.info(f"Saved is the model of step {best['global_step']}: {_in_words(best)}")
         shutil.rmtree(self.folder.best, ignore_errors=True)

@@ -45,7 +45,8 @@ class SavedRounds(Callback):
         target, earlier = self.folder.round(run.round), self.folder.round(run.round - 1)
         part = target.with_name(f"{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        needed, left = 2 * run.weights.output_bytes, room(self.folder.path)
+        needed = run.weights.unfinished_bytes + run.weights.output_bytes
+        left = room(self.folder.path)
         try:
             if left < needed:
                 raise NoRoom(f"it and the trained one need {gigabytes(needed)}, the disk has {gigabytes(left)} left")

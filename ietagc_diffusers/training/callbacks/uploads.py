@@ -13,7 +13,8 @@ from accelerate.logging import get_logger
 from ...checkpoint import gigabytes, room
 from ...hub import Repository
 from ...run_folder import RunFolder
-from ..ensemble import Callback, IterativeEnsemble
+from ..ensemble import IterativeEnsemble
+from .model import ModelCallback
 
 logger = get_logger(__name__)
 
@@ -43,7 +44,7 @@ def start_push(folder: Path, repository: Repository, message: str, log: Path) ->
         )
 
 
-class Uploads(Callback):
+class Uploads(ModelCallback):
     """Saves the model to a folder of its own and has it uploaded while training goes on. While an upload is under way
     the next one is left out; the last is the result's, at the end. A failure is logged and costs nothing else.
 
@@ -77,11 +78,8 @@ class Uploads(Callback):
             self._clear()
 
     def on_step(self, run, proxy, before):
-        if run.single and self.every is not None:
-            self._act_if_due(run, before)
-
-    def on_round(self, run, row, before):
-        self._act_if_due(run, before if run.single else run.rounds.steps_before(run.round - 1))
+        if self.every is not None:
+            super().on_step(run, proxy, before)
 
     def on_end(self, run):
         """An upload that is still under way is stopped, and nothing of it committed: the result's follows, or the run
@@ -93,7 +91,7 @@ class Uploads(Callback):
             self._stop()
         self._clear()
 
-    def _act_if_due(self, run, before):
+    def on_model(self, run, before):
         due = self.every is None or run.global_step // self.every > before // self.every
         if not due or run.finished:
             return
@@ -110,7 +108,8 @@ class Uploads(Callback):
             logger.warning(f"“{self.message}” is still being uploaded: the model of step {run.global_step} is not")
             return
         self._clear()
-        needed, left = 2 * run.weights.output_bytes, room(self.folder.path)
+        needed = run.weights.unfinished_bytes + run.weights.output_bytes
+        left = room(self.folder.path)
         if left < needed:
             raise OSError(f"it and the trained one need {gigabytes(needed)}, the disk has {gigabytes(left)} left")
         # A name of its own: what an upload of a killed run may still be reading is never written to.
