@@ -116,8 +116,8 @@ def benchmark_of(half: int, output: Path) -> Benchmark:
     return Benchmark(path)
 
 
-def train_all(runs: list[Benchmark]) -> None:
-    """Train what is missing, one run after another. Raises ``SystemExit`` if one failed."""
+def train_all(runs: list[Benchmark], arms: list[str]) -> None:
+    """Train what is missing of the arms, one run after another. Raises ``SystemExit`` if one failed."""
     failed = []
 
     def work(half, arm, bar, processes):
@@ -125,7 +125,7 @@ def train_all(runs: list[Benchmark]) -> None:
         failed.extend([f"{arm}: {why}"] if why else [])
         bar.update()
 
-    works = [partial(work, half, arm) for arm in ARMS for half in HALVES]
+    works = [partial(work, half, arm) for arm in arms for half in HALVES]
     run_jobs(works, 1, len(works), "Training")
     if failed:
         raise SystemExit("\n".join(failed))
@@ -225,12 +225,14 @@ def _cosine(products):
     return products[0] / (products[1] * products[2]).sqrt()
 
 
-def measure(judge: Judge, runs: list[Benchmark], points: int, drawn: list[int], settings: Settings) -> list[Point]:
-    """The points of all arms; those that are written down are kept."""
+def measure(
+    judge: Judge, runs: list[Benchmark], arms: list[str], points: int, drawn: list[int], settings: Settings
+) -> None:
+    """Write the points of the arms into halves.json; those that are there are kept."""
     path = judge.output / "halves.json"
     known = {(row["arm"], row["step"]): Point(**row) for row in read_json(path)} if path.exists() else {}
     name = judge.family.denoiser_name
-    for arm in tqdm(ARMS, desc="Arms"):
+    for arm in tqdm(arms, desc="Arms"):
         saved = [dict(RunFolder(runs[half].model(arm, half)).saved_models(name)) for half in HALVES]
         steps = sorted(set(spread(sorted(saved[0]), points)) | set(drawn))
         for step in steps:
@@ -241,7 +243,6 @@ def measure(judge: Judge, runs: list[Benchmark], points: int, drawn: list[int], 
                 point = Point(**asdict(point) | judge.of_images(images))
             known[arm, step] = point
             write_json(path, [asdict(each) for each in known.values()])
-    return list(known.values())
 
 
 def at(points: list[Point], x: str, value: float, y: str) -> str:
@@ -252,7 +253,7 @@ def at(points: list[Point], x: str, value: float, y: str) -> str:
 
 def show(points: list[Point], output: Path) -> None:
     """Print the tables and draw the figure."""
-    of_arm = {arm: sorted((p for p in points if p.arm == arm), key=lambda p: p.step) for arm in ARMS}
+    of_arm = {arm: run for arm in ARMS if (run := sorted((p for p in points if p.arm == arm), key=lambda p: p.step))}
     named = [field.name for field in fields(Point)][1:]
     rows = []
     for arm, run in of_arm.items():
@@ -291,18 +292,19 @@ def main():
     parser.add_argument("--pictures", type=Path, default=Path("runs/demo/pictures"))
     parser.add_argument("--heldout", type=Path, default=Path("runs/demo/heldout"))
     parser.add_argument("--output", type=Path, default=Path("runs/halves"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--points", type=int, default=5, help="models of each run that predict")
-    parser.add_argument("--drawn", type=int, nargs="*", default=[160, 400], help="steps at which models draw")
+    parser.add_argument("--drawn", type=int, nargs="*", default=[400], help="steps at which models draw")
     parser.add_argument("--show", action="store_true", help="only print and draw what is measured")
     args = parser.parse_args()
     if not args.show:
         write_halves(args.pictures, args.output)
         runs = [benchmark_of(half, args.output) for half in HALVES]
-        train_all(runs)
-        resolution = RunFolder(runs[0].model(ARMS[0], 0)).config()["resolution"]
+        train_all(runs, args.arms)
+        resolution = RunFolder(runs[0].model(args.arms[0], 0)).config()["resolution"]
         judge = Judge(runs[0].base, args.output, args.heldout, resolution)
         settings = Settings(**runs[0].generate, resolution=resolution)
-        measure(judge, runs, args.points, args.drawn, settings)
+        measure(judge, runs, args.arms, args.points, args.drawn, settings)
     show([Point(**row) for row in read_json(args.output / "halves.json")], args.output)
 
 
