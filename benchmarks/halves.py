@@ -234,7 +234,8 @@ def measure(
     name = judge.family.denoiser_name
     for arm in tqdm(arms, desc="Arms"):
         saved = [dict(RunFolder(runs[half].model(arm, half)).saved_models(name)) for half in HALVES]
-        steps = sorted(set(spread(sorted(saved[0]), points)) | set(drawn))
+        common = sorted(saved[0].keys() & saved[1].keys())
+        steps = sorted({*spread(common, points), *(step for step in drawn if step in common)})
         for step in steps:
             folders = [of_half[step] for of_half in saved]
             point = known.get((arm, step)) or judge.compare(arm, step, folders)

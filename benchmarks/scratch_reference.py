@@ -1,16 +1,17 @@
 """Which model could be the reference for calibrated control where there is no base, in a training from scratch?
 
-    python -m benchmarks.scratch_reference       # after benchmarks.photos and its runs; about 15 minutes on a core
+    python -m benchmarks.scratch_reference       # after benchmarks.photos and its runs; about 8 minutes on a core
 
 A reference is good if losses over its losses on the same noise tell images that were trained on from others better than
 the losses by themselves do (AUC at one noise level, the mean of ten). On the photographs of benchmarks.photos:
 
 1. plain training (of configs/photos_runs.yaml) over models of its own past;
-2. proxies of IET-AGC+ at the end of a round, as their control sees them, each on the images of its own shard, over
-   their common start, over the past, and over proxies of other shards, which have not seen these images in this round.
+2. proxies of IET-AGC+ at the end of a round, as their control sees them, each on the images of its own shard: over
+   their common start, and over proxies of other shards, which have not seen these images in this round. Runs do not
+   keep proxies, so the model of a saved round is trained for one round more.
 
-In both, a plain training on 100 other photographs says what a reference that has never seen the images would do. It and
-the run of IET-AGC+ that keeps its proxies are trained first, in the folder ``--output``; finished ones are kept.
+In both, a plain training on 100 other photographs says what a reference that has never seen the images would do;
+--others 0 leaves it out. What is trained is kept in the folder --output.
 """
 
 import argparse
@@ -33,28 +34,28 @@ from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.files import read_json, write_json, write_text
 from ietagc_diffusers.training import run as training
-from ietagc_diffusers.training.callbacks import SavedRounds
+from ietagc_diffusers.training.callbacks import RoundRecords
 from ietagc_diffusers.training.weight_averaging import average_weights
 
 RUNS = Path(__file__).resolve().parent.parent / "configs" / "photos_runs.yaml"
 NUM_HELDOUT = 500  # photographs with which the reference set begins: those of the other training are after them
 LEVELS = middles(10)
 RATE = 0.25  # about what IET-AGC+ skips here
-ROUND = 120  # steps of all proxies in a round, and of plain training between its models
+SHARDS, ROUND = 4, 120  # steps of all proxies in a round, and of plain training between its models
 Saved = Callable[[int], Path]  # the denoiser's folder of a run after a step
 
 
-class SavedProxies(SavedRounds):
-    """Beside its own work, keeps each round's proxies and the samples of their shards."""
+class SavedProxies(RoundRecords):
+    """Beside its own work, keeps the last round's proxies and the samples of their shards."""
 
     def on_retire(self, run, proxy):
-        folder = proxy_folder(self.folder, run.round + 1, proxy.shard)
+        folder = proxy_folder(self.folder, proxy.shard)
         run.weights.family.denoiser.save_pretrained(folder)
         write_json(folder / "samples.json", run.plan.shards[proxy.shard].tolist())
 
 
-def proxy_folder(run: RunFolder, number: int, shard: int) -> Path:
-    return run.path / "proxies" / f"round-{number:04d}" / f"shard-{shard}"
+def proxy_folder(run: RunFolder, shard: int) -> Path:
+    return run.path / "proxies" / f"shard-{shard}"
 
 
 def write_others(reference: Path, folder: Path) -> None:
@@ -74,15 +75,15 @@ def write_others(reference: Path, folder: Path) -> None:
 
 
 def train(runs: Benchmark, name: str, output: Path, **own) -> RunFolder:
-    """A run of the benchmark with other flags, which keeps its proxies; a finished one is kept."""
+    """A run of the benchmark with other flags, which keeps its proxies; a finished run is not trained again."""
     folder = RunFolder(output)
     if not folder.is_finished:
         flags = runs.flags(name) | own | {"seed": 0, "output_dir": str(output), "checkpointing_steps": 100_000}
-        before, training.SavedRounds = training.SavedRounds, SavedProxies
+        before, training.RoundRecords = training.RoundRecords, SavedProxies
         try:
             training.train(parse_flags(recipe_to_argv(flags)))
         finally:
-            training.SavedRounds = before
+            training.RoundRecords = before
     return folder
 
 
@@ -129,53 +130,65 @@ def joined(parts: list[Scores]) -> Scores:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/references"))
-    parser.add_argument("--steps", type=int, default=1800, help="of the two trainings")
-    parser.add_argument("--at", type=int, nargs="+", default=[480, 960, 1440, 1800], help="steps that are looked at")
+    parser.add_argument("--at", type=int, nargs="+", default=[480, 960, 1440, 2040], help="steps that are looked at")
+    parser.add_argument("--others", type=int, default=2040, help="steps of the training on other photographs")
     args = parser.parse_args()
     runs = Benchmark(RUNS)
-    reference, others = Path(runs.reference), args.output / "others"
-    write_others(reference, others)
-    own = {"max_train_steps": args.steps, "cache_latents": str(args.output / "latents")}
-    elsewhere = train(runs, "none", args.output / "none-others", **own, train_data_dir=str(others))
-    ensemble = train(runs, "iet-agc+", args.output / "iet-agc+", **own)
+    plain, ensemble = (RunFolder(runs.model(name, 0)) for name in ("none", "iet-agc+"))
     pictures, heldout = load_images(runs.train, "train"), load_images(runs.heldout, "heldout")
-    size = RunFolder(runs.model("none", 0)).config()["resolution"]
-    meter = Meter(runs.base, pictures, heldout.select(range(0, len(heldout), 4)), LEVELS, args.output / "losses", size)
+    few, size = heldout.select(range(0, len(heldout), 4)), plain.config()["resolution"]
+    meter = Meter(runs.base, pictures, few, LEVELS, args.output / "losses", size)
     name = meter.family.denoiser_name
-    plain, past, never = (saved_by(run, name) for run in (RunFolder(runs.model("none", 0)), ensemble, elsewhere))
+    before, models = saved_by(plain, name), saved_by(ensemble, name)
+    never = {}
+    if args.others:
+        never["other photographs, as many steps"] = train_elsewhere(runs, args.output, args.others, name)
     candidates = {
         "loss alone": None,
-        "120 steps ago": lambda step: plain(step - ROUND),
-        "half the steps": lambda step: plain(step // 2 // ROUND * ROUND),
-        "a quarter of the steps": lambda step: plain(max(step // 4 // ROUND, 1) * ROUND),
-        "mean of the models up to half the steps": lambda step: mean_of_first_half(plain, step, args.output),
-        "other photographs, as many steps": never,
+        "120 steps ago": lambda step: before(step - ROUND),
+        "half the steps": lambda step: before(step // 2 // ROUND * ROUND),
+        "a quarter of the steps": lambda step: before(step // 4 // ROUND * ROUND),
+        "mean of the models up to half the steps": lambda step: mean_of_first_half(before, step, args.output),
+        **never,
     }
     found = {}
     for title, place in tqdm(candidates.items(), desc="Plain training"):
-        found[title] = [meter(plain(s)).over(meter(place(s))) if place else meter(plain(s)) for s in args.at]
+        found[title] = [meter(before(s)).over(meter(place(s))) if place else meter(before(s)) for s in args.at]
     report(found, args.at, "Plain training: AUC")
     found = {}
     for step in tqdm(args.at, desc="Proxies"):
-        number, shards = step // ROUND, range(len(list(proxy_folder(ensemble, 1, 0).parent.iterdir())))
-        places = [proxy_folder(ensemble, number, shard) for shard in shards]
+        start = models(step - ROUND)
+        once = train(runs, "iet-agc+", args.output / f"round-of-{step}", **own_of_a_round(start.parent))
+        places = [proxy_folder(once, shard) for shard in range(SHARDS)]
         proxies = [meter(place) for place in places]
-        before = [meter(proxy_folder(ensemble, number - 1, shard)) for shard in shards]
         shared = {
             "loss alone": None,
-            "the round's start (moving average)": meter(past(step - ROUND)),
-            "half the steps": meter(past(step // 2 // ROUND * ROUND)),
+            "the round's start": meter(start),
+            "half the steps": meter(models(step // 2 // ROUND * ROUND)),
         }
-        by_name = {title: [one] * len(proxies) for title, one in shared.items()}
-        by_name["one other proxy of the round"] = [proxies[shard - 1] for shard in shards]
-        by_name["mean loss of the other proxies"] = [mean_loss(proxies, shard) for shard in shards]
-        by_name["the same, of the round before"] = [mean_loss(before, shard) for shard in shards]
-        by_name["other photographs, as many steps"] = [meter(never(step))] * len(proxies)
+        by_name = {title: [one] * SHARDS for title, one in shared.items()}
+        by_name["one other proxy of the round"] = [proxies[shard - 1] for shard in range(SHARDS)]
+        by_name["mean loss of the other proxies"] = [mean_loss(proxies, shard) for shard in range(SHARDS)]
+        by_name |= {title: [meter(place(step))] * SHARDS for title, place in never.items()}
         for title, references in by_name.items():
             pairs = zip(proxies, references, places, strict=True)
             parts = [(p.over(r) if r else p).of_seen(read_json(f / "samples.json")) for p, r, f in pairs]
             found.setdefault(title, []).append(joined(parts))
     report(found, args.at, "Proxies of IET-AGC+, images of their own shards: AUC")
+
+
+def train_elsewhere(runs: Benchmark, output: Path, steps: int, name: str) -> Saved:
+    """The models of plain training on photographs that no other run has."""
+    write_others(Path(runs.reference), output / "others")
+    own = {"train_data_dir": str(output / "others"), "cache_latents": str(output / "latents")}
+    return saved_by(train(runs, "none", output / "none-others", **own, max_train_steps=steps), name)
+
+
+def own_of_a_round(start: Path) -> dict:
+    """Flags of a training that is one round from a saved model. The optimizer starts anew, hence a short warm-up."""
+    return {"pretrained_model_name_or_path": str(start), "max_train_steps": ROUND, "lr_warmup_steps": ROUND // 6} | {
+        "use_ema": False, "save_rounds": False, "cache_latents": None,
+    }  # fmt: skip
 
 
 def mean_loss(proxies: list[Scores], left_out: int) -> Scores:
