@@ -1,6 +1,6 @@
 """Which model could be the reference for calibrated control where there is no base, in a training from scratch?
 
-    python -m benchmarks.scratch_reference       # after benchmarks.photos and its runs; about 8 minutes on a core
+    python -m benchmarks.scratch_reference PLAIN ENSEMBLE      # runs of configs/photos_runs.yaml; 8 minutes on a core
 
 A reference is good if losses over its losses on the same noise tell images that were trained on from others better than
 the losses by themselves do (AUC at one noise level, the mean of ten). On the photographs of benchmarks.photos:
@@ -129,12 +129,14 @@ def joined(parts: list[Scores]) -> Scores:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plain", type=Path, help="the folder of a run of the arm none")
+    parser.add_argument("ensemble", type=Path, help="the folder of a run of the arm iet-agc+")
     parser.add_argument("--output", type=Path, default=Path("runs/references"))
     parser.add_argument("--at", type=int, nargs="+", default=[480, 960, 1440, 2040], help="steps that are looked at")
     parser.add_argument("--others", type=int, default=2040, help="steps of the training on other photographs")
     args = parser.parse_args()
     runs = Benchmark(RUNS)
-    plain, ensemble = (RunFolder(runs.model(name, 0)) for name in ("none", "iet-agc+"))
+    plain, ensemble = RunFolder(args.plain), RunFolder(args.ensemble)
     pictures, heldout = load_images(runs.train, "train"), load_images(runs.heldout, "heldout")
     few, size = heldout.select(range(0, len(heldout), 4)), plain.config()["resolution"]
     meter = Meter(runs.base, pictures, few, LEVELS, args.output / "losses", size)

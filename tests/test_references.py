@@ -1,6 +1,7 @@
 """The studies of references for calibrated control, and of models of disjoint halves."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -99,3 +100,19 @@ def test_a_model_agrees_with_itself_and_less_with_another(tmp_path, base):
     assert apart.agreement < 0.9 and apart.disagreement > 0 and apart.gap == pytest.approx(-turned.gap, abs=1e-6)
     # |a - b|^2 / 2 = (|a|^2 + |b|^2) / 2 - a.b, where both changes are about equally large
     assert apart.disagreement == pytest.approx(apart.moved * (1 - apart.agreement), rel=0.05)
+
+
+def test_images_are_compared_by_noise_and_by_half(tmp_path, base):
+    halves.write_halves(write_folder(tmp_path / "pictures", 6), tmp_path)
+    judge = halves.Judge(str(base), tmp_path, write_folder(tmp_path / "heldout", 4, seed=1), resolution=16)
+    number = len(judge.prompts)  # captions of four pictures, two of each half, with two noises
+    assert number == 8 and judge.prompts[:4] == judge.prompts[4:]
+    alike = [write_folder(tmp_path / name, number, seed=2) for name in ("first", "second")]
+    assert judge.of_images(alike)["excess"] > 0.5  # noise pictures: one like itself, and no two others
+    own = [tmp_path / f"own-{half}" for half in halves.HALVES]
+    for half, folder in enumerate(own):
+        folder.mkdir()
+        pictures = sorted((tmp_path / f"half-{half}").glob("*.png"))
+        for index in range(number):
+            shutil.copy(pictures[index % 3], folder / f"{index:06d}.png")
+    assert judge.of_images(own)["preferred"] == 1 and judge.of_images(own[::-1])["preferred"] == -1
