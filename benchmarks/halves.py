@@ -10,6 +10,7 @@ the demo. Along the runs the two models of an arm are compared
 - by what they predict of the same noisy held-out latents. With f the model of a half and f0 the base: *disagreement* is
   half the mean squared difference of both, which is how much the choice of the half adds to the held-out loss (the
   variance in bias plus variance); *agreement* is the cosine between their changes f - f0;
+- with a third model of the first half and another seed: its disagreement with the first is what the seed alone adds;
 - by what they draw from the same noise and caption: how much more similar it is than what they draw from other noise,
   and how much more often than by chance an image is nearer to a picture of its model's own half than to all of the
   other half.
@@ -23,7 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,7 @@ from ietagc_diffusers.sscd import pixel_descriptor
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
 RUNS = Path(__file__).resolve().parent.parent / "configs" / "demo_beyond_runs.yaml"
+SEED = 2  # of the third model
 ARMS = ("none", "iet-agc+", "iet-agc+c", "iet, all data", "iet-agc+c, all data")
 HALVES = (0, 1)
 FLAGS = {"max_train_steps": 400, "lr_warmup_steps": 20, "checkpointing_steps": 400, "report_to": "none"}
@@ -65,7 +67,8 @@ class Point:
     """The two models of an arm after a step.
 
     heldout: mean held-out loss of both. gap: see the module. moved: mean squared change of what they predict since the
-    base. disagreement, agreement: see the module; agreement_at: in four equal parts of the noise levels. excess: mean
+    base. disagreement, agreement: see the module; agreement_at: in four equal parts of the noise levels. of_seeds: the
+    disagreement of two models of the first half, None without the third. excess: mean
     similarity of images from the same noise, less that of images from other noise; preferred: how much more often than
     by chance an image is nearer to its model's own half, from -1 to 1; both None where nothing was drawn.
     """
@@ -78,6 +81,7 @@ class Point:
     disagreement: float
     agreement: float
     agreement_at: list[float]
+    of_seeds: float | None = None
     excess: float | None = None
     preferred: float | None = None
 
@@ -105,9 +109,15 @@ def write_halves(pictures: Path, output: Path) -> None:
 
 
 def benchmark_of(half: int, output: Path) -> Benchmark:
-    """The arms, trained on a half, whose number is the seed: the two models of an arm share nothing but the base."""
+    """The arms, trained on a half, whose number is the seed: the two models of an arm share nothing but the base.
+    ``SEED`` is another seed of the first half.
+    """
     config = yaml.safe_load(RUNS.read_text())
-    config |= {"train": str(output / f"half-{half}"), "output": str(output / f"runs-{half}"), "seeds": [half]}
+    config |= {
+        "train": str(output / f"half-{half}"),
+        "output": str(output / f"runs-{half}"),
+        "seeds": [0, SEED] if half == 0 else [half],
+    }
     config["common"] |= FLAGS
     config["training"] = {arm: config["training"][arm] for arm in ARMS}
     config["tables"] = {"halves": {"title": "Halves", "rows": [{"training": arm} for arm in ARMS]}}
@@ -120,12 +130,12 @@ def train_all(runs: list[Benchmark], arms: list[str]) -> None:
     """Train what is missing of the arms, one run after another. Raises ``SystemExit`` if one failed."""
     failed = []
 
-    def work(half, arm, bar, processes):
-        why = train(runs[half].training_command(arm, half), Path(runs[half].model(arm, half)), processes)
+    def work(half, seed, arm, bar, processes):
+        why = train(runs[half].training_command(arm, seed), Path(runs[half].model(arm, seed)), processes)
         failed.extend([f"{arm}: {why}"] if why else [])
         bar.update()
 
-    works = [partial(work, half, arm) for arm in arms for half in HALVES]
+    works = [partial(work, half, seed, arm) for arm in arms for half in HALVES for seed in runs[half].seeds]
     run_jobs(works, 1, len(works), "Training")
     if failed:
         raise SystemExit("\n".join(failed))
@@ -191,6 +201,11 @@ class Judge:
             _cosine(parts).tolist(),
         )
 
+    def of_seeds(self, folders: list[Path]) -> float:
+        """Half the mean squared difference of what the models in two folders predict."""
+        first, second = (self._predictions(self.load(folder))[0] for folder in folders)
+        return (first - second).square().mean().item() / 2
+
     def draw(self, name: str, folder: Path, settings: Settings) -> Path:
         """The folder of the images that a denoiser draws; those that are there are kept."""
         images = self.output / "drawn" / name
@@ -234,14 +249,18 @@ def measure(
     name = judge.family.denoiser_name
     for arm in tqdm(arms, desc="Arms"):
         saved = [dict(RunFolder(runs[half].model(arm, half)).saved_models(name)) for half in HALVES]
+        again = RunFolder(runs[0].model(arm, SEED))
+        third = dict(again.saved_models(name)) if again.path.exists() else {}
         common = sorted(saved[0].keys() & saved[1].keys())
         steps = sorted({*spread(common, points), *(step for step in drawn if step in common)})
         for step in steps:
             folders = [of_half[step] for of_half in saved]
             point = known.get((arm, step)) or judge.compare(arm, step, folders)
+            if step in third and point.of_seeds is None:
+                point = replace(point, of_seeds=judge.of_seeds([folders[0], third[step]]))
             if step in drawn and point.excess is None:
                 images = [judge.draw(f"{slug(arm)}-{step}-{half}", folders[half], settings) for half in HALVES]
-                point = Point(**asdict(point) | judge.of_images(images))
+                point = replace(point, **judge.of_images(images))
             known[arm, step] = point
             write_json(path, [asdict(each) for each in known.values()])
 
@@ -263,7 +282,7 @@ def show(points: list[Point], output: Path) -> None:
             cells = [", ".join(f"{v:.2f}" for v in x) if isinstance(x, list) else x for x in values]
             rows.append([arm, *("" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells)])
     print_table(["arm", *named], rows)
-    matched = ("heldout", "gap", "disagreement", "agreement")
+    matched = ("heldout", "gap", "disagreement", "of_seeds", "agreement")
     for x, value in (("gap", 0.013), ("gap", 0.015), ("heldout", 0.34), ("heldout", 0.338)):
         head = [f"at {x} {value}", *(y for y in matched if y != x)]
         print_table(head, [[arm, *(at(run, x, value, y) for y in head[1:])] for arm, run in of_arm.items()])
