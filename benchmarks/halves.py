@@ -267,6 +267,7 @@ def measure(
 
 def at(points: list[Point], x: str, value: float, y: str) -> str:
     """A field of one run where another first reaches a value, or a dash."""
+    points = [p for p in points if getattr(p, y) is not None]
     found = crossing(points, lambda p: getattr(p, x), lambda p: getattr(p, y), value)
     return "–" if found is None else f"{found:.4f}"
 
