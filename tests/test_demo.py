@@ -80,7 +80,7 @@ def test_the_runs_are_a_benchmark_in_the_folder_with_the_measured_threshold(fold
     path = write_runs(folder, RUNS, [3], ["runs", "controls"] if controls else ["runs"], fresh)
     runs = Benchmark(path)
     assert runs.output == folder and runs.seeds == [3]
-    assert [cell.training for cell in runs.cells] == list(runs.training)[: 12 if controls else 2]
+    assert [cell.training for cell in runs.cells] == list(runs.training)[: 18 if controls else 2]
     assert {flags["save_rounds"] for flags in runs.effective.values()} == {True}
     assert yaml.safe_load(path.read_text())["score"]["copy_similarity"] == pytest.approx(0.918, abs=5e-4)
 

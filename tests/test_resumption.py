@@ -105,7 +105,9 @@ def plain(value):
 
 
 def attributes(thing):
-    return {key: plain(value) for key, value in vars(thing).items() if not torch.is_tensor(value)}
+    """All but state: what is a tensor, and the share of batches that a control has kept as they are."""
+    values = {key: value for key, value in vars(thing).items() if not torch.is_tensor(value) and key != "whole_share"}
+    return {key: plain(value) for key, value in values.items()}
 
 
 def what_shapes(run):
