@@ -5,7 +5,7 @@
 RUNs are trained with --save_rounds from the demo's base on its pictures. Nothing is trained: at models along each run,
 noisy samples of the training and of the held-out pictures are scored
 
-- by the loss alone, as without calibration;
+- by their loss, as without calibration;
 - by the loss over the base's on the same noise, the exact reference, which costs a forward pass for each sample;
 - by the loss over a fit of the base's loss: of each picture, m losses of the base at other noise in each of B ranges
   of noise levels, taken once before the training. The mean logarithm in each range, relative to that of all pictures,
@@ -28,7 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from tqdm.auto import tqdm
 
-from benchmarks.separation import Meter, Scores, auc, auc_error, middles, print_table, skipped
+from benchmarks.separation import Meter, Scores, auc, auc_error, middles, skipped
+from benchmarks.tables import print_table
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.losses import saved_models
 from ietagc_diffusers.run_folder import RunFolder
@@ -79,10 +80,10 @@ def cascade(first: Scores, exact: Scores, part: float) -> tuple[np.ndarray, np.n
 
 def decisions(loss: Scores, exact: Scores, fitted: Scores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What is skipped of the seen and of the unseen samples, by what each way is called."""
-    found = {"loss alone": skipped(loss, RATE), "exact": skipped(exact, RATE), "fit": skipped(fitted, RATE)}
+    found = {"the loss only": skipped(loss, RATE), "exact": skipped(exact, RATE), "fit": skipped(fitted, RATE)}
     rng = np.random.default_rng(0)
     half = [rng.random(values.shape) < 0.5 for values in loss]
-    for name in ("loss alone", "fit"):
+    for name in ("the loss only", "fit"):
         mixed = zip(half, found["exact"], found[name], strict=True)
         found[f"exact for a random half, else {name}"] = tuple(np.where(*which) for which in mixed)
     for name, first in {"loss": loss, "fit": fitted}.items():
@@ -112,7 +113,7 @@ def main():
     for run in args.runs:
         models = saved_models({run.parent.name: [run]}, meter.family.denoiser_name, args.points)
         losses = [meter(model.folder) for model in tqdm(models, desc=run.parent.name)]
-        references: dict[str, Scores | None] = {"loss alone": None, "exact": of_base}
+        references: dict[str, Scores | None] = {"the loss only": None, "exact": of_base}
         references |= {f"fit, B = {ranges}, m = {draws}": fits[ranges, draws] for ranges, draws in FITS}
         found = {name: [loss.over(r) if r else loss for loss in losses] for name, r in references.items()}
         steps = [f"step {model.step}" for model in models]

@@ -26,6 +26,7 @@ from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.lora import shape_of, targeted
 
 from .real_shapes import UNETS
+from .tables import print_table
 
 SHARDS = (1, 4, 10)
 CHECKED = (192, 384, 512)  # widths of the model of the real runs
@@ -135,11 +136,8 @@ def adapter_rows(name: str, rank: int = 4, num_rounds: int = 25, precision: int 
             }
 
 
-def print_table(table):
-    print("| " + " | ".join(table[0]) + " |")
-    print("|" + "---|" * len(table[0]))
-    for row in table:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+def print_rows(table):
+    print_table([*table[0]], [[*row.values()] for row in table])
 
 
 def measure(num_shards: int, place: str, calibrate: str, scratch: Path) -> dict[str, float]:
@@ -212,7 +210,7 @@ def check() -> bool:
                 row[f"{what} expected"] = f"{got[f'{what} expected'] / 1e9:.3f}"
                 row[f"{what} ratio"] = f"{got[what] / got[f'{what} expected']:.3f}"
             table.append(row)
-    print_table(table)
+    print_rows(table)
     allowed = {"memory": UNCOUNTED / 1e9, "checkpoint": 0.0}
     return all(
         abs(float(row[what]) - float(row[f"{what} expected"])) <= 0.05 * float(row[f"{what} expected"]) + more
@@ -231,11 +229,11 @@ def main():
         num_shards, place, calibrate, scratch = args.child
         child(int(num_shards), place, calibrate, Path(scratch))
     elif args.lora:
-        print_table([row for name in MODELS if name != "CIFAR UNet" for row in adapter_rows(name)])
+        print_rows([row for name in MODELS if name != "CIFAR UNet" for row in adapter_rows(name)])
     elif args.check:
         sys.exit(not check())
     else:
-        print_table([row for name in MODELS for row in rows(name)])
+        print_rows([row for name in MODELS for row in rows(name)])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A judge that needs no held-out loss: do two models that were trained on disjoint halves of the pictures agree?
 
-    python -m benchmarks.halves                # after make demo: about 40 minutes on a core
+    python -m benchmarks.halves                # after make demo: about 45 minutes on a core
 
 Models that generalize learn the same function from either half, models that memorize learn different ones (Kadkhodaie
 et al., ICLR 2024). Every second of the demo's pictures, with its duplicates, is in the first half, the others are in
@@ -10,7 +10,7 @@ the demo. Along the runs the two models of an arm are compared
 - by what they predict of the same noisy held-out latents. With f the model of a half and f0 the base: *disagreement* is
   half the mean squared difference of both, which is how much the choice of the half adds to the held-out loss (the
   variance in bias plus variance); *agreement* is the cosine between their changes f - f0;
-- with a third model of the first half and another seed: its disagreement with the first is what the seed alone adds;
+- with a third model, of the first half and another seed: its disagreement with the first is the seed's part;
 - by what they draw from the same noise and caption: how much more similar it is than what they draw from other noise,
   and how much more often than by chance an image is nearer to a picture of its model's own half than to all of the
   other half.
@@ -37,7 +37,8 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from benchmarks.separation import middles, print_table
+from benchmarks.separation import middles
+from benchmarks.tables import print_table
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.configuration import slug
 from ietagc_diffusers.eval.curves import crossing
@@ -68,9 +69,9 @@ class Point:
 
     heldout: mean held-out loss of both. gap: see the module. moved: mean squared change of what they predict since the
     base. disagreement, agreement: see the module; agreement_at: in four equal parts of the noise levels. of_seeds: the
-    disagreement of two models of the first half, None without the third. excess: mean
-    similarity of images from the same noise, less that of images from other noise; preferred: how much more often than
-    by chance an image is nearer to its model's own half, from -1 to 1; both None where nothing was drawn.
+    disagreement of two models of the first half, None without the third. excess: mean similarity of images from the
+    same noise, less that of images from other noise; preferred: how much more often than by chance an image is nearer
+    to its model's own half, from -1 to 1; both None where nothing was drawn.
     """
 
     arm: str
@@ -109,8 +110,8 @@ def write_halves(pictures: Path, output: Path) -> None:
 
 
 def benchmark_of(half: int, output: Path) -> Benchmark:
-    """The arms, trained on a half, whose number is the seed: the two models of an arm share nothing but the base.
-    ``SEED`` is another seed of the first half.
+    """The arms, trained on a half, whose number is the seed: the two models of an arm share nothing but the base. The
+    first half is also trained on with ``SEED``.
     """
     config = yaml.safe_load(RUNS.read_text())
     config |= {
@@ -180,8 +181,8 @@ class Judge:
             losses.append((prediction - target).square().flatten(1).mean(dim=1))
         return torch.cat(said).view(len(LEVELS), -1, said[0].shape[1]), torch.cat(losses).mean().item()
 
-    def compare(self, arm: str, step: int, folders: list[Path]) -> Point:
-        """The models in two folders, one of each half."""
+    def compare(self, arm: str, step: int, folders: list[Path], third: Path | None = None) -> Point:
+        """The models in two folders, one of each half, and the third model if it is there."""
         models = [self.load(folder) for folder in folders]
         (first, loss_0), (second, loss_1) = map(self._predictions, models)
         # own[i][j]: loss of the model of half i on half j
@@ -196,15 +197,11 @@ class Judge:
             (loss_0 + loss_1) / 2,
             float(own[0, 1] + own[1, 0] - own[0, 0] - own[1, 1]) / 2,
             products[1:].mean().item(),
-            (first - second).square().mean().item() / 2,
+            _disagreement(first, second),
             _cosine(products.sum(dim=1)).item(),
             _cosine(parts).tolist(),
+            None if third is None else _disagreement(first, self._predictions(self.load(third))[0]),
         )
-
-    def of_seeds(self, folders: list[Path]) -> float:
-        """Half the mean squared difference of what the models in two folders predict."""
-        first, second = (self._predictions(self.load(folder))[0] for folder in folders)
-        return (first - second).square().mean().item() / 2
 
     def draw(self, name: str, folder: Path, settings: Settings) -> Path:
         """The folder of the images that a denoiser draws; those that are there are kept."""
@@ -235,6 +232,10 @@ def _is_nearer(images, own, others):
     return (images @ own.T).amax(dim=1) > (images @ others.T).amax(dim=1)
 
 
+def _disagreement(first, second):
+    return (first - second).square().mean().item() / 2
+
+
 def _cosine(products):
     """From the mean products of two vectors with one another and with themselves, (3, ...)."""
     return products[0] / (products[1] * products[2]).sqrt()
@@ -249,15 +250,12 @@ def measure(
     name = judge.family.denoiser_name
     for arm in tqdm(arms, desc="Arms"):
         saved = [dict(RunFolder(runs[half].model(arm, half)).saved_models(name)) for half in HALVES]
-        again = RunFolder(runs[0].model(arm, SEED))
-        third = dict(again.saved_models(name)) if again.path.exists() else {}
+        third = dict(RunFolder(runs[0].model(arm, SEED)).saved_models(name))
         common = sorted(saved[0].keys() & saved[1].keys())
         steps = sorted({*spread(common, points), *(step for step in drawn if step in common)})
         for step in steps:
             folders = [of_half[step] for of_half in saved]
-            point = known.get((arm, step)) or judge.compare(arm, step, folders)
-            if step in third and point.of_seeds is None:
-                point = replace(point, of_seeds=judge.of_seeds([folders[0], third[step]]))
+            point = known.get((arm, step)) or judge.compare(arm, step, folders, third.get(step))
             if step in drawn and point.excess is None:
                 images = [judge.draw(f"{slug(arm)}-{step}-{half}", folders[half], settings) for half in HALVES]
                 point = replace(point, **judge.of_images(images))

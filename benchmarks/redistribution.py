@@ -16,11 +16,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from demo.renders import make_set, write_image_folder
-from ietagc_diffusers import RunFolder
+from ietagc_diffusers import Callback, RunFolder, train
 from ietagc_diffusers.arguments import parse_flags
 from ietagc_diffusers.method.sharding import SkipHistory
-from ietagc_diffusers.training import run as training
-from ietagc_diffusers.training.callbacks import RoundRecords
 
 ROOT = Path(__file__).resolve().parent.parent
 QUARTER = 0.25
@@ -30,11 +28,10 @@ def counts_by_round(rounds, steps, seed):
     """Skip counts (rounds, N) of a run, the shard of each sample (N,), and visits per sample and round."""
     kept = []
 
-    class Keep(RoundRecords):
-        """Beside its own work, keeps the counts of each round."""
+    class Keep(Callback):
+        """Keeps the counts of each round."""
 
         def on_round(self, run, row, before):
-            super().on_round(run, row, before)
             visits, skips = run.sample_counts()
             kept.append((visits.numpy().copy(), skips.numpy().copy()))
             Keep.shards = run.plan.shards
@@ -48,11 +45,7 @@ def counts_by_round(rounds, steps, seed):
             "--learning_rate=1e-3", "--lr_warmup_steps=40", f"--steps_per_round={steps}", f"--seed={seed}",
             f"--max_train_steps={4 * rounds * steps}", "--checkpointing_steps=1000000", "--report_to=none",
         ]  # fmt: skip
-        before, training.RoundRecords = training.RoundRecords, Keep
-        try:
-            training.train(parse_flags(flags))
-        finally:
-            training.RoundRecords = before
+        train(parse_flags(flags), callbacks=[Keep()])
         assert RunFolder(f"{scratch}/out").is_finished
     visits, skips = (np.stack(column) for column in zip(*kept, strict=True))
     shard = np.empty(skips.shape[1], dtype=int)

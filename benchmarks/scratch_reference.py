@@ -27,14 +27,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from tqdm.auto import tqdm
 
-from benchmarks.separation import Meter, Scores, auc, auc_error, middles, print_table, skipped
-from ietagc_diffusers import RunFolder
+from benchmarks.separation import Meter, Scores, auc, auc_error, middles, skipped
+from benchmarks.tables import print_table
+from ietagc_diffusers import Callback, RunFolder, train
 from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.files import read_json, write_json, write_text
-from ietagc_diffusers.training import run as training
-from ietagc_diffusers.training.callbacks import RoundRecords
 from ietagc_diffusers.training.weight_averaging import average_weights
 
 RUNS = Path(__file__).resolve().parent.parent / "configs" / "photos_runs.yaml"
@@ -45,8 +44,11 @@ SHARDS, ROUND = 4, 120  # steps of all proxies in a round, and of plain training
 Saved = Callable[[int], Path]  # the denoiser's folder of a run after a step
 
 
-class SavedProxies(RoundRecords):
-    """Beside its own work, keeps the last round's proxies and the samples of their shards."""
+class SavedProxies(Callback):
+    """Keeps the last round's proxies and the samples of their shards."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def on_retire(self, run, proxy):
         folder = proxy_folder(self.folder, proxy.shard)
@@ -74,16 +76,12 @@ def write_others(reference: Path, folder: Path) -> None:
     part.replace(folder)
 
 
-def train(runs: Benchmark, name: str, output: Path, **own) -> RunFolder:
+def trained(runs: Benchmark, name: str, output: Path, **own) -> RunFolder:
     """A run of the benchmark with other flags, which keeps its proxies; a finished run is not trained again."""
     folder = RunFolder(output)
     if not folder.is_finished:
         flags = runs.flags(name) | own | {"seed": 0, "output_dir": str(output), "checkpointing_steps": 100_000}
-        before, training.RoundRecords = training.RoundRecords, SavedProxies
-        try:
-            training.train(parse_flags(recipe_to_argv(flags)))
-        finally:
-            training.RoundRecords = before
+        train(parse_flags(recipe_to_argv(flags)), callbacks=[SavedProxies(folder)])
     return folder
 
 
@@ -146,7 +144,7 @@ def main():
     if args.others:
         never["other photographs, as many steps"] = train_elsewhere(runs, args.output, args.others, name)
     candidates = {
-        "loss alone": None,
+        "the loss only": None,
         "120 steps ago": lambda step: before(step - ROUND),
         "half the steps": lambda step: before(step // 2 // ROUND * ROUND),
         "a quarter of the steps": lambda step: before(step // 4 // ROUND * ROUND),
@@ -160,11 +158,11 @@ def main():
     found = {}
     for step in tqdm(args.at, desc="Proxies"):
         start = models(step - ROUND)
-        once = train(runs, "iet-agc+", args.output / f"round-of-{step}", **own_of_a_round(start.parent))
+        once = trained(runs, "iet-agc+", args.output / f"round-of-{step}", **own_of_a_round(start.parent))
         places = [proxy_folder(once, shard) for shard in range(SHARDS)]
         proxies = [meter(place) for place in places]
         shared = {
-            "loss alone": None,
+            "the loss only": None,
             "the round's start": meter(start),
             "half the steps": meter(models(step // 2 // ROUND * ROUND)),
         }
@@ -183,7 +181,7 @@ def train_elsewhere(runs: Benchmark, output: Path, steps: int, name: str) -> Sav
     """The models of plain training on photographs that no other run has."""
     write_others(Path(runs.reference), output / "others")
     own = {"train_data_dir": str(output / "others"), "cache_latents": str(output / "latents")}
-    return saved_by(train(runs, "none", output / "none-others", **own, max_train_steps=steps), name)
+    return saved_by(trained(runs, "none", output / "none-others", **own, max_train_steps=steps), name)
 
 
 def own_of_a_round(start: Path) -> dict:

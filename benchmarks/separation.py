@@ -96,10 +96,3 @@ class Meter:
 def middles(parts: int, num_levels: int = 1000) -> list[int]:
     """The middles of equal parts of the noise levels."""
     return [round((part + 0.5) * num_levels / parts) for part in range(parts)]
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """In Markdown."""
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(row) + " |")
-    print(flush=True)

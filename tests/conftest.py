@@ -53,6 +53,18 @@ def write_folder(folder, num_images, copies=(), size=20, seed=0):
     return folder
 
 
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """A folder of 60 pictures, three of which have two files."""
+    return write_folder(tmp_path_factory.mktemp("compared") / "training", 60, copies=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A folder of 12 other pictures."""
+    return write_folder(tmp_path_factory.mktemp("compared") / "fresh", 12, seed=9)
+
+
 def write_index(folder, kind):
     """A folder that says that it holds such a pipeline, and nothing else."""
     folder.mkdir()

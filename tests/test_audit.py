@@ -22,16 +22,6 @@ from ietagc_diffusers.eval.metrics.intervals import newcombe_interval, wilson_in
 from ietagc_diffusers.eval.report import Scored, write_report
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("audit") / "training", 60, copies=(0, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("audit") / "fresh", 12, seed=9)
-
-
 def scores_of(copies, n, sim=0.4, flat=0, skipped=0, unread=0, notes=0, local=0, descriptor="sscd_disc_mixup"):
     """Scores of ``n`` images and 100 training files, of which ``unread`` cannot be read."""
     return {

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from ietagc_diffusers.cli import main
 from ietagc_diffusers.data import Captions, DataSettings, hashes, load_training_rows
 from ietagc_diffusers.eval.record import recorded_training, training_set
 from ietagc_diffusers.hub.card import write_card_of_records
+from ietagc_diffusers.training import processes
 from ietagc_diffusers.training import rows as training_rows
 
 NUMBER = 20
@@ -179,29 +179,24 @@ def test_training_leaves_out_what_the_command_shows(base, scenes, found, exclude
 
 def test_all_processes_train_on_what_the_main_one_found_and_raise_what_it_raises(base, scenes, found, monkeypatch):
     """The others decode nothing for it."""
-    sent = []
-
-    def broadcast(answer, group):
-        if sent:
-            answer[:] = sent[0]
-        else:
-            sent.append(answer)
+    sent, broadcast = [], {True: lambda answer, group: sent.append(answer)}
+    broadcast[False] = lambda answer, group: answer.__setitem__(slice(None), sent.pop(0))
 
     def loaded(is_main, folder=scenes):
+        """Of the main process first, then of the other."""
         PartialState()  # what the log asks for
-        process = SimpleNamespace(is_main_process=is_main, num_processes=2, main_process_first=nullcontext)
+        process = SimpleNamespace(is_main_process=is_main, num_processes=2)
+        monkeypatch.setattr(processes.dist, "broadcast_object_list", broadcast[is_main])
         settings = parse_flags(train_flags(base, folder, *PLAIN, "--deduplicate=near"))
         rows = training_rows.load_rows(settings, Captions("text", None, None), process)
         return settings.deduplicate_similarity, rows.training["sample_id"][:], rows.left_out.tolist()
 
-    monkeypatch.setattr(training_rows.dist, "new_group", lambda **about: "group")
-    monkeypatch.setattr(training_rows.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(processes.dist, "new_group", lambda **about: "group")
     of_main = loaded(True)
     with monkeypatch.context() as context:
         context.setattr(training_rows, "described", None)
         assert loaded(False) == of_main
-    assert of_main[0] == found[1]["similarity"] and len(of_main[1]) == 20
-    sent.clear()
+    assert of_main[0] == found[1]["similarity"] and len(of_main[1]) == 20 and not sent
 
     def fails(*about, **more):
         raise UsageError("row 1: the image does not decode")

@@ -5,24 +5,13 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image, ImageOps
+from scoring import PIXEL
 
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.metrics import similarity
 from ietagc_diffusers.eval.report import Scored, write_report
-from ietagc_diffusers.eval.score import Protocol, Tools, score
-
-PIXEL = Protocol(descriptor="pixel", batch_size=5)
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("score") / "training", 60, copies=(0, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
+from ietagc_diffusers.eval.score import Tools, score
 
 
 def test_held_out_pictures_are_compared_like_generated_ones(training, fresh, tmp_path):

@@ -8,33 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import write_folder
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from pages import check_page
 from PIL import Image
+from scoring import PIXEL, scored
 
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.report import Scored, write_report
 from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
-
-PIXEL = Protocol(descriptor="pixel", batch_size=5)
-
-
-def scored(generated, training, output, protocol=PIXEL, **options):
-    images = [load_images(folder, "x") for folder in (generated, training)]
-    return score(*images, output, Tools(protocol), **options)
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("score") / "training", 60, copies=(0, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
 
 
 def test_a_report_of_one_model(training, fresh, tmp_path):

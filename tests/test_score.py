@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image, ImageOps
+from scoring import PIXEL, scored
 
 from ietagc_diffusers import __version__
 from ietagc_diffusers.cli import main
@@ -26,26 +27,10 @@ from ietagc_diffusers.eval.score import Protocol, Tools, load_scores, score
 from ietagc_diffusers.eval.verdict import TOO_FAR, Limits, judge
 from ietagc_diffusers.sscd import pixel_descriptor
 
-PIXEL = Protocol(descriptor="pixel", batch_size=5)
 KEYS = {
     "sim_score", "sim_score_ci95", "sim_mean", "copy_rate", "train_train_sim_score", "clip_score", "fid",
     "memorized_quantity", "memorization_ratio", "num_generated", "num_train", "protocol", "reasons",
 }  # fmt: skip
-
-
-def scored(generated, training, output, protocol=PIXEL, **options):
-    images = [load_images(folder, "x") for folder in (generated, training)]
-    return score(*images, output, Tools(protocol), **options)
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("score") / "training", 60, copies=(0, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("score") / "fresh", 12, seed=9)
 
 
 class Sharpness(Kind):

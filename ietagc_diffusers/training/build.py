@@ -37,8 +37,8 @@ from .layout import Layout
 from .lora import LoraWeights, add_adapter
 from .prior import Prior, PriorSet
 from .privacy import PrivateGradients
+from .processes import of_main
 from .proxy import Proxy
-from .rows import of_main
 from .settings import RunSettings
 from .streams import RandomStreams
 from .views import canary_views, view_of

@@ -14,6 +14,7 @@ from ..data.loaders import SeededLoader
 from ..data.rows import content_hash, load_other_rows
 from ..data.samples import TrainingSamples
 from ..families import Family
+from .processes import main_first
 from .settings import RunSettings
 from .streams import RandomStreams
 
@@ -46,8 +47,7 @@ class PriorSet:
         kept: Any = copy(settings)
         kept.caption_dropout = 0.0
         condition = family.condition(kept, untouched)
-        with accelerator.main_process_first():
-            rows = load_other_rows(settings, "prior_dir", condition)
+        rows = main_first(accelerator, lambda: load_other_rows(settings, "prior_dir", condition))
         column, alpha = settings.image_column, settings.alpha
         samples = TrainingSamples(rows, column, family.view(settings), condition, alpha)
         mark = content_hash(rows, column, condition)

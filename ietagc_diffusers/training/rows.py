@@ -1,10 +1,8 @@
 """Which rows a run is trained on, and which it only measures."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset
@@ -14,27 +12,10 @@ from ..data.hashes import default_cache, described, near_clusters, pixel_hashes
 from ..data.rows import first_rows, held_out, load_and_exclude, load_other_rows
 from ..data.sources import SAMPLE_ID, stored_column
 from ..errors import UsageError
-from .layout import PATIENCE
+from .processes import main_first, of_main
 from .settings import RunSettings
 
 logger = get_logger(__name__)
-
-
-def of_main(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
-    """What the main process computes, on all of them, which wait as long as it takes; a ``UsageError`` of it too."""
-    answer: list[Any] = [None, None]
-    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
-    if accelerator.is_main_process:
-        try:
-            answer[0] = compute()
-        except UsageError as error:
-            answer[1] = UsageError(str(error))
-    if group is not None:
-        dist.broadcast_object_list(answer, group=group)
-    found, refusal = answer
-    if refusal is not None:
-        raise refusal
-    return found
 
 
 class Rows(NamedTuple):
@@ -51,9 +32,10 @@ class Rows(NamedTuple):
 
 def load_rows(settings: RunSettings, condition: Condition, accelerator: Accelerator) -> Rows:
     """The rows of a run: de-duplicated, and some of them held out, on request. No image is on both sides."""
-    with accelerator.main_process_first():
-        rows, left_out = load_and_exclude(settings, condition)
-        heldout = None if settings.heldout_dir is None else load_other_rows(settings, "heldout_dir", condition)
+    rows, left_out = main_first(accelerator, lambda: load_and_exclude(settings, condition))
+    heldout = None
+    if settings.heldout_dir is not None:
+        heldout = main_first(accelerator, lambda: load_other_rows(settings, "heldout_dir", condition))
     if len(left_out):
         logger.info(f"{len(left_out)} rows are excluded")
     if not (settings.deduplicate or settings.group_duplicates or settings.heldout_share):

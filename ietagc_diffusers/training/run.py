@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -47,14 +47,15 @@ from .callbacks import (
     Validation,
 )
 from .cost import cost_of, describe
-from .ensemble import IterativeEnsemble
+from .ensemble import Callback, IterativeEnsemble
 from .heldout import HeldoutSet
 from .lock import locked
 from .monitor import Comparer, CopyMeter, Meter
 from .prior import PriorSet
 from .privacy import PrivacyAccount, check_launch, in_words
+from .processes import of_main, on_main
 from .resumption import extend, find_checkpoint, fingerprint, resume, take_over
-from .rows import load_rows, of_main
+from .rows import load_rows
 from .settings import RunSettings
 from .views import canary_keys, view_of
 
@@ -165,13 +166,19 @@ def _announce(
         )
 
 
-def train(settings: RunSettings, say: Callable[[str], None] = print, comparer: Comparer | None = None) -> None:
+def train(
+    settings: RunSettings,
+    say: Callable[[str], None] = print,
+    comparer: Comparer | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Train, and write what a run leaves behind.
 
     Args:
         say: takes what the user must read whatever the log shows.
         comparer: for ``monitor_images``: makes what compares drawn images with the training images, such as
             ``ietagc_diffusers.eval.monitor.comparer``.
+        callbacks: asked after the run's own.
 
     Raises:
         UsageError: settings, rows or a checkpoint that will not do, or a folder that another training is in.
@@ -182,22 +189,15 @@ def train(settings: RunSettings, say: Callable[[str], None] = print, comparer: C
     accelerator = set_up(settings)
     folder = RunFolder(settings.output_dir)
     with _entered(folder, accelerator):
-        _train(settings, accelerator, folder, say, comparer)
+        _train(settings, accelerator, folder, say, comparer, callbacks)
 
 
 @contextmanager
 def _entered(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """Inside, no other training enters the folder. The main process holds it for all, and all hear if it cannot."""
     with ExitStack() as stack:
-        _on_main(accelerator, lambda: stack.enter_context(locked(folder)))
+        on_main(accelerator, lambda: stack.enter_context(locked(folder)))
         yield
-
-
-def _on_main(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
-    """What ``make`` returns on the main process, None on the others; all of them raise a ``UsageError`` of it."""
-    made: list[Any] = [None]
-    of_main(accelerator, lambda: made.insert(0, make()))
-    return made[0]
 
 
 def monitor_of(
@@ -261,6 +261,7 @@ def _train(
     folder: RunFolder,
     say: Callable[[str], None],
     comparer: Comparer | None,
+    more: Sequence[Callback],
 ) -> None:
     if isinstance(settings, BaseModelSettings):
         settings.pretrained_model_name_or_path = folder_of(
@@ -275,7 +276,7 @@ def _train(
     repository = _repository(settings, accelerator)
     compares: Any = None
     if settings.monitor_images is not None and comparer is not None:
-        compares = _on_main(accelerator, lambda: comparer(settings, accelerator.device))
+        compares = on_main(accelerator, lambda: comparer(settings, accelerator.device))
     family = load_family(settings, accelerator)
     if accelerator.is_main_process:
         family.pipeline()  # what the end needs is proved before the first step
@@ -341,6 +342,7 @@ def _train(
         checkpoints,
         *([uploads] if uploads else []),
         signals,
+        *more,
     ]
     finished = run.run(callbacks)
     if signals.fault is not None:
