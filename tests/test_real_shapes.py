@@ -31,6 +31,8 @@ def test_shapes_are_the_published_ones(name, unet, texts):
         kinds = [{}, {"kind": CLIPTextModelWithProjection}]
         sizes = zip(real_shapes.TEXTS[name], kinds, strict=False)
         assert [parameters(real_shapes.text_encoder(*size, **kind)) for size, kind in sizes] == texts
+        parts = real_shapes.pipeline(name).components.values()
+    assert sum(parameters(p) for p in parts if isinstance(p, torch.nn.Module)) == unet + 83_653_863 + sum(texts)
 
 
 def test_a_change_is_timed(base, monkeypatch, capsys):
