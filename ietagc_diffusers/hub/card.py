@@ -276,7 +276,11 @@ def _in_words(values):
             f"{config('num_shards')} copies of the model (proxies) were trained {where} the training set, and their "
             "weights averaged after each round (IET)."
         )
-    usual = "the base model's on the same noisy image and by " if config("calibrate") == "base" else ""
+    other = {
+        "base": "the base model's",
+        "past": "that of the run's own model at a quarter to a half of the steps so far",
+    }.get(config("calibrate"))
+    usual = f"{other} on the same noisy image and by " if other else ""
     ratio = (
         f"The loss of each image, divided by {usual}the moving average of losses at its noise level, says how well it "
         "is known"

@@ -118,10 +118,11 @@ class MitigationConfig:
     calibrate: str = setting(
         "none",
         "'base' divides each loss by the base model's on the same noisy image before it is compared, so that images "
-        "are judged by what was learned of them and not by how simple they are. One more forward pass per step; a "
-        "full fine-tuning also keeps a copy of the base on the device.",
+        "are judged by what was learned of them and not by how simple they are. 'past' takes for the base the model "
+        "that the run itself had after a quarter to a half of its steps so far: for training from scratch. One more "
+        "forward pass per step; where all weights are trained, a copy of the other model is kept on the device.",
         resume=Resume.FIXED,
-        choices=["none", "base"],
+        choices=["none", "base", "past"],
     )
     augment_range: float = setting(
         1.0,

@@ -35,6 +35,7 @@ from .groups import OptimizationSettings
 from .heldout import Heldout, HeldoutSet
 from .layout import Layout
 from .lora import LoraWeights, add_adapter
+from .past import PastModel
 from .prior import Prior, PriorSet
 from .privacy import PrivateGradients
 from .processes import of_main
@@ -327,8 +328,8 @@ def build_run(
     model = prepare(family.denoiser)
     for encoder in [*family.trained.values()][1:]:
         accelerator.prepare_model(encoder, evaluation_mode=True)
-    reference = reference_of(settings, family, model, prepare)
     place = waiting_place(settings, family, layout)
+    reference = reference_of(settings, family, model, prepare, place)
     if settings.adapters is not None:
         weights: Weights = LoraWeights(family, config.num_shards, settings.adapters, settings.seed)
     else:
@@ -347,5 +348,6 @@ def build_run(
         seed=settings.seed,
         scaler=accelerator.scaler,
         place=place,
+        past=reference if isinstance(reference, PastModel) else None,
     )
     return run, budget

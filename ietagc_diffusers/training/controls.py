@@ -1,4 +1,4 @@
-"""The control of a shard by the method's numbers, and the base model as its reference (``--calibrate``)."""
+"""The control of a shard by the method's numbers, and the model that it compares with (``--calibrate``)."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -24,8 +24,10 @@ from ..method.control import (
 from ..method.memory_bank import LossMemoryBank
 from ..method.thresholds import RunningQuantile
 from ..method.wen import WenControl
+from ..tensor_files import Place
 from .layout import Layout
 from .lora import adapted_layers
+from .past import PastModel
 from .settings import RunSettings
 
 
@@ -104,19 +106,21 @@ class WithoutAdapters:
 
 
 def reference_of(
-    settings: RunSettings, family: Family, model: Callable, prepare: Callable[[nn.Module], Any]
+    settings: RunSettings, family: Family, model: Callable, prepare: Callable[[nn.Module], Any], place: Place
 ) -> Reference | None:
     """The reference that ``--calibrate`` asks for, of a family that has just been loaded, or None.
 
     Args:
         model: the denoiser as training calls it.
         prepare: makes the same of a copy.
+        place: where models of the past wait.
     """
     if settings.method.calibrate == "none":
         return None
     if settings.adapters is not None:
         return WithoutAdapters(model, [*adapted_layers(family).values()])
-    base = copy.deepcopy(family.denoiser).requires_grad_(False).eval()
-    if base.dtype != family.dtype:  # diffusers warns of a cast even where there is none
-        base.to(dtype=family.dtype)
-    return BaseCopy(prepare(base))
+    other = copy.deepcopy(family.denoiser).requires_grad_(False).eval()
+    if other.dtype != family.dtype:  # diffusers warns of a cast even where there is none
+        other.to(dtype=family.dtype)
+    called = prepare(other)
+    return BaseCopy(called) if settings.method.calibrate == "base" else PastModel(other, called, place)

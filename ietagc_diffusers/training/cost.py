@@ -14,6 +14,7 @@ from .ensemble import Rounds
 from .groups import LoraSettings
 from .layout import Layout
 from .lora import adapted_layers, shape_of, size_of
+from .past import kept_after
 from .settings import RunSettings
 
 FLOAT32, FLOAT64 = 4, 8
@@ -68,6 +69,7 @@ class Cost:
         on_cpu: the device is the host.
         adapters: what is trained, if that is not the denoiser.
         reference: bytes of a second, frozen denoiser on the device.
+        past: whether that is a model of the run's own past, of which there is another that waits.
         save_rounds: the model of every round is kept.
     """
 
@@ -83,6 +85,7 @@ class Cost:
     on_cpu: bool = False
     adapters: Adapters | None = None
     reference: int = 0
+    past: bool = False
     save_rounds: bool = False
 
     @property
@@ -127,14 +130,17 @@ class Cost:
 
     @property
     def waiting(self) -> int:
-        """What waits off the device at most: theta_hat, the running means, and moments of other proxies."""
+        """What waits off the device at most: theta_hat, the running means, moments of other proxies, and the next
+        model of the past.
+        """
+        past = self.copy if self.past else 0
         if not self.several:
-            return 0
+            return past
         own = 0
         if self.optimizer_state == "keep" and self.proxies > 1:
             own = (self.proxies - self.on_cpu) * self.moments  # on a GPU all of them wait for a moment
         shared = self.moments if self.optimizer_state == "average" else 0
-        return self.sets + self.sums + own + shared + self._folded
+        return self.sets + self.sums + own + shared + past + self._folded
 
     @property
     def _folded(self):
@@ -165,16 +171,21 @@ class Cost:
 
     def files(self, rounds: Rounds, step: int) -> dict[tuple, int]:
         """The large files of the checkpoint at a step, by (name, version): equal keys are one file on the disk."""
-        if not self.several:
-            return {("theta", step): self.theta(0), ("moments", 0, step): self.moments}
         index, steps = 0, 0
         while index < rounds.num_rounds and rounds.steps_before(index + 1) <= step:
             index += 1
+        files: dict[Any, int] = {}
+        if self.past:
+            reference, coming = kept_after(index)
+            files |= {("reference", reference): self.reference} if reference else {}
+            files |= {("next", coming): self.copy} if coming else {}
+        if not self.several:
+            return files | {("theta", step): self.theta(0), ("moments", 0, step): self.moments}
         if index < rounds.num_rounds:
             steps = (step - rounds.steps_before(index)) // min(self.processes, self.num_shards)
         quota = rounds.steps_in(index) if index < rounds.num_rounds else 1
         done, midway = divmod(steps, quota)  # proxies of each process that are done, and steps of the next
-        files: dict[Any, int] = {("theta", index): self.theta(index)}
+        files["theta", index] = self.theta(index)
         groups = min(self.processes, self.num_shards)
         for number in range(self.num_shards):
             mine = number // groups  # the how-manieth of its process
@@ -197,8 +208,8 @@ class Cost:
         """Room that a run takes at most: its checkpoints, what waits, models of rounds, and the trained pipeline."""
         groups = min(self.processes, self.num_shards)
         most, kept = self.waiting * groups * self.on_disk, []
-        # What waits is part of the next checkpoint, by links, but for the theta_hat that every other process has.
-        others = self.sets * (groups - 1) * self.on_disk
+        # What waits is part of the next checkpoint, by links, but for the theta_hat and past that other processes have.
+        others = (self.sets + (self.copy if self.past else 0)) * (groups - 1) * self.on_disk
         for step in checkpoint_steps(rounds, every):
             kept.append(self.files(rounds, step))
             most = max(most, _together(kept) + others)
@@ -232,6 +243,7 @@ def cost_of(settings: RunSettings, family: Family, layout: Layout, on_disk: bool
         on_cpu=layout.device.type == "cpu",
         adapters=None if settings.adapters is None else adapters_of(settings.adapters, family),
         reference=sum(p.numel() for p in family.denoiser.parameters()) * family.dtype.itemsize if copied else 0,
+        past=settings.method.calibrate == "past",
         save_rounds=settings.save_rounds,
     )
 

@@ -15,6 +15,7 @@ from ..method.sharding import ShardPlan, SkipHistory
 from ..tensor_files import Place
 from .layout import Layout
 from .moments import Moments
+from .past import PastModel
 from .proxy import ROUND_TOTALS, Proxy
 from .streams import RandomStreams
 from .weights import Weights
@@ -130,6 +131,7 @@ class IterativeEnsemble:
         seed: of the redistribution.
         scaler: gradient scaler of fp16, or None.
         place: where optimizer states wait; default: host memory.
+        past: the run's own past, if its control compares with that.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class IterativeEnsemble:
         seed: int,
         scaler: Any = None,
         place: Place | None = None,
+        past: PastModel | None = None,
     ):
         self.model = model
         self.weights = weights
@@ -158,6 +161,7 @@ class IterativeEnsemble:
         self.streams = streams
         self.seed = seed
         self.scaler = scaler
+        self.past = past
         self.moments = Moments(config.optimizer_state, place, alone=len(proxies) == 1)
         self.history = SkipHistory(config.redistribute_counts)
         self.round = 0
@@ -283,6 +287,8 @@ class IterativeEnsemble:
         row = self._round_row(totals, self.plan.num_moved(previous)) | self.weights.notes
         self.rows.append(row)
         self.round, self.progress, self.seconds = self.round + 1, [0] * self.layout.num_shards, 0.0
+        if self.past is not None:
+            self.past.end_round(self.round, self.weights.latest())
         self._report("on_round", row)
 
     def _gather_counts(self):
@@ -350,6 +356,7 @@ class IterativeEnsemble:
         """The large tensors that this process has to write, by the file of the checkpoint that they are."""
         if self.layout.is_main:
             yield from self.weights.held()
+            yield from () if self.past is None else self.past.held()
         for shard, proxy in self.proxies.items() if self.layout.leads and not self.single else ():
             midway = self.weights.live() if proxy is self.active else proxy.weights or {}
             for key, tensors in midway.items():
@@ -372,6 +379,8 @@ class IterativeEnsemble:
         self.history.load_state_dict(checkpoint.state("history"))
         self.weights.round = self.round
         self.weights.load(checkpoint.folder)
+        if self.past is not None:
+            self.past.resume(checkpoint, self.round)
         added = {int(name.split("-")[1]): checkpoint.state(name) for name in checkpoint.names("mean-")}
         counts = {process: state["count"] for process, state in added.items()}
         if self.layout.is_main:

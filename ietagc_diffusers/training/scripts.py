@@ -159,10 +159,10 @@ class UnconditionalScript(
             self.prediction_type = self.prediction_type or "epsilon"
             self.ddpm_num_steps = self.ddpm_num_steps or 1000
             self.ddpm_beta_schedule = self.ddpm_beta_schedule or "linear"
-            if self.method.calibrate != "none":
+            if self.method.calibrate == "base":
                 raise UsageError(
-                    f"`calibrate` {self.method.calibrate}: a model that is trained from scratch has no base that could "
-                    "tell how difficult an image is; give `pretrained_model_name_or_path`, or leave it out"
+                    "`calibrate` base: a model that is trained from scratch has no base that could tell how difficult "
+                    "an image is; give `calibrate` past, or `pretrained_model_name_or_path`"
                 )
         elif self.model_config_name_or_path is not None:
             raise UsageError(

@@ -295,10 +295,15 @@ class TrainingSettings(
                 "`scale_weight_norms`: with `lora_average` fold the updates of all rounds add up, beyond any limit on "
                 "each; give svd or concatenate, or leave it out"
             )
-        if self.method.calibrate != "none" and several and self.lora_average == "fold":
+        if self.method.calibrate == "past":
             raise UsageError(
-                f"`calibrate` {self.method.calibrate}: with `lora_average` fold the base changes with every round; "
-                "give svd or concatenate, or leave it out"
+                "`calibrate` past: an adapter has a better reference, the model without it, which takes no memory; "
+                "give base"
+            )
+        if self.method.calibrate == "base" and several and self.lora_average == "fold":
+            raise UsageError(
+                "`calibrate` base: with `lora_average` fold the base changes with every round; give svd or "
+                "concatenate, or leave it out"
             )
         if self.train_text_encoder and self.method.embedding_noise:
             raise UsageError(

@@ -79,6 +79,11 @@ class Weights:
         """theta_hat, as far as it is known: that of the last round, or with one shard the model as it is."""
         return self.live() if self.aggregated is None else self.aggregated
 
+    def latest(self) -> Tensors:
+        """The denoiser on the device as it would be saved: its moving average, if there is one."""
+        live = self.live()
+        return live.get(self.family.denoiser_name + EMA, live[self.family.denoiser_name])
+
     def encode(self, tensors: Tensors, shard: int = 0) -> Tensors:
         """The set of a shard's proxy as the tensors whose mean over proxies is taken: here itself."""
         return tensors
