@@ -106,14 +106,18 @@ class WithoutAdapters:
 
 
 def reference_of(
-    settings: RunSettings, family: Family, model: Callable, prepare: Callable[[nn.Module], Any], place: Place
+    settings: RunSettings,
+    family: Family,
+    model: Callable,
+    prepare: Callable[[nn.Module], Any],
+    place: Place | None = None,
 ) -> Reference | None:
     """The reference that ``--calibrate`` asks for, of a family that has just been loaded, or None.
 
     Args:
         model: the denoiser as training calls it.
         prepare: makes the same of a copy.
-        place: where models of the past wait.
+        place: where a model of the past waits; default: host memory.
     """
     if settings.method.calibrate == "none":
         return None

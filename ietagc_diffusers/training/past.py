@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint, Held
-from ..tensor_files import Place, Tensors
+from ..tensor_files import HostMemory, Place, Tensors
 
 REFERENCE, NEXT = "past-reference", "past-next"  # of the files in a checkpoint
 
@@ -32,11 +32,11 @@ class PastModel:
     Args:
         module: its denoiser: a frozen copy of the trained one, whose weights are replaced.
         model: the same as it is called.
-        place: where the next one waits.
+        place: where the next one waits; default: host memory.
     """
 
-    def __init__(self, module: nn.Module, model: Callable, place: Place):
-        self.module, self.model, self.place = module, model, place
+    def __init__(self, module: nn.Module, model: Callable, place: Place | None = None):
+        self.module, self.model, self.place = module, model, place or HostMemory()
         self.rounds = 0  # that were done at the last call of ``end_round``
         self.next: Tensors | None = None
 
