@@ -22,8 +22,8 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from ietagc_diffusers.families import FAMILIES
 from ietagc_diffusers.training.cost import PROCESS, Adapters, Cost
-from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.lora import shape_of, targeted
+from ietagc_diffusers.training.rounds import Rounds
 
 from .real_shapes import UNETS
 from .tables import print_table

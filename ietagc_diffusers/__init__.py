@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from .run_folder import RunFolder as RunFolder
     from .training.ensemble import Callback as Callback
     from .training.ensemble import IterativeEnsemble as IterativeEnsemble
-    from .training.ensemble import Rounds as Rounds
     from .training.layout import Layout as Layout
     from .training.proxy import Proxy as Proxy
+    from .training.rounds import Rounds as Rounds
     from .training.run import train as train
     from .training.settings import TrainingSettings as TrainingSettings
     from .training.weights import Weights as Weights
@@ -54,7 +54,8 @@ _HOMES = {
     "mitigations": ("mitigate",),
     "method.wen": ("WenControl",),
     "run_folder": ("RunFolder",),
-    "training.ensemble": ("Callback", "IterativeEnsemble", "Rounds"),
+    "training.ensemble": ("Callback", "IterativeEnsemble"),
+    "training.rounds": ("Rounds",),
     "training.layout": ("Layout",),
     "training.proxy": ("Proxy",),
     "training.run": ("train",),

@@ -16,7 +16,7 @@ from ietagc_diffusers import RunFolder, UsageError, checkpoint
 from ietagc_diffusers.checkpoint import ownership, writing
 from ietagc_diffusers.training.callbacks import Ended
 from ietagc_diffusers.training.cost import Cost, checkpoint_steps
-from ietagc_diffusers.training.ensemble import Rounds
+from ietagc_diffusers.training.rounds import Rounds
 from ietagc_diffusers.training.weights import Weights
 
 METHOD = ["--num_shards=3", "--steps_per_round=4", "--max_train_steps=24", "--use_ema", "--checkpointing_steps=3"]

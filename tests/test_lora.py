@@ -16,9 +16,9 @@ from ietagc_diffusers.method.factors import Factors, shrinking, total, truncate
 from ietagc_diffusers.run_folder import ADAPTER_FILE
 from ietagc_diffusers.tensor_files import TensorFile
 from ietagc_diffusers.training.cost import checkpoint_steps, cost_of
-from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.layout import Layout
 from ietagc_diffusers.training.lora import LoraWeights, adapted, add_adapter, targeted
+from ietagc_diffusers.training.rounds import Rounds
 
 METHOD = ["--lora_rank=2", "--num_shards=2", "--steps_per_round=2", "--max_train_steps=8", "--checkpointing_steps=3"]
 LORA_TARGETS = StableDiffusion.denoiser_targets

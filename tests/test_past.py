@@ -14,8 +14,8 @@ from ietagc_diffusers.run_folder import EMA
 from ietagc_diffusers.tensor_files import Disk, HostMemory, TensorFile
 from ietagc_diffusers.training.controls import reference_of
 from ietagc_diffusers.training.cost import Cost
-from ietagc_diffusers.training.ensemble import Rounds
 from ietagc_diffusers.training.past import PastModel, kept_after
+from ietagc_diffusers.training.rounds import Rounds
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
 CAPTIONS = ["a red picture", "a blue picture"]

@@ -11,7 +11,7 @@ from ietagc_diffusers import RunFolder
 from ietagc_diffusers.tensor_files import TensorFile
 from ietagc_diffusers.training.callbacks import rounds as rounds_module
 from ietagc_diffusers.training.cost import Cost
-from ietagc_diffusers.training.ensemble import Rounds
+from ietagc_diffusers.training.rounds import Rounds
 from ietagc_diffusers.training.weights import Weights
 
 FLAGS = ["--num_shards=2", "--steps_per_round=1", "--max_train_steps=6", "--save_rounds", "--report_to=none"]

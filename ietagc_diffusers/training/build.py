@@ -30,7 +30,7 @@ from ..run_folder import RunFolder
 from ..tensor_files import Disk, HostMemory, Place
 from .controls import build_control, reference_of
 from .cost import available_memory, cost_of
-from .ensemble import IterativeEnsemble, Rounds
+from .ensemble import IterativeEnsemble
 from .groups import OptimizationSettings
 from .heldout import Heldout, HeldoutSet
 from .layout import Layout
@@ -40,6 +40,7 @@ from .prior import Prior, PriorSet
 from .privacy import PrivateGradients
 from .processes import of_main
 from .proxy import Proxy
+from .rounds import Rounds
 from .settings import RunSettings
 from .streams import RandomStreams
 from .views import canary_views, view_of

@@ -10,11 +10,11 @@ from typing import Any
 
 from ..checkpoint import gigabytes
 from ..families import Family
-from .ensemble import Rounds
 from .groups import LoraSettings
 from .layout import Layout
 from .lora import adapted_layers, shape_of, size_of
 from .past import kept_after
+from .rounds import Rounds
 from .settings import RunSettings
 
 FLOAT32, FLOAT64 = 4, 8
