@@ -132,7 +132,8 @@ def train_all(runs: list[Benchmark], arms: list[str]) -> None:
     failed = []
 
     def work(half, seed, arm, bar, processes):
-        why = train(runs[half].training_command(arm, seed), Path(runs[half].model(arm, seed)), processes)
+        run, folder = runs[half], Path(runs[half].model(arm, seed))
+        why = train(run.training_command(arm, seed), run.values(arm), folder, processes)
         failed.extend([f"{arm}: {why}"] if why else [])
         bar.update()
 

@@ -97,7 +97,8 @@ def _train_and_score(
     training, seed, failed = cells[0].training, cells[0].seed, None
     if training in benchmark.effective:  # others are trained already
         folder = Path(benchmark.model(training, seed))
-        failed = train(benchmark.training_command(training, seed), folder, processes)
+        command = benchmark.training_command(training, seed)
+        failed = train(command, benchmark.values(training), folder, processes)
     for cell in cells:
         folder = benchmark.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)

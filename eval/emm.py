@@ -33,7 +33,7 @@ from .configuration import checked, named, read_configuration, short_hash, slug
 from .features import Pixels, embed
 from .generate import Settings, check_unprompted, generate
 from .image_sets import ImageSet, load_images, load_training_set
-from .jobs import TRAIN, run_jobs, train
+from .jobs import TRAIN, run_folder, run_jobs, train
 from .losses import spread
 from .metrics.l2 import l2_ratio, memorization_ratio
 from .neighbours import nearest_l2
@@ -163,11 +163,19 @@ class Study:
 
     def folder(self, name: str, size: int) -> Path:
         """The folder of a run, named by all that its models depend on."""
+
+        def place(mark: str) -> Path:
+            return self.output / "runs" / slug(name) / f"size-{size}-{mark}"
+
+        marks = self.subsets.name, self.unets[name]
+        return run_folder(place, self.values(name, size), UnconditionalScript.defaults(), *marks)
+
+    def values(self, name: str, size: int) -> dict[str, Any]:
+        """What a model is trained with, as ``jobs.run_folder`` takes it."""
         values = _parsed(self.flags(name, size)).values()
         for key in ("output_dir", "local_rank", "train_data_dir"):
             del values[key]
-        marks = short_hash([self.subsets.name, values, self.unets[name]])
-        return self.output / "runs" / slug(name) / f"size-{size}-{marks}"
+        return values
 
     def measured(self, name: str, size: int) -> Path:
         """The folder of what was measured of a run."""
@@ -314,7 +322,7 @@ def run(path: str | Path, jobs: int = 1, device: str = "cpu", only_results: bool
 def _run_cell(study: Study, cell: tuple[str, int], options: list[str], bar: tqdm, processes: Processes) -> None:
     folder = study.measured(*cell)
     try:
-        why = train(study.training_command(*cell), study.folder(*cell), processes)
+        why = train(study.training_command(*cell), study.values(*cell), study.folder(*cell), processes)
         folder.mkdir(parents=True, exist_ok=True)
         if why is None:
             command = [sys.executable, "-m", "ietagc_diffusers", "emm", *options, "--cell", json.dumps(cell)]

@@ -17,7 +17,7 @@ from ietagc_diffusers.training.scripts import SCRIPTS
 from .configuration import checked, named, read_configuration, short_hash, slug
 from .generate import Settings, check_unprompted, generate, model_hash
 from .image_sets import ImageSet, load_images, load_training_set
-from .jobs import TRAIN
+from .jobs import TRAIN, run_folder
 from .pipelines import is_unprompted, num_classes
 from .prompts import Prompt, caption_prompts, choose, read_prompts, without_prompts
 from .score import Protocol, Tools, score
@@ -197,11 +197,19 @@ class Benchmark:
         """The variant's pipeline: the given one, or the folder it is trained in."""
         if training not in self.effective:
             return str(self.training[training]["model"]).replace("{seed}", str(seed))
+
+        def place(mark: str) -> Path:
+            return self.output / "trained" / f"{slug(training)}-{mark}" / f"seed-{seed}"
+
+        marks = self.content(self.base), self.train
+        return str(run_folder(place, self.values(training), self.kind.defaults(), *marks))
+
+    def values(self, training: str) -> dict[str, Any]:
+        """What a variant is trained with, as ``jobs.run_folder`` takes it."""
         effective = self.effective[training]
         if config := effective.get(UNET_CONFIG):
             effective = effective | {UNET_CONFIG: self.content(config)}
-        name = f"{slug(training)}-{short_hash([self.content(self.base), self.train, effective])}"
-        return str(self.output / "trained" / name / f"seed-{seed}")
+        return effective
 
     def training_command(self, training: str, seed: int) -> list[str]:
         own = {"seed": seed, "output_dir": self.model(training, seed), "resume_from_checkpoint": "latest"}

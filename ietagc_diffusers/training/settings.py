@@ -191,6 +191,11 @@ class RunSettings(
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return values | self.method.to_dict()
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What each of the values is where nothing else is said and no preset says otherwise."""
+        return {entry.name: entry.default for entry in [*declared(cls), *declared(MitigationConfig)]}
+
     def shaping(self, resume: Resume) -> set[str]:
         """Names of the settings, the method's too, that a resumed run treats as ``resume`` says."""
         entries = [*declared(type(self)), *declared(MitigationConfig)]
