@@ -9,6 +9,8 @@ The first command writes into runs/photos:
 
 - ``pictures``: the first photographs of each class, to train on, with the captions that class labels stand for;
 - ``heldout``: others of the same classes, for the front; ``reference``: those and yet others, for the Fréchet distance;
+- ``others``: as many of those as there are to train on, for thresholds and references that need photographs which no
+  model is trained on, so that the judge keeps its own;
 - ``base``: a VAE, trained once on all photographs but those of ``reference`` that no model sees, and a text encoder and
   a UNet with random weights, from which every run starts.
 
@@ -134,6 +136,7 @@ def prepare(folder: Path, pictures: np.ndarray, labels: np.ndarray, num_images: 
     heldout = first_of_each_class(labels, others, NUM_HELDOUT)
     unseen = first_of_each_class(labels, np.setdiff1d(others, heldout), NUM_REFERENCE - NUM_HELDOUT)
     sets = {"pictures": training, "heldout": heldout, "reference": np.concatenate([heldout, unseen])}
+    sets["others"] = unseen[:: max(1, len(unseen) // num_images)]  # which is sorted by class
     for name, chosen in sets.items():
         if not (folder / name).exists():
             part = folder / f"{name}.part"

@@ -10,14 +10,12 @@ the losses by themselves do (AUC at one noise level, the mean of ten). On the ph
    their common start, and over proxies of other shards, which have not seen these images in this round. Runs do not
    keep proxies, so the model of a saved round is trained for one round more.
 
-In both, a plain training on 100 other photographs says what a reference that has never seen the images would do;
+In both, a plain training on ``runs/photos/others`` says what a reference that has never seen the images would do;
 --others 0 leaves it out. What is trained is kept in the folder --output.
 """
 
 import argparse
-import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,11 +31,11 @@ from ietagc_diffusers import Callback, RunFolder, train
 from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.eval.benchmark import Benchmark
 from ietagc_diffusers.eval.image_sets import load_images
-from ietagc_diffusers.files import read_json, write_json, write_text
+from ietagc_diffusers.files import read_json, write_json
 from ietagc_diffusers.training.weight_averaging import average_weights
 
 RUNS = Path(__file__).resolve().parent.parent / "configs" / "photos_runs.yaml"
-NUM_HELDOUT = 500  # photographs with which the reference set begins: those of the other training are after them
+OTHERS = Path("runs/photos/others")  # no other run is trained on these
 LEVELS = middles(10)
 RATE = 0.25  # about what IET-AGC+ skips here
 SHARDS, ROUND = 4, 120  # steps of all proxies in a round, and of plain training between its models
@@ -58,22 +56,6 @@ class SavedProxies(Callback):
 
 def proxy_folder(run: RunFolder, shard: int) -> Path:
     return run.path / "proxies" / f"shard-{shard}"
-
-
-def write_others(reference: Path, folder: Path) -> None:
-    """The first ten photographs of each class after those that are held out, as an image folder."""
-    if folder.exists():
-        return
-    lines = (reference / "metadata.jsonl").read_text().splitlines()[NUM_HELDOUT:]
-    chosen = lines[:: len(lines) // 100]
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for line in chosen:
-        name = json.loads(line)["file_name"]
-        shutil.copy2(reference / name, part / name)
-    write_text(part / "metadata.jsonl", "".join(line + "\n" for line in chosen))
-    part.replace(folder)
 
 
 def trained(runs: Benchmark, name: str, output: Path, **own) -> RunFolder:
@@ -179,8 +161,7 @@ def main():
 
 def train_elsewhere(runs: Benchmark, output: Path, steps: int, name: str) -> Saved:
     """The models of plain training on photographs that no other run has."""
-    write_others(Path(runs.reference), output / "others")
-    own = {"train_data_dir": str(output / "others"), "cache_latents": str(output / "latents")}
+    own = {"train_data_dir": str(OTHERS), "cache_latents": str(output / "latents")}
     return saved_by(trained(runs, "none", output / "none-others", **own, max_train_steps=steps), name)
 
 
