@@ -132,6 +132,12 @@ def test_its_losses_are_those_of_the_model_as_it_was(place, precision, tmp_path)
             assert torch.equal(past.losses(family.objective, drawn), wanted)
 
 
+def test_a_run_that_is_too_short_to_have_a_past_is_refused(base, pictures, tmp_path):
+    flags = [*flags_of(base, pictures, 1), "--steps_per_round=5"]
+    with pytest.raises(UsageError, match=r"`calibrate` past: .* third round, and the run has 2 in all"):
+        train_here(flags, tmp_path)
+
+
 def test_flags():
     names = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
     with pytest.raises(UsageError, match="`calibrate` past: an adapter has a better reference"):
