@@ -317,8 +317,8 @@ def build_run(
     rounds = Rounds.plan(config, budget.total_steps, budget.steps_per_epoch, DEFAULT_ROUNDS)
     if config.calibrate == "past" and rounds.num_rounds < 3:
         raise UsageError(
-            f"`calibrate` past: there is no past before the third round, and the run has {rounds.num_rounds} in all, so "
-            "that nothing would be skipped; give a lower `steps_per_round`"
+            f"`calibrate` past: there is no past before the third round, and the run has {rounds.num_rounds} in all: "
+            "nothing would be skipped; give a lower `steps_per_round`"
         )
     view, own_views = view_of(settings, family), canary_views(canaries or {}, settings, family)
     samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding, own_views)
