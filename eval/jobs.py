@@ -39,7 +39,9 @@ def run_folder(
     folder = place(short_hash([*marks, own]))
     trained_with = yaml.safe_load((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else {}
     if any(trained_with.get(key, value) != value for key, value in values.items()):
-        folder = place(short_hash([*marks, values]))
+        return place(short_hash([*marks, values]))
+    if trained_with and values.keys() - trained_with.keys():  # it had the defaults that these have now
+        write_text(folder / SETTINGS, yaml.safe_dump({**values, **trained_with}))
     return folder
 
 

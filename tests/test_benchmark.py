@@ -122,6 +122,8 @@ def test_a_run_keeps_its_folder_when_settings_are_added_and_loses_it_when_a_defa
     later = {"rate": 0.2, "steps": 5}
     assert folder(values, defaults, "base") == first and folder(values | added, defaults | added, "base") == first
     assert folder({"rate": 0.2, "steps": 7}, later, "base") != first
+    # The setting that was added gets another default in a third version.
+    assert folder(values | {"new": 1}, defaults | {"new": 1}, "base") != first
     assert folder({"rate": 0.1, "steps": 7}, later, "base") != first  # named by its rate now
 
 

@@ -164,7 +164,7 @@ def waiting_place(settings: RunSettings, family: Family, layout: Layout) -> Plac
         kind = "host" if cost.waiting * local <= available_memory() / 2 else "disk"
         if kind == "disk":
             logger.info(
-                f"Waiting proxies are kept on the disk: {cost.waiting / 1e9:.3g} GB would be much for the memory"
+                f"Weights that wait are kept on the disk: {cost.waiting / 1e9:.3g} GB would be much for the memory"
             )
     if kind == "host":
         return HostMemory()
@@ -318,7 +318,8 @@ def build_run(
     if config.calibrate == "past" and rounds.num_rounds < 3:
         raise UsageError(
             f"`calibrate` past: there is no past before the third round, and the run has {rounds.num_rounds} in all: "
-            "nothing would be skipped; give a lower `steps_per_round`"
+            "nothing would be skipped; give shorter rounds (`steps_per_round`, `epochs_per_round`) or more "
+            "`max_train_steps`"
         )
     view, own_views = view_of(settings, family), canary_views(canaries or {}, settings, family)
     samples = TrainingSamples(rows, settings.image_column, view, condition, settings.decoding, own_views)

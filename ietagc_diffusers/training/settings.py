@@ -194,7 +194,9 @@ class RunSettings(
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """What each of the values is where nothing else is said and no preset says otherwise."""
-        return {entry.name: entry.default for entry in [*declared(cls), *declared(MitigationConfig)]}
+        entries = [*declared(cls), *declared(MitigationConfig)]
+        values = {entry.name: entry.default for entry in entries}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def shaping(self, resume: Resume) -> set[str]:
         """Names of the settings, the method's too, that a resumed run treats as ``resume`` says."""
