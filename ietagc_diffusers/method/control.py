@@ -41,7 +41,7 @@ class Controlled(NamedTuple):
 
 
 class Reference(Protocol):
-    """A model that has not seen the training images, or has learned less of them, and so tells how difficult each is."""
+    """A model that has learned less of the training images, or nothing, and so tells how difficult each of them is."""
 
     def losses(self, objective, drawn) -> torch.Tensor:
         """Its loss (B,) on the same noisy samples as the trained model's; draws nothing at random."""
