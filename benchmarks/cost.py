@@ -31,7 +31,10 @@ from .tables import print_table
 SHARDS = (1, 4, 10)
 CHECKED = (192, 384, 512)  # widths of the model of the real runs
 # Of --check: K, where waiting proxies are, --calibrate.
-RUNS = ((1, "host", "none"), (2, "host", "none"), (2, "disk", "none"), (4, "disk", "none"), (2, "disk", "base"))
+RUNS = (
+    *((1, "host", "none"), (2, "host", "none"), (2, "disk", "none"), (4, "disk", "none")),
+    *((2, "disk", "base"), (1, "host", "past"), (2, "disk", "past")),
+)
 UNCOUNTED = 0.1e9  # bytes of activations and of the tensor that is being moved, beyond what the arithmetic knows
 EVERY, LIMIT = 2000, 2  # checkpoints of the runs in the table
 STEPS_PER_ROUND, NUM_ROUNDS = 2000, 2  # enough rounds for what a longer run keeps at a time
@@ -173,13 +176,15 @@ def child(num_shards: int, place: str, calibrate: str, scratch: Path) -> None:
     count = sum(p.numel() for p in pipeline.unet.parameters())
     frozen = testing.family_of_pipeline(pipeline).nbytes - count * costs.FLOAT32
     del pipeline
+    per_round = 1 if calibrate == "past" else 2  # a past takes three rounds
     flags += ["--use_ema", f"--calibrate={calibrate}"]
-    more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", "--steps_per_round=2"]
+    more = [f"--num_shards={num_shards}", f"--max_train_steps={4 * num_shards}", f"--steps_per_round={per_round}"]
     more += ["--checkpointing_steps=3", "--checkpoints_total_limit=1", f"--proxy_state={place}", "--train_batch_size=1"]
     train(parse_args([*flags, *more, "--augment_range=1", f"--output_dir={scratch / 'out'}"]))
-    reference = count * costs.FLOAT32 if calibrate == "base" else 0
-    cost = costs.Cost(count, frozen, num_shards, ema=True, on_disk=place == "disk", on_cpu=True, reference=reference)
-    rounds = Rounds(num_shards, 4, 2)
+    sizes = {"reference": count * costs.FLOAT32} if calibrate != "none" else {}
+    past = calibrate == "past"
+    cost = costs.Cost(count, frozen, num_shards, ema=True, on_disk=place == "disk", on_cpu=True, past=past, **sizes)
+    rounds = Rounds(num_shards, 4, per_round)
     last = costs.checkpoint_steps(rounds, 3)[-1]
     files = (scratch / "out" / f"checkpoint-{last}").rglob("*")
     numbers = {

@@ -27,7 +27,8 @@ def run_folder(
     """The folder of a run of a study, so named that no run with other values is taken for it.
 
     Values that are defaults do not enter the name: settings that a later version adds leave it as it is. Where a
-    default has changed since the run in this folder was trained, the folder is another one, named by all values.
+    default has changed since the run in this folder was trained, the folder is another one, named by all values. So
+    that this can be told, a folder that is found is told the values that it does not know yet.
 
     Args:
         place: the folder that belongs to a hash.

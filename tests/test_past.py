@@ -132,6 +132,19 @@ def test_its_losses_are_those_of_the_model_as_it_was(place, precision, tmp_path)
             assert torch.equal(past.losses(family.objective, drawn), wanted)
 
 
+def test_a_model_from_scratch_compares_with_its_past(pictures, tmp_path):
+    testing.random_unconditional_pipeline().unet.save_config(tmp_path / "unet.json")
+    flags = [
+        f"--model_config_name_or_path={tmp_path / 'unet.json'}", f"--train_data_dir={pictures}", "--resolution=16",
+        "--train_batch_size=4", "--max_train_steps=5", "--checkpointing_steps=1", *RUN,
+    ]  # fmt: skip
+    folder = train_here(flags, tmp_path / "run", kind=UnconditionalScript)
+    assert [row["skip_rate"] > 0 for row in RunFolder(folder).rounds()][:2] == [False, False]
+    assert sum(row["skip_rate"] for row in RunFolder(folder).rounds()) > 0
+    found, then = TensorFile(past_file(folder, 5, "reference")), TensorFile(RunFolder(folder).round(2) / WEIGHTS)
+    assert found.keys() == then.keys() and all(torch.equal(found[name], then[name]) for name in then)
+
+
 def test_a_run_that_is_too_short_to_have_a_past_is_refused(base, pictures, tmp_path):
     flags = [*flags_of(base, pictures, 1), "--steps_per_round=5"]
     with pytest.raises(UsageError, match=r"`calibrate` past: .* third round, and the run has 2 in all"):

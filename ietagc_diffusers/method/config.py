@@ -315,8 +315,8 @@ class MitigationConfig:
             )
         if self.calibrate != "none" and not self.skips_by_loss:
             raise UsageError(
-                f"`calibrate` {self.calibrate}: calibrates the control by loss, which is off; give a `skip_threshold` "
-                "or `skip_rate` over 0, or leave it out"
+                f"`calibrate` {self.calibrate}: calibrates the control by loss, which is off; give a `skip_threshold`, "
+                "`skip_rate` or `skip_false_rate` over 0, or leave it out"
             )
         if (self.random_skip_rate or self.random_augment_rate) and self.skips_by_loss:
             raise UsageError(

@@ -123,6 +123,11 @@ class Cost:
         return max(1, self.num_shards // self.processes)
 
     @property
+    def coming(self) -> int:
+        """The model of the past that waits to become the reference."""
+        return self.copy if self.past else 0
+
+    @property
     def device(self) -> int:
         """Weights, gradients, moments, moving average and the frozen parts; activations come on top."""
         ema = 0 if self.offload_ema and not self.on_cpu else self.sets - self.copy
@@ -133,14 +138,13 @@ class Cost:
         """What waits off the device at most: theta_hat, the running means, moments of other proxies, and the next
         model of the past.
         """
-        past = self.copy if self.past else 0
         if not self.several:
-            return past
+            return self.coming
         own = 0
         if self.optimizer_state == "keep" and self.proxies > 1:
             own = (self.proxies - self.on_cpu) * self.moments  # on a GPU all of them wait for a moment
         shared = self.moments if self.optimizer_state == "average" else 0
-        return self.sets + self.sums + own + shared + past + self._folded
+        return self.sets + self.sums + own + shared + self.coming + self._folded
 
     @property
     def _folded(self):
@@ -178,7 +182,7 @@ class Cost:
         if self.past:
             reference, coming = kept_after(index)
             files |= {("reference", reference): self.reference} if reference else {}
-            files |= {("next", coming): self.copy} if coming else {}
+            files |= {("next", coming): self.coming} if coming else {}
         if not self.several:
             return files | {("theta", step): self.theta(0), ("moments", 0, step): self.moments}
         if index < rounds.num_rounds:
@@ -209,7 +213,7 @@ class Cost:
         groups = min(self.processes, self.num_shards)
         most, kept = self.waiting * groups * self.on_disk, []
         # What waits is part of the next checkpoint, by links, but for the theta_hat and past that other processes have.
-        others = (self.sets + (self.copy if self.past else 0)) * (groups - 1) * self.on_disk
+        others = (self.sets + self.coming) * (groups - 1) * self.on_disk
         for step in checkpoint_steps(rounds, every):
             kept.append(self.files(rounds, step))
             most = max(most, _together(kept) + others)

@@ -300,7 +300,8 @@ class IterativeEnsemble:
         """The large tensors that this process has to write, by the file of the checkpoint that they are."""
         if self.layout.is_main:
             yield from self.weights.held()
-            yield from () if self.past is None else self.past.held()
+            if self.past is not None:
+                yield from self.past.held()
         for shard, proxy in self.proxies.items() if self.layout.leads and not self.single else ():
             midway = self.weights.live() if proxy is self.active else proxy.weights or {}
             for key, tensors in midway.items():

@@ -15,7 +15,6 @@ from ..data.conditions import Condition
 from ..data.rows import content_hash
 from ..data.settings import PriorSettings
 from ..errors import UsageError
-from ..method.config import MitigationConfig
 from ..run_folder import RunFolder
 from ..settings import Resume, declared
 from .ensemble import IterativeEnsemble
@@ -195,10 +194,8 @@ def _with_newer_settings(saved, marks, kind):
 
     Those of adapters are only in fingerprints of runs that train some.
     """
-    entries = [*declared(kind), *declared(MitigationConfig)]
-    if saved.get("lora_rank") is None:
-        entries = [entry for entry in entries if entry not in declared(LoraSettings)]
-    return {entry.name: entry.default for entry in entries if entry.name in marks} | saved
+    left_out = {entry.name for entry in declared(LoraSettings)} if saved.get("lora_rank") is None else set()
+    return {name: value for name, value in kind.defaults().items() if name in marks.keys() - left_out} | saved
 
 
 def _continue_rounds(run, found):

@@ -187,16 +187,12 @@ class RunSettings(
     def values(self) -> dict[str, Any]:
         """All effective values by flag, JSON- and YAML-ready, without secrets; the method's too."""
         shown = [entry.name for entry in declared(type(self)) if not entry.metadata["secret"]]
-        values = {name: getattr(self, name) for name in shown}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return values | self.method.to_dict()
+        return _plain({name: getattr(self, name) for name in shown}) | self.method.to_dict()
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """What each of the values is where nothing else is said and no preset says otherwise."""
-        entries = [*declared(cls), *declared(MitigationConfig)]
-        values = {entry.name: entry.default for entry in entries}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return _plain({entry.name: entry.default for entry in [*declared(cls), *declared(MitigationConfig)]})
 
     def shaping(self, resume: Resume) -> set[str]:
         """Names of the settings, the method's too, that a resumed run treats as ``resume`` says."""
@@ -334,3 +330,8 @@ class TrainingSettings(
             )
         if self.prior_dir is not None and self.prior_loss_weight is None:
             self.prior_loss_weight = 1.0
+
+
+def _plain(values):
+    """The values as JSON has them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
