@@ -36,6 +36,7 @@ COMPARED = {
     "sim_score": METRICS["sim_score"],
     "copy_rate": METRICS["copy_rate"],
     "memorized_quantity_0.4": METRICS["mq_0.4"],
+    "training_preference": METRICS["training_preference"],
 }
 SAMPLED = (*COMPARED, "frechet", "kernel")
 TITLES = {column: metric.title for column, metric in COMPARED.items()}
@@ -70,12 +71,15 @@ class Front:
             picture.unlink(missing_ok=True)
 
     def _picture(self) -> Figure:
-        panels = list(TITLES.items()) if self.points[0].sampled else []
-        figure, axes = plt.subplots(1, 1 + len(panels), figsize=(7.5 + 4.5 * len(panels), 4.6), squeeze=False)
-        plot_front(axes[0, 0], self.points, self.control)
-        for panel, (key, title) in zip(axes[0, 1:], panels, strict=True):
+        if not self.points[0].sampled:
+            figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+            plot_front(axes, self.points, self.control)
+            return figure
+        figure = plt.figure(figsize=(16.5, 8.5), layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=(7.5, 9))
+        plot_front(left.subplots(), self.points, self.control)
+        for panel, (key, title) in zip(right.subplots(2, 2).flat, TITLES.items(), strict=True):
             plot_sampled(panel, self.points, key, title, self.control)
-        figure.tight_layout()
         return figure
 
     def _picture_of_levels(self) -> Figure:
@@ -200,7 +204,7 @@ def front(
                 prompts = without_prompts(sampling.num_images, num_classes(start), seed)
             else:
                 prompts = choose(caption_prompts(training, "train"), sampling.num_images, seed)
-            found = _sampled(found, base, prompts, training, sampling, output, device)
+            found = _sampled(found, base, prompts, training, heldout, sampling, output, device)
         measured += found
     result = Front([point for point, _ in measured], control, level_name)
     result.write(output)
@@ -223,6 +227,7 @@ def _sampled(
     base: str,
     prompts: list[Prompt],
     training: ImageSet,
+    heldout: ImageSet,
     sampling: Sampling,
     output: Path,
     device: str,
@@ -236,6 +241,7 @@ def _sampled(
         model_hash(base),
         [asdict(prompt) for prompt in prompts],
         _contents(training),
+        _contents(heldout),
         reference and _contents(reference),
     ]
     found = []
@@ -248,7 +254,8 @@ def _sampled(
         if not (folder / SCORES).exists():
             desc = f"Drawing with {name}"
             generate(base, prompts, folder / "images", sampling.settings, device, denoiser=denoiser, desc=desc)
-            score(load_images(folder / "images", "output"), training, folder, tools, sampling.cache, reference)
+            drawn = load_images(folder / "images", "output")
+            score(drawn, training, folder, tools, sampling.cache, reference, heldout=heldout)
         found.append((replace(point, sampled=_of_scores(read_json(folder / SCORES))), denoiser))
     return found
 

@@ -5,6 +5,7 @@ open, whatever becomes of its name.
 """
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -23,6 +24,7 @@ _NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_WORTH_A_THREAD = 1 << 16  # bytes: checksums of fewer take less time than handing them over
 
 
 class NotFinite(ValueError):
@@ -75,7 +77,7 @@ def _bytes(tensor):
 def _is_finite(tensor):
     if not tensor.numel() or not tensor.is_floating_point():
         return True
-    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))  # a NaN is both of its ends
+    return all(math.isfinite(end) for end in torch.aminmax(tensor))  # a NaN is both of its ends
 
 
 def write(
@@ -112,11 +114,12 @@ def write(
             file.write(head)
             for name, tensor in like.items() if values is None else values:
                 host = tensor.detach().cpu().contiguous()
-                sum_of_bytes = other.submit(zlib.crc32, _bytes(host), crc)
-                file.write(_bytes(host))
+                content = _bytes(host)
+                later = other.submit(zlib.crc32, content, crc) if len(content) >= _WORTH_A_THREAD else None
+                file.write(content)
                 if not_finite is None and not _is_finite(host):
                     not_finite = name
-                crc = sum_of_bytes.result()
+                crc = zlib.crc32(content, crc) if later is None else later.result()
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -151,6 +151,14 @@ def _as_script(environ, argv, output):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """What a process wrote is there for all that follow, whether it has reached the disk or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _forks():
     """Processes start from one that has imported everything: a second instead of ten."""
     FORKS.set_forkserver_preload(["ietagc_diffusers.cli.train", "ietagc_diffusers.training.run", "diffusers"])

@@ -346,3 +346,14 @@ def test_energy_is_the_variance_of_the_grey_image():
     pixels = torch.randint(0, 256, (4, 3 * 16 * 16), dtype=torch.uint8)
     grey = pixels.view(4, 3, -1).double().mean(1) / 255
     torch.testing.assert_close(energy(pixels).double(), grey.var(dim=1, unbiased=False), rtol=1e-4, atol=1e-8)
+
+
+def test_what_a_model_draws_is_compared_with_the_held_out_pictures_too(last_row, tmp_path):
+    assert float(last_row("--sample=6")["training_preference"]) > -22 / 6
+    drawn = shutil.copytree(next((tmp_path / "out" / "samples").glob("run-*")) / "images", tmp_path / "drawn")
+    rows = [{"file_name": path.name, "text": "a picture"} for path in sorted(drawn.glob("*.png"))]
+    (drawn / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # What is drawn is the same as before, so that every image finds itself among the held-out pictures: the lowest
+    # that 22 training pictures and 6 others allow.
+    preference = last_row("--sample=6", f"--heldout={drawn}")["training_preference"]
+    assert float(preference) == pytest.approx(-22 / 6)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import zlib
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def test_the_format_is_that_of_safetensors(tmp_path):
         for name, wanted in tensors().items():
             assert read[name].dtype == wanted.dtype and torch.equal(read[name], wanted)
     assert file.size == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_the_checksum_is_that_of_the_file(tmp_path):
+    """Of small tensors and of large ones, whose checksum is made beside the writing."""
+    made = tensors() | {"large": torch.randn(200_000), "last": torch.ones(3)}
+    assert write(tmp_path / "a", made).crc == zlib.crc32((tmp_path / "a").read_bytes())
 
 
 def test_one_tensor_at_a_time_is_asked_for_and_let_go(tmp_path):
