@@ -176,7 +176,7 @@ class Judge:
     def _predictions(self, model):
         """Of each held-out sample what the model says, float32 (draws, N, C h w), and the mean loss."""
         said, losses = [], []
-        for _, _, drawn in self.heldout.batches:
+        for _, _, drawn in self.heldout.drawn():
             prediction, target, _ = self.family.objective.predict(model, drawn)
             said.append(prediction.flatten(1))
             losses.append((prediction - target).square().flatten(1).mean(dim=1))

@@ -184,9 +184,9 @@ def _drawn(target: Target, images: Chosen, width: int, settings: Settings, devic
     painted = []
     with target.opened(device) as opened:
         fixed = FixedLosses(opened.family, blank, images.told, seed=settings.seed, levels=[MOST_NOISE])
-        for _, rows, drawn in tqdm(fixed.batches, desc="Canaries"):
+        for _, rows, drawn in tqdm(fixed.drawn(), desc="Canaries", total=fixed.num_batches):
             for some in torch.arange(len(rows)).split(settings.batch_size):
-                noisy, given = drawn[some].to(opened.family.device), blank[rows[some]].to(opened.family.device)
+                noisy, given = drawn[some], blank[rows[some]].to(opened.family.device)
                 steps, guidance, every = settings.steps, settings.guidance_scale, settings.remask_every
                 painted.append(outpaint(opened, noisy, given, width, steps, guidance, every).cpu())
     return torch.cat(painted)

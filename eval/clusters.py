@@ -44,7 +44,10 @@ def clusters_of(vectors: torch.Tensor, number: int) -> list[Cluster]:
         joined = torch.minimum(similar[first], similar[second])
         similar[first], similar[:, first] = joined, joined
         similar[second], similar[:, second] = -torch.inf, -torch.inf
-        changed = (nearest == first) | (nearest == second)
+        # A joined cluster is no more similar than its two were: where it is as similar, it is still the most similar.
+        touched = (nearest == first) | (nearest == second)
+        nearest[touched & (joined == highest)] = first
+        changed = touched & (joined != highest)
         changed[[first, second]] = True
         highest[changed], nearest[changed] = similar[changed].max(dim=1)
     found = [

@@ -57,9 +57,9 @@ def _predictions(target, images, prompts, draws, seed, batch_size, device, name)
         levels = middles(draws, family.objective.num_levels)
         fixed = FixedLosses(family, images, prompts, seed=seed, levels=levels)
         found: list[list[torch.Tensor]] = [[] for _ in levels]
-        for draw, _, drawn in tqdm(fixed.batches, desc=f"{name}: local masks"):
+        for draw, _, drawn in tqdm(fixed.drawn(), desc=f"{name}: local masks", total=fixed.num_batches):
             for some in torch.arange(len(drawn)).split(batch_size):
-                prediction, *_ = family.objective.predict(denoiser, drawn[some].to(family.device))
+                prediction, *_ = family.objective.predict(denoiser, drawn[some])
                 found[draw].append(prediction.float().cpu())
     return torch.stack([torch.cat(parts) for parts in found])
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class RunFolder:
         monitor_file, monitor_page: measurements along the training, see ``training.monitor``: a JSON line each, and a
             page;
         monitor_sheets: of drawn images beside their nearest training images;
-        best: the best model so far, until the run ends;
+        best: the best model so far;
         skip_counts_file: visits and skips of every sample, as Parquet;
         bad_samples_file: a JSON line per row that was replaced;
         identity_file: the fingerprints that the run has had;
@@ -78,6 +80,21 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The checkpoints, by step. Only names are looked at: a checkpoint has its name once it is complete."""
         return [path for _, path in _numbered(self.path, _CHECKPOINT)]
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed had half written, so that it takes no room for good. A checkpoint that
+        was about to be replaced by another of the same step keeps its name. Nobody may be writing into the folder.
+        """
+        for path in self.path.glob("checkpoint-*.old"):
+            if _CHECKPOINT.fullmatch(path.stem) and not path.with_suffix("").exists():
+                with suppress(OSError):
+                    path.rename(path.with_suffix(""))
+        leftovers = [path for end in ("tmp", "old") for path in self.path.glob(f"checkpoint-*.{end}")]
+        leftovers = [path for path in leftovers if _CHECKPOINT.fullmatch(path.stem)]
+        leftovers += [path for path in (self.path / "rounds").glob("*.part") if _ROUND.fullmatch(path.stem)]
+        leftovers += [place.with_name(f"{place.name}.part") for place in (self.best, self.unfinished)]
+        for path in leftovers:
+            shutil.rmtree(path, ignore_errors=True)
 
     def earlier(self, number: int) -> Path:
         """Where what another run left in this folder is moved when a new run begins."""
@@ -160,7 +177,9 @@ class RunFolder:
         rounds = _numbered(self.path / "rounds", _ROUND)
         if rounds:
             step_of = {row["round"]: row["global_step"] for row in self.rounds()}
-            return [(step_of[number], _weights_in(path, denoiser)) for number, path in rounds]
+            # Rounds that are not on record are of a branch that was left when the run was resumed before them.
+            known = [(number, path) for number, path in rounds if number in step_of]
+            return [(step_of[number], _weights_in(path, denoiser)) for number, path in known]
         models = []
         for step, path in _numbered(self.path, _CHECKPOINT):
             average = path / f"{denoiser}{EMA}"

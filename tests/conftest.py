@@ -217,7 +217,7 @@ def train_here(flags, output_dir, stop_at=None, kind=TrainingSettings):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     should_stop = Signals.should_stop
     if stop_at is not None:
-        Signals.should_stop = lambda self, run: run.global_step >= stop_at
+        Signals.should_stop = lambda self, run: setattr(self, "stops", run.global_step >= stop_at) or self.stops
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         settings = parse_args([*map(str, flags), f"--output_dir={output_dir}"], kind)

@@ -91,7 +91,7 @@ def test_each_question_is_the_definition_in_print(made, name):
     with Target.of_model(made(name)).opened() as opened, torch.no_grad():
         fixed = FixedLosses(opened.family, torch.rand(3, 3, 16, 16) * 2 - 1, captions, levels=middles(4, 1000))
         assert fixed.levels[:, 0].tolist() == [125, 375, 625, 875] and (fixed.levels == fixed.levels[:, :1]).all()
-        answers, by_hand = ask(opened, fixed, QUESTIONS), expected(pipeline, fixed.batches, captions)
+        answers, by_hand = ask(opened, fixed, QUESTIONS), expected(pipeline, list(fixed.drawn()), captions)
     for question, values in by_hand.items():
         np.testing.assert_allclose(answers[question], values.numpy(), rtol=2e-4, err_msg=question)
 

@@ -197,7 +197,7 @@ def ddpm():
 
 
 def drawn_of(family, images, told):
-    ((_, _, drawn),) = FixedLosses(family, images, told, levels=[0]).batches
+    ((_, _, drawn),) = FixedLosses(family, images, told, levels=[0]).drawn()
     return drawn
 
 

@@ -1,5 +1,6 @@
 """The disk of a run: nothing written twice, room looked at, one run a folder, and the arithmetic of it all."""
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from conftest import SCRIPT, environment, launch, train_flags, train_here, unet_
 
 from ietagc_diffusers import RunFolder, UsageError, checkpoint
 from ietagc_diffusers.checkpoint import ownership, writing
-from ietagc_diffusers.training.callbacks import Ended
+from ietagc_diffusers.training.callbacks import Ended, rounds
 from ietagc_diffusers.training.cost import Cost, checkpoint_steps
 from ietagc_diffusers.training.rounds import Rounds
 from ietagc_diffusers.training.weights import Weights
@@ -125,6 +126,22 @@ def test_a_checkpoint_without_room_is_left_out_with_numbers(flags, on_host, tmp_
     train_here([*flags, "--max_train_steps=24"], tmp_path, stop_at=10)
     assert taken and [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-3", "checkpoint-6"]
     assert re.search(r"No checkpoint at step 9: it needs 0\.00\d+ GB, .* has 0\.0001 GB left", caplog.text)
+
+
+def test_records_that_a_full_disk_refuses_come_with_the_next_round(flags, on_host, tmp_path, monkeypatch, caplog):
+    write, calls = rounds.write_text, []
+
+    def full(path, text):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(rounds, "write_text", full)
+    folder = train_here(flags, tmp_path / "out")
+    assert unet_bytes(folder) == unet_bytes(on_host)
+    assert "The record of the rounds could not be written" in caplog.text and "training continues" in caplog.text
+    assert len(RunFolder(folder).rounds()) == len(RunFolder(on_host).rounds()) == len(calls) - 1
 
 
 def test_checkpoints_over_the_limit_make_room_first(flags, tmp_path, monkeypatch, caplog):

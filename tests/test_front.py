@@ -95,12 +95,12 @@ def test_fixed_losses_equal_the_objective_s_and_sweep_the_levels(frozen):
     pixels, captions = images(7, "red")
     unet = testing.random_pipeline(["a red picture"]).unet
     losses = FixedLosses(frozen, pixels, captions, batch_size=7)
-    by_hand = sum(losses.objective.losses(unet, drawn).detach() for *_, drawn in losses.batches) / 3
+    by_hand = sum(losses.objective.losses(unet, drawn).detach() for *_, drawn in losses.drawn()) / 3
     torch.testing.assert_close(losses(unet), by_hand)
     swept = FixedLosses(frozen, pixels, captions, draws=5, sweep=True)
     assert swept.levels[:, 0].tolist() == [0, 250, 500, 749, 999]
     assert swept.by_draw(unet).shape == (5, 7)
-    assert all((drawn.levels == swept.levels[draw, rows]).all() for draw, rows, drawn in swept.batches)
+    assert all((drawn.levels == swept.levels[draw, rows]).all() for draw, rows, drawn in swept.drawn())
 
 
 def curve(name, values, replicate=0):

@@ -47,8 +47,8 @@ class Samples:
     def __init__(self, drawn):
         self.drawn = drawn
 
-    def next(self, objective):
-        return self.drawn
+    def measure(self, objective, losses_of):
+        return losses_of(self.drawn), self.drawn.levels
 
 
 @pytest.mark.parametrize("wrap", [lambda control: control, lambda control: WenControl(1e9, control)])
@@ -83,6 +83,19 @@ def test_they_change_nothing_that_is_drawn_for_the_training(base, pictures, held
         train_flags(base, pictures, *RUN, "--skip_false_rate=0", "--skip_threshold=0"), tmp_path / "no"
     )
     assert unet_bytes(with_them) == unet_bytes(without)
+
+
+def test_nor_does_the_dropout_of_a_model_that_has_some(pictures, heldout, tmp_path):
+    unet = testing.random_unconditional_pipeline().unet
+    unet.register_to_config(dropout=0.2)
+    unet.save_config(tmp_path / "config")
+    flags = [f"--model_config_name_or_path={tmp_path / 'config'}", f"--train_data_dir={pictures}", "--resolution=16"]
+    flags += ["--train_batch_size=4", "--seed=5", "--mitigation=agc", "--max_train_steps=6", "--report_to=none"]
+    given = ["--skip_false_rate=1e-9", f"--heldout_dir={heldout}"]
+    with_them = train_here([*flags, *given], tmp_path / "with", kind=UnconditionalScript)
+    assert unet_bytes(with_them) == unet_bytes(
+        train_here([*flags, "--skip_rate=1e-9"], tmp_path / "no", kind=UnconditionalScript)
+    )
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(flags, whole, tmp_path):

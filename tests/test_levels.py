@@ -90,7 +90,7 @@ def test_a_bucket_has_the_losses_at_its_levels_alone(base, models, sets):
     for fixed in losses.sets:
         found = [
             [losses.family.objective.losses(denoiser, drawn[row : row + 1]).item() for denoiser in denoisers]
-            for _, _, drawn in fixed.batches
+            for _, _, drawn in fixed.drawn()
             for row in range(len(drawn))
             if 334 <= drawn.levels[row] <= 666
         ]

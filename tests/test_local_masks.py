@@ -55,7 +55,7 @@ def test_a_mask_is_the_mean_squared_difference_of_the_predictions(tmp_path):
     told = ours.encode_prompt(prompts, "cpu", 1, False)[0]
     expected = torch.zeros(3, 8, 8)
     with torch.no_grad():
-        for _, _, drawn in fixed.batches:
+        for _, _, drawn in fixed.drawn():
             noisy = ours.scheduler.add_noise(drawn.latents, drawn.noise, drawn.timesteps)
             said = [one.unet(noisy, drawn.timesteps, told).sample for one in (ours, theirs)]
             expected += (said[0] - said[1]).square().sum(dim=1) / 2

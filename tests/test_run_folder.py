@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import ROOT, train_flags, train_here
@@ -32,6 +33,29 @@ def test_saved_models_are_rounds_if_there_are_any_else_moving_averages(finished,
         (tmp_path / path.name).symlink_to(path)
     assert cut.saved_models("unet") == [(step, cut.checkpoint(step) / "unet_ema") for step in (4, 8)]
     assert all((folder / "config.json").is_file() for _, folder in cut.saved_models("unet"))
+
+
+def test_rounds_of_a_branch_that_was_left_are_no_models_of_the_run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out", dirs_exist_ok=True)
+    folder = RunFolder(tmp_path / "out")
+    first = folder.rounds_file.read_text().splitlines(keepends=True)[0]
+    folder.rounds_file.write_text(first)
+    assert [place.parent.name for _, place in folder.saved_models("unet")] == ["round-0001"]
+
+
+def test_what_was_half_written_is_removed_and_nothing_else(tmp_path):
+    """Of a checkpoint that was being replaced one of the two is left, whenever the process was killed."""
+    folder = RunFolder(tmp_path)
+    kept = ["checkpoint-4", "checkpoint-9.tmpl", "checkpoint-x.tmp", "rounds/round-0001", "ietagc/best", "unfinished"]
+    gone = ["checkpoint-4.old", "checkpoint-7.tmp", "rounds/round-0002.part", "ietagc/best.part", "unfinished.part"]
+    for name in [*kept, *gone, "checkpoint-5.old"]:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "what").write_text(name)
+    folder.tidy()
+    left = {path.parent.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("what")}
+    assert left == {name: name for name in kept} | {"checkpoint-5": "checkpoint-5.old"}
+    folder.tidy()
+    assert len([*tmp_path.rglob("what")]) == len(left)
 
 
 def test_strangers_in_the_folder_are_not_checkpoints(tmp_path):

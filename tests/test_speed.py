@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ietagc_diffusers import TrainingSettings, UsageError
 from ietagc_diffusers.families import StableDiffusion
+from ietagc_diffusers.training.moments import put
 
 FULL = [
     "--num_shards=2", "--steps_per_round=3", "--max_train_steps=12", "--skip_threshold=0.9", "--augment_range=1.3",
@@ -43,6 +44,17 @@ def test_results_agree(base, pictures, plain, tmp_path, monkeypatch, flag):
     resumed = weights(train_here([*flags, "--resume_from_checkpoint=latest"], tmp_path / "stopped"))
     for name, tensor in found.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("where", ["fused", "capturable", None])
+def test_step_counters_wait_where_the_optimizer_wants_them(where):
+    """Of a resumed run: torch's fused kernels take them beside the parameters, and no other way."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, device="meta"))])
+    if where is not None:
+        optimizer.param_groups[0][where] = True
+    put(optimizer, {"0/step": torch.tensor(7.0)})
+    (state,) = optimizer.state.values()
+    assert state["step"].device.type == ("cpu" if where is None else "meta")
 
 
 def test_attention_is_the_fused_one(base):

@@ -96,7 +96,7 @@ def test_losses_are_those_under_the_labels_that_the_run_was_told(runs, places):
     family = testing.family_of_pipeline(testing.random_unconditional_pipeline(classes=3))
     pixels = torch.rand(10, 3, 16, 16) * 2 - 1
     losses = FixedLosses(family, pixels, labels, draws=1)
-    _, _, drawn = losses.batches[0]
+    _, _, drawn = next(losses.drawn())
     with torch.no_grad():
         noisy = family.scheduler.add_noise(pixels, drawn.noise, drawn.timesteps)
         predicted = family.denoiser(noisy, drawn.timesteps, class_labels=torch.tensor(labels)).sample

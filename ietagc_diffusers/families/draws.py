@@ -1,9 +1,24 @@
 """Random draws for a batch, and a batch with everything random drawn."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
+
+Whole = TypeVar("Whole")
+
+
+def mapped(whole: Whole, change: Callable[[torch.Tensor], torch.Tensor]) -> Whole:
+    """A dataclass with all its tensors, and those of its dicts, changed; what else it has stays as it is."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: change(one) for name, one in value.items()}
+        return change(value) if torch.is_tensor(value) else value
+
+    of_dataclass: Any = whole
+    return replace(of_dataclass, **{one.name: changed(getattr(whole, one.name)) for one in fields(of_dataclass)})
 
 
 @dataclass(frozen=True)
@@ -17,30 +32,20 @@ class DrawnBatch:
     own: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
     def __getitem__(self, rows: Any) -> Self:
-        return self._map(lambda tensor: tensor[rows])
+        return mapped(self, lambda tensor: tensor[rows])
 
     def __len__(self) -> int:
         of_dataclass: Any = self
         return len(of_dataclass.levels)
 
     def to(self, device: torch.device | str) -> Self:
-        return self._map(lambda tensor: tensor.to(device))
+        return mapped(self, lambda tensor: tensor.to(device))
 
     def told(self, condition: dict[str, torch.Tensor]) -> Self:
         """The same samples, all told ``condition``, tensors (1, ...), in the place of their own of the same names."""
         of_dataclass: Any = self
         same = {name: tensor.expand(len(self), *tensor.shape[1:]) for name, tensor in condition.items()}
         return replace(of_dataclass, condition=of_dataclass.condition | same)
-
-    def _names(self):
-        of_dataclass: Any = self
-        return [field.name for field in fields(of_dataclass)]
-
-    def _map(self, change):
-        def changed(value):
-            return {name: change(one) for name, one in value.items()} if isinstance(value, dict) else change(value)
-
-        return type(self)(**{name: changed(getattr(self, name)) for name in self._names()})
 
 
 class Draws:

@@ -114,8 +114,14 @@ class Unconditional(Family):
             return cls(model, *_fresh(model, masked=False))  # its configuration has the mask's channel, if any
 
     def load_average(self):
-        """A copy: a model from scratch is nowhere else."""
+        """A copy, before the training: a model from scratch is nowhere else."""
         return copy.deepcopy(self.denoiser).to("cpu")
+
+    def load_again(self, name):
+        assert self.settings.pretrained_model_name_or_path is not None, "a model from scratch has no base"
+        _, unet = _of_base(self.settings)
+        unet.register_to_config(sample_size=self.settings.resolution)
+        return unet
 
     def condition(self, settings: Any, config: Any) -> Condition:
         if settings.class_labels == "none":

@@ -1,6 +1,7 @@
 """Threshold-aware control: skip, augment or keep each sample (eq. 5, 8), and reduce what is kept to one loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,8 +51,12 @@ class Reference(Protocol):
 class HeldoutSamples(Protocol):
     """Noisy samples of images that are never trained on."""
 
-    def next(self, objective):
-        """Some, as ``objective.draw`` returns them; None where it is not their turn."""
+    def measure(
+        self, objective: Any, losses_of: Callable[[Any], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``losses_of`` (B,) of some, as ``objective.draw`` returns them, and their noise levels (B,); None where it is
+        not their turn. What is drawn for that, by the model too, is apart from what is drawn for the training.
+        """
 
     def close(self) -> None: ...
     def state_dict(self) -> dict: ...
@@ -301,10 +306,13 @@ class ThresholdAwareControl(DecidingControl):
     @torch.no_grad()
     def prepare(self, model, objective):
         """Look at the held-out samples whose turn it is: the quantile is of their ratios to the shard's bank."""
-        drawn = None if self.heldout is None else self.heldout.next(objective)
-        if self.quantile is not None and drawn is not None:
-            losses = self.calibrated(objective.losses(model, drawn), objective, drawn)
-            losses, levels = self.group.gather(losses), self.group.gather(drawn.levels)
+        if self.quantile is None or self.heldout is None:
+            return
+        measured = self.heldout.measure(
+            objective, lambda drawn: self.calibrated(objective.losses(model, drawn), objective, drawn)
+        )
+        if measured is not None:
+            losses, levels = map(self.group.gather, measured)
             self.quantile.update(self.bank.loss_ratio(losses, levels), levels)
 
     def to(self, device):

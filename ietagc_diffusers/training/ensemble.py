@@ -140,6 +140,8 @@ class IterativeEnsemble:
         return ended
 
     def _train(self):
+        if self.global_step and self._should_stop():  # an earlier run ended here
+            return False
         while not self.finished:
             if not self._train_round():
                 return False

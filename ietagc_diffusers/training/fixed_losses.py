@@ -1,6 +1,6 @@
 """Denoising losses under fixed noise and noise levels: precise enough to compare models, and free of sampling."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from ..data import Batch
 from ..families import Family
 from ..families.base import Objective
+from ..families.draws import mapped
+from .streams import RandomStreams
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 DRAWN_TOGETHER = 100  # images whose noise is one draw
@@ -29,6 +31,9 @@ class FixedLosses:
         batch_size: images at once; the draws do not depend on it.
         sweep: each draw is at one level for all images, and the draws cover the range of levels.
         levels: these levels instead, one for each draw, the same for all images.
+
+    Images and conditions wait in host memory, encoded; their noise is drawn anew each time, always the same, so that
+    any number of draws needs no more memory than one.
 
     Attributes:
         levels: int64 (draws, N), the noise level of each draw of each image.
@@ -73,18 +78,35 @@ class FixedLosses:
 
     def _draw(self, objective, device, batches, levels, seed, batch_size):
         self.objective, self.device, self.levels, self.batch_size = objective, device, levels, batch_size
-        encoded, chunks, start = [], [], 0
+        self.seed, self.encoded, start = seed, [], 0
         for batch in batches:
-            encoded.append(self.objective.encode(batch.to(self.device)))
-            chunks.append(torch.arange(start, start + len(batch)))
+            encoded = mapped(self.objective.encode(batch.to(self.device)), lambda tensor: tensor.to("cpu"))
+            self.encoded.append((torch.arange(start, start + len(batch)), encoded))
             start += len(batch)
-        self.batches = []
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for draw in range(len(levels)):
-                for rows, of_rows in zip(chunks, encoded, strict=True):
-                    drawn = self.objective.at_levels(self.objective.draw(of_rows), self.levels[draw, rows])
-                    self.batches.append((draw, rows, drawn.to("cpu")))
+
+    @property
+    def num_batches(self) -> int:
+        """How many ``drawn`` gives of all draws."""
+        return len(self.levels) * len(self.encoded)
+
+    def drawn(self, draws: int | None = None) -> Iterator[tuple[int, torch.Tensor, Any]]:
+        """(number of the draw, rows of the images, what ``Objective.draw`` returns of them, on the device) of all draws
+        or of the first ``draws``. The random streams outside are left as they are.
+        """
+        streams = RandomStreams(self.device)
+        with torch.random.fork_rng([streams.device] if streams.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            own = streams.get()
+        for draw, levels in enumerate(self.levels[:draws]):
+            for rows, encoded in self.encoded:
+                others = streams.get()
+                streams.set(own)
+                try:
+                    drawn = self.objective.draw(mapped(encoded, lambda tensor: tensor.to(self.device)))
+                    own = streams.get()
+                finally:
+                    streams.set(others)
+                yield draw, rows, self.objective.at_levels(drawn, levels[rows])
 
     @torch.no_grad()
     def of_draws(
@@ -94,10 +116,10 @@ class FixedLosses:
         float32 (draws, N). ``desc``: of a progress bar; None shows none.
         """
         values = torch.zeros(self.levels[:draws].shape)
-        for draw, rows, drawn in tqdm(self.batches, desc=desc, disable=desc is None):
-            if draw < len(values):
-                for some in torch.arange(len(rows)).split(self.batch_size):
-                    values[draw, rows[some]] = statistic(drawn[some].to(self.device)).cpu()
+        total = self.num_batches * len(values) // len(self.levels)
+        for draw, rows, drawn in tqdm(self.drawn(draws), desc=desc, disable=desc is None, total=total):
+            for some in torch.arange(len(rows)).split(self.batch_size):
+                values[draw, rows[some]] = statistic(drawn[some]).cpu()
         return values
 
     def by_draw(self, denoiser: torch.nn.Module) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Held-out images: never trained on, only measured along the training, to learn what loss ratios such images have."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,8 @@ class HeldoutSet:
 
 class Heldout:
     """The held-out samples that one shard's proxy is measured on, a batch for every ``EVERY`` of its own. Images,
-    crops, noise and noise levels are functions of the seed, the shard and the number of the batch: they change nothing
-    that is drawn for the shard's own samples.
+    crops, noise, noise levels and dropout are functions of the seed, the shard and the number of the batch: they change
+    nothing that is drawn for the shard's own samples.
 
     Args:
         heldout: the set.
@@ -69,15 +70,18 @@ class Heldout:
         self.seed, self.streams, self.device = seed, streams, device
         self.calls = 0
 
-    def next(self, objective: Any) -> Any:
-        """The next noisy samples, as ``objective.draw`` returns them; None where it is not their turn."""
+    def measure(
+        self, objective: Any, losses_of: Callable[[Any], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Losses and noise levels of the next noisy samples, see ``method.control.HeldoutSamples``."""
         self.calls += 1
         if (self.calls - 1) % EVERY:
             return None
         number = self.loader.taken
         batch, _ = self.loader.next()
         with self.streams.seeded([*self.seed, NOISE, number]):
-            return objective.draw(objective.encode(batch.to(self.device)))
+            drawn = objective.draw(objective.encode(batch.to(self.device)))
+            return losses_of(drawn), drawn.levels
 
     def close(self) -> None:
         """End the data workers, until the next batch is asked for."""

@@ -38,11 +38,18 @@ def scalars(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor | float]
 
 
 def put(optimizer: torch.optim.Optimizer, values: Tensors, device: torch.device | None = None) -> None:
-    """Set entries of an optimizer's state, on ``device`` if it is given. Tensors that are there already are shared."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Set entries of an optimizer's state, on ``device`` if it is given. Tensors that are there already are shared.
+
+    Step counters go where the optimizer wants them: fused ones beside the parameters, others on the host.
+    """
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for name, value in values.items():
         index, _, key = name.partition("/")
-        optimizer.state[parameters[int(index)]][key] = value if device is None else value.to(device)
+        parameter, group = parameters[int(index)]
+        beside = device
+        if key == "step":
+            beside = parameter.device if group.get("fused") or group.get("capturable") else None
+        optimizer.state[parameter][key] = value if beside is None or not torch.is_tensor(value) else value.to(beside)
 
 
 def _take(optimizer):

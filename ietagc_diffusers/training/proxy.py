@@ -72,6 +72,7 @@ class Proxy:
         self.round_skips = torch.zeros(num_samples, dtype=torch.int64)
         self.total_skips = torch.zeros(num_samples, dtype=torch.int64)
         self.total_visits = torch.zeros(num_samples, dtype=torch.int64)
+        self.resumed_visits = 0  # of all its group, in ``total_visits`` of the process that counts for it
 
     @property
     def device(self) -> torch.device:
@@ -223,6 +224,10 @@ class Proxy:
         counts = [torch.full_like(controlled.total_loss, len(samples)), *(mask.sum() for mask in masks)]
         self.round_totals[:5] += torch.stack([controlled.total_loss, *(c.to(controlled.total_loss) for c in counts)])
 
+    def visits_of_group(self, size: int) -> int:
+        """About how often all ``size`` processes of its group have visited a sample, told without asking them."""
+        return self.resumed_visits + (int(self.total_visits.sum()) - self.resumed_visits) * size
+
     def end_round(self, shard_samples: np.ndarray) -> None:
         """Start a new round on ``shard_samples``."""
         self.round_totals.zero_()
@@ -257,4 +262,5 @@ class Proxy:
         if leads:
             for name in COUNTS:
                 getattr(self, name).copy_(state["counts"][name])
+            self.resumed_visits = int(self.total_visits.sum())
         self.to_host()

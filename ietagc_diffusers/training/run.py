@@ -196,7 +196,12 @@ def train(
 def _entered(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """Inside, no other training enters the folder. The main process holds it for all, and all hear if it cannot."""
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(locked(folder)))
+
+        def enter():
+            stack.enter_context(locked(folder))
+            folder.tidy()
+
+        on_main(accelerator, enter)
         yield
 
 
@@ -286,7 +291,7 @@ def _train(
     prior = PriorSet.load(settings, family, accelerator)
     heldout = HeldoutSet.of(others, settings, condition, view_of(settings, family))
     canaries = canary_keys(rows, settings)
-    meter = Meter.of(rows, others, settings, family, canaries)
+    meter = on_main(accelerator, lambda: Meter.of(rows, others, settings, family, canaries))  # only it measures
     buckets = settings.method.bank_buckets
     extend(settings, found)
     run, budget = build_run(settings, accelerator, family, average, condition, rows, groups, prior, heldout, canaries)

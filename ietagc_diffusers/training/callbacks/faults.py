@@ -73,8 +73,7 @@ class BadSamples(Callback):
             key = reason if row is None else sample_id
             if key not in self.named:
                 self.named.add(key)
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"sample_id": sample_id, "shard": proxy.shard, "reason": reason}) + "\n")
+                self._record({"sample_id": sample_id, "shard": proxy.shard, "reason": reason})
                 if self.stop is None:
                     another = "prior picture" if row is None else "sample of its shard"
                     logger.warning(f"Replaced by another {another}: {reason}", main_process_only=False)
@@ -85,3 +84,10 @@ class BadSamples(Callback):
                     "row repaired or removed the training set is another one, for a new run"
                 )
             )
+
+    def _record(self, row):
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            logger.error(f"{self.path} could not be written: {error}; training continues")

@@ -45,7 +45,8 @@ class Monitor(ModelCallback):
             a model from scratch.
 
     Attributes:
-        stopped: whether a measurement ended the training, on all processes.
+        stopped: whether a measurement ended the training, on all processes; also that of an earlier run which this one
+            resumes where it ended, if its limits still hold.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class Monitor(ModelCallback):
         self.started = time.monotonic()
         if run.layout.is_main:
             self._start(run)
-        run.layout.barrier()
+            self.stopped = not run.finished and self._ended_here(run)
+        self.stopped = run.layout.any(self.stopped)
 
     def _start(self, run):
         if run.global_step == 0:
@@ -78,11 +80,18 @@ class Monitor(ModelCallback):
             self._measure(run)
             return
         self.rows = [row for row in read_json_lines(self.folder.monitor_file) if row["global_step"] <= run.global_step]
+        best = self._best()
+        if best is not None and best["global_step"] > run.global_step:  # of a branch that is left
+            shutil.rmtree(self.folder.best, ignore_errors=True)
         if self.at_base is not None:
             started = time.monotonic()
             with self.at_base():
                 self.of_base = self._look(run.weights.family)
             self._took(started)
+
+    def _ended_here(self, run):
+        """Whether the last measurement is of the model as it is now, and over a limit."""
+        return bool(self.rows) and self.rows[-1]["global_step"] == run.global_step and self._is_over(run, self.rows[-1])
 
     def on_step(self, run, proxy, before):
         if self.settings.monitor_steps is not None:
@@ -155,8 +164,8 @@ class Monitor(ModelCallback):
     def _visits(run):
         """How often each training image has been visited so far, on average."""
         proxies = list(run.proxies.values())
-        visits = sum(int(proxy.total_visits.sum()) for proxy in proxies) / len(proxies) * run.layout.num_shards
-        return visits * run.layout.size / len(proxies[0].total_visits)
+        visits = sum(proxy.visits_of_group(run.layout.size) for proxy in proxies) / len(proxies)
+        return visits * run.layout.num_shards / len(proxies[0].total_visits)
 
     def _show(self, run, compared):
         """The sheet, to the run's folder and to the trackers."""
@@ -224,15 +233,17 @@ class Monitor(ModelCallback):
             logger.error(f"The model of step {run.global_step} could not be kept: {error}; training continues")
 
     def restore(self, run: IterativeEnsemble) -> None:
-        """Put the best model in the place of the last one, if one is kept. The main process calls this at the end."""
+        """Put the best model in the place of the last one, if one is kept; it stays kept, for a run that is resumed.
+        The main process calls this at the end.
+        """
         keeps = self.settings.keep_best is not None
         best: Any = self._best() if keeps else None
         if keeps and best is None:
             logger.warning("`keep_best`: no measured model was good enough to be kept; the last one is saved")
         if best is not None and best["global_step"] != run.global_step:
             run.weights.load(self.folder.best)
+            run.weights.place.close()  # loading it kept a copy
             logger.info(f"Saved is the model of step {best['global_step']}: {_in_words(best)}")
-        shutil.rmtree(self.folder.best, ignore_errors=True)
 
 
 def _in_words(row: Row) -> str:

@@ -15,7 +15,9 @@ logger = get_logger(__name__)
 
 
 class RoundRecords(Callback):
-    """rounds.jsonl: a line per round, written whole each time, so that a resumed run has no line twice."""
+    """rounds.jsonl: a line per round, written whole each time, so that a resumed run has no line twice, and that what a
+    full disk refused is there with the next round.
+    """
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
@@ -27,8 +29,12 @@ class RoundRecords(Callback):
         self._write(run)
 
     def _write(self, run):
-        if run.layout.is_main:
+        if not run.layout.is_main:
+            return
+        try:
             write_text(self.folder.rounds_file, "".join(json.dumps(row) + "\n" for row in run.rows))
+        except OSError as error:
+            logger.error(f"The record of the rounds could not be written: {error}; training continues")
 
 
 class SavedRounds(Callback):
@@ -56,5 +62,6 @@ class SavedRounds(Callback):
         except Exception as error:
             if not of_the_disk(error):
                 raise
-            shutil.rmtree(part, ignore_errors=True)
+            for left_over in (part, target):  # a model of that round is of a branch that was left
+                shutil.rmtree(left_over, ignore_errors=True)
             logger.error(f"The model of round {run.round} could not be written: {error}; training continues")

@@ -29,6 +29,7 @@ class Signals(Callback):
         self.checkpoints, self.every, self.say = checkpoints, every, say
         self.received: int | None = None
         self.fault: UsageError | None = None
+        self.stops = False  # whether this stops the run: a callback can, too, that says why itself
         self.ask_in = self.steps = 1  # until the next question, and from the last: alike on all processes
         self.asked = time.monotonic()
 
@@ -48,11 +49,11 @@ class Signals(Callback):
     def should_stop(self, run):
         wanted = self.received is not None or self.fault is not None
         if run.layout.num_processes == 1:
-            return wanted
-        self.ask_in -= 1
-        if self.ask_in > 0:
-            return False
-        return self._ask(run.layout, wanted)
+            self.stops = wanted
+        else:
+            self.ask_in -= 1
+            self.stops = self.ask_in <= 0 and self._ask(run.layout, wanted)
+        return self.stops
 
     def _ask(self, layout, wanted):
         """Whether any process wants to stop. The main process says when to ask again."""
@@ -65,7 +66,7 @@ class Signals(Callback):
         return any_wants > 0
 
     def on_stop(self, run):
-        if run.layout.is_main:
+        if self.stops and run.layout.is_main:
             last = self.checkpoints.last
             how = (
                 "without a checkpoint" if last is None else f"continue with `resume_from_checkpoint` checkpoint-{last}"
