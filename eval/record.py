@@ -279,7 +279,7 @@ def _left_out(
     """
     if not record.selection.heldout_share or record.left_out is None:
         return None
-    hashes = pixel_hashes(rows, settings.image_column, default_cache(), allow_bad=True)
+    hashes = pixel_hashes(rows, settings.image_column, default_cache(), allow_bad=True, alpha=settings.alpha)
     others = np.isin(stored_column(rows, SAMPLE_ID).to_numpy(), record.left_out)
     return images.select(np.flatnonzero(~np.isin(hashes, hashes[used]) & ~others))
 
@@ -308,7 +308,7 @@ def _selections(record: TrainingRecord, rows: Dataset, settings: DataSettings) -
             kept = near_clusters(some, column, found, similarity, settings.alpha)[0].is_kept
             some = some.select(np.flatnonzero(kept))
         if deduplicate or share:
-            hashes = pixel_hashes(some, column, default_cache(), allow_bad=True)
+            hashes = pixel_hashes(some, column, default_cache(), allow_bad=True, alpha=settings.alpha)
             if deduplicate:
                 first = first_rows(hashes)
                 some, hashes = some.select(first), hashes[first]
