@@ -45,6 +45,7 @@ def run(
     if not only_tables:
         _fill(benchmark, jobs, device, cache)
     results = collect(benchmark)
+    benchmark.output.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.output / "results.json", results)
     write_tables(benchmark, results)
     return sum("failed" in result for result in results)

@@ -64,6 +64,13 @@ def test_the_matrix_is_filled_kept_and_tabled(base, pictures, tmp_path, capsys, 
     assert main(flags) == 0
 
 
+def test_tables_before_any_run_say_that_nothing_was_run(base, pictures, tmp_path, capsys):
+    path = config(tmp_path, base, pictures, output=str(tmp_path / "new" / "out"))
+    assert main(["benchmark", "--config", str(path), "--tables", "--device", "cpu"]) == 1
+    assert "No cell is finished." in capsys.readouterr().out
+    assert all("was not run" in one["failed"] for one in json.loads((tmp_path / "new/out/results.json").read_text()))
+
+
 def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monkeypatch):
     heldout = write_folder(tmp_path / "heldout", 5, seed=8)
     calls = []
