@@ -45,6 +45,7 @@ def run(
     if not only_tables:
         _fill(benchmark, jobs, device, cache)
     results = collect(benchmark)
+    benchmark.output.mkdir(parents=True, exist_ok=True)
     write_json(benchmark.output / "results.json", results)
     write_tables(benchmark, results)
     return sum("failed" in result for result in results)
@@ -72,6 +73,8 @@ def _fill(benchmark: Benchmark, jobs: int, device: str, cache: Path | None) -> N
             missing.setdefault((cell.training, cell.seed), []).append(cell)
     total = sum(map(len, missing.values()))
     if missing:  # before anything is trained, to fail early; and downloads happen once
+        with named(f"`config` {benchmark.path}"):
+            benchmark.check_captions([cell for cells in missing.values() for cell in cells])
         with named(f"`config` {benchmark.path}: score"):
             protocol = Protocol(**benchmark.score)
             protocol.copy_threshold(load_descriptor(protocol.descriptor, protocol.name))

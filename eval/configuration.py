@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.method.recipes import check_keys
 
 KINDS = {dict: "keys and values", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+# Training flags that say how the training images are read, and which of them are trained on.
+READ = ("caption_lines", "dataset_config_name", "dataset_split", "alpha")
+USED = ("max_train_samples", "deduplicate", "deduplicate_similarity", "heldout_share", "exclude_rows")
 
 
 def read_configuration(path: Path, keys: Collection[str], needed: Collection[str], where: str) -> Callable[..., Any]:
@@ -55,6 +58,11 @@ def named(where: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
+
+
+def unlike(flags: Mapping[str, Any], defaults: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the named flags that are given, and not as their defaults are."""
+    return {name: flags[name] for name in names if name in flags and flags[name] != defaults.get(name)}
 
 
 def slug(name: str) -> str:

@@ -29,7 +29,7 @@ from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.sscd import Descriptor
 
 from .features import Embedded, Extractor, Size, embed
-from .image_sets import KEY, ImageSet, to_tensor
+from .image_sets import KEY, ImageSet, to_tensor, unusable
 from .plots import COLOURS, GREY, inline_svg
 from .report import as_html, picture_of
 from .views import Mirrored
@@ -95,7 +95,7 @@ class Duplicates:
                     "Altered versions of these images are hardly more similar to them than different images: look at "
                     "the clusters, or take another descriptor."
                 )
-        if unread := [name for name, _ in self.images.skipped]:
+        if unread := [name for name, _ in unusable(self.images.skipped)]:
             notes.append(f"Cannot be read: {unread[0]}{f' and {len(unread) - 1} others' if len(unread) > 1 else ''}.")
         return notes
 
@@ -162,7 +162,7 @@ def dedup(
             "different": measured.different,
         },
         "num_images": len(images),
-        "num_unreadable": len(found.images.skipped),
+        "num_unreadable": len(unusable(found.images.skipped)),
         "num_clusters": len(groups),
         "largest_cluster": max(map(len, groups), default=1),
         "num_left_out": len(left_out),

@@ -84,7 +84,7 @@ def detect(
         )
     by_name = isinstance(model, (str, Path))
     if by_name:
-        settings = replace(settings, resolution=settings.resolution or trained_resolution(model))
+        settings = replace(settings, resolution=settings.resolution or trained_resolution(model, settings.lora))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     if not by_name:

@@ -29,10 +29,10 @@ from ietagc_diffusers.training.build import Budget
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
 from .capacity import STATISTICS, Curves, Ratio, capacity, markdown, of_snapshots, picture
-from .configuration import checked, named, read_configuration, short_hash, slug
+from .configuration import USED, checked, named, read_configuration, short_hash, slug, unlike
 from .features import Pixels, embed
 from .generate import Settings, check_unprompted, generate
-from .image_sets import ImageSet, load_images, load_training_set
+from .image_sets import ImageSet, load_images
 from .jobs import TRAIN, run_folder, run_jobs, train
 from .losses import spread
 from .metrics.l2 import l2_ratio, memorization_ratio
@@ -41,6 +41,7 @@ from .pipelines import num_classes
 from .plots import png
 from .processes import Processes, Stopped
 from .prompts import without_prompts
+from .record import training_set
 from .subsets import first_of_each, source_rows, write_subset
 from .views import mirrored_pixels, nearest_of_both
 
@@ -179,8 +180,10 @@ class Study:
 
     def measured(self, name: str, size: int) -> Path:
         """The folder of what was measured of a run."""
-        marks = short_hash([self.generate, self.num_images, self.snapshots])
-        return self.folder(name, size) / f"measured-{marks}"
+        marks = [self.generate, self.num_images, self.snapshots]
+        if unusual := unlike(self.values(name, size), UnconditionalScript.defaults(), (*USED, "alpha")):
+            marks.append(unusual)
+        return self.folder(name, size) / f"measured-{short_hash(marks)}"
 
     def training_command(self, name: str, size: int) -> list[str]:
         """The command that trains a model. Writes the configuration of its UNet, if it has one."""
@@ -210,8 +213,9 @@ class Study:
         """Draw from the models along a run, and write the memorization ratio of each, and of all into ratios.json."""
         folder, settings = self.measured(name, size), _parsed(self.flags(name, size))
         pixels = Pixels(settings.resolution)
-        training = _pixels(load_training_set(self.subset(size), settings.image_column), pixels)
-        models = spread(RunFolder(self.folder(name, size)).saved_models(Unconditional.denoiser_name), self.snapshots)
+        run = self.folder(name, size)
+        training = _pixels(training_set(run, str(self.subset(size)), settings.image_column).images, pixels)
+        models = spread(RunFolder(run).saved_models(Unconditional.denoiser_name), self.snapshots)
         records = []
         for step, model in models[1:] or models:
             record = folder / f"step-{step}.json"

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from ietagc_diffusers import __version__
 from ietagc_diffusers.files import write_json, write_text
 
-from .adapters import find_adapter
 from .base_guidance import BaseGuidance
 from .clusters import Cluster, clusters_of
 from .extract_sheet import Shown, sheet
@@ -110,7 +109,7 @@ def extract(
         UsageError: see ``generate``; or no training image can be read.
     """
     output = Path(output)
-    settings = replace(settings, resolution=settings.resolution or _resolution(tune))
+    settings = replace(settings, resolution=settings.resolution or trained_resolution(tune.model, tune.lora))
     if settings.scheduler is None and not tune.flow:
         settings = replace(settings, scheduler="ddim")
     plain = replace(settings, guidance_scale=plain_guidance, lora=tune.lora)
@@ -153,12 +152,6 @@ def extract(
     write_text(output / TABLE, table(result))
     write_json(output / RESULT, result)
     return result
-
-
-def _resolution(tune: FineTune) -> int | None:
-    """What the model was trained at, for the base too."""
-    places: list[str | Path] = [*(find_adapter(given).file.parent for given in reversed(tune.lora)), tune.model]
-    return next(filter(None, map(trained_resolution, places)), None)
 
 
 def _compare(

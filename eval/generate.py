@@ -185,17 +185,20 @@ def _adapters(model: str | Path, denoiser: str | Path | None, lora: Sequence[str
     return [find_adapter(str(place)) for place in [*own, *lora]]
 
 
-def trained_resolution(model: str | Path) -> int | None:
-    """The resolution in pixels at which a model was trained, in multiples of 8, if that is recorded beside it.
+def trained_resolution(model: str | Path, lora: Sequence[str] = ()) -> int | None:
+    """The resolution in pixels at which a model was trained, in multiples of 8, if that is recorded beside it or beside
+    one of its adapters: the last of ``lora`` that records it counts before the model.
 
     Otherwise a pipeline draws at its own: of models that other tools or earlier versions trained, the base model's.
     """
-    record = recorded_training(model)
-    if record is None:
-        return None
-    if not isinstance(record.resolution, int):
-        raise UsageError(f"{model}: its ietagc/config.yaml says no resolution; give `resolution`")
-    return drawn_edge(record.resolution)
+    for place in (*(find_adapter(given).file.parent for given in reversed(lora)), model):
+        record = recorded_training(place)
+        if record is None:
+            continue
+        if not isinstance(record.resolution, int):
+            raise UsageError(f"{place}: its ietagc/config.yaml says no resolution; give `resolution`")
+        return drawn_edge(record.resolution)
+    return None
 
 
 def model_hash(model: str | Path, denoiser: str | Path | None = None, lora: Sequence[str] = ()) -> str:
@@ -277,10 +280,8 @@ def generate(
     """
     check_pipeline(model)
     output = Path(output)
-    places = [model, *(find_adapter(given).file.parent for given in settings.lora)]
-    trained = [resolution for place in places if (resolution := trained_resolution(place))]
     if not is_unprompted(model):
-        settings = replace(settings, resolution=settings.resolution or (trained[-1] if trained else None))
+        settings = replace(settings, resolution=settings.resolution or trained_resolution(model, settings.lora))
     rank, num_processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if rank == 0:
         _check_settings(output, model, denoiser, prompts, settings)

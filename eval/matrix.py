@@ -4,22 +4,25 @@ import functools
 import hashlib
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ietagc_diffusers.arguments import flag_names, parse_flags, recipe_to_argv
+from ietagc_diffusers.data.sources import SAMPLE_ID
 from ietagc_diffusers.errors import UsageError
-from ietagc_diffusers.method.recipes import check_keys, recipe_path
+from ietagc_diffusers.method.recipes import check_keys, read_recipe, recipe_path
 from ietagc_diffusers.mitigations import parse_mitigations
 from ietagc_diffusers.training.scripts import SCRIPTS
 
-from .configuration import checked, named, read_configuration, short_hash, slug
+from .configuration import READ, USED, checked, named, read_configuration, short_hash, slug, unlike
 from .generate import Settings, check_unprompted, generate, model_hash
-from .image_sets import ImageSet, load_images, load_training_set
+from .image_sets import ImageSet, load_images, training_images, training_settings
 from .jobs import TRAIN, run_folder
 from .pipelines import is_unprompted, num_classes
 from .prompts import Prompt, caption_prompts, choose, read_prompts, without_prompts
+from .record import TrainingSet, training_set
 from .score import Protocol, Tools, score
 from .tables import COLUMNS
 
@@ -60,11 +63,13 @@ class Benchmark:
         training: {variant: flags}, or {variant: {model: folder or Hub id}} for a model that is trained already, in
             which ``{seed}`` stands for the seed.
         inference: {name: chain of mitigations}; ``none`` is always among them.
-        train: training images.
+        train: training images. The images of a variant that is trained here are compared with those of them that its
+            run used, as it recorded them; those of a given model with all.
         reference: images for the Fréchet distance; default: the training images.
         heldout: pictures that were not trained on, which scores compare with; default: none.
-        prompts, num_images: prompts and how many of them; default: the training captions, all of them. Models without
-            prompts need ``num_images`` and take no ``prompts``; of classes, each is drawn equally often.
+        prompts, num_images: prompts and how many of them; default: the captions of the images that a cell is compared
+            with, in the column that ``common`` names, all of them. Models without prompts need ``num_images`` and take
+            no ``prompts``; of classes, each is drawn equally often.
         generate: fields of ``Settings``.
         score: fields of ``Protocol``.
         seeds: a list.
@@ -115,6 +120,12 @@ class Benchmark:
             name: checked(flags or {}, dict, f"{where}: training {name}")
             for name, flags in part("training", dict).items()
         }
+        # What all variants share, the recipe's included, where it says so.
+        self.shared = dict(self.common)
+        if recipe := self.common.get("config"):
+            with named(f"{where}: common"):
+                self.shared = read_recipe(recipe, flag_names(self.kind)) | self.common
+        self.caption_column = self.shared.get("caption_column") or "text"
         # Every flag's effective value, the recipe's included, of the variants that are trained here.
         self.effective = {}
         for name, flags in self.training.items():
@@ -176,13 +187,22 @@ class Benchmark:
             model if cell.training in self.effective else self.content(model), self.inference[cell.inference],
             self.generate, self.num_images, self.content(self.prompts), self.train,
         ]  # fmt: skip
+        if self.prompts is None and self.kind.prompted:
+            column = {"caption_column": self.caption_column} if self.caption_column != "text" else {}
+            conditions += [told] if (told := self._unusual(cell.training) | column) else []
         name = f"{slug(cell.training)}-{slug(cell.inference)}-{short_hash(conditions)}"
         return self.output / "cells" / name / f"seed-{cell.seed}"
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell's scores."""
         compared = [self.score, self.reference, *([self.heldout] if self.heldout else [])]
+        compared += [unusual] if (unusual := self._unusual(cell.training)) else []
         return self.drawn(cell) / f"scored-{short_hash(compared)}"
+
+    def _unusual(self, training: str) -> dict[str, Any]:
+        """The flags by which other images of ``train`` are compared with than all, or as others than usual."""
+        names = (*READ, *USED) if training in self.effective else ("image_column", *READ)
+        return unlike(self.effective.get(training, self.shared), self.kind.defaults(), names)
 
     def flags(self, training: str) -> dict[str, Any]:
         """A variant's training flags, except seed and folder."""
@@ -218,17 +238,40 @@ class Benchmark:
     def run_cell(self, cell: Cell, device: str = "cpu", cache: Path | None = None) -> None:
         """Draw and score a cell. ``cache``: folder for features."""
         images = self.drawn(cell) / "images"
-        training = load_training_set(self.train, self._image_column(cell.training))
-        model = self.model(cell.training, cell.seed)
-        prompts = self._prompts(cell, model, training)
+        model, every = self.model(cell.training, cell.seed), self.images(cell.training)
+        training = self._compared(cell, model, every)
+        prompts = self._prompts(cell, model, _same_rows(every, training.images))
         settings = self._settings(cell, len(prompts))
         # Before anything is drawn, to fail early.
         tools = Tools(Protocol(**self.score | {"device": device}))
         reference = load_images(self.reference, "reference") if self.reference else None
         heldout = load_images(self.heldout, "heldout") if self.heldout else None
+        if heldout is not None:
+            heldout.alpha = training.images.alpha  # both sets are decoded alike
         generate(model, prompts, images, settings, device, desc=cell.name)
+        notes = [*training.warnings, *training.notes]
         about = {"model": model, "model_hash": model_hash(model), "cell": [cell.training, cell.inference, cell.seed]}
-        score(load_images(images, "output"), training, self.folder(cell), tools, cache, reference, about, heldout)
+        drawn, output = load_images(images, "output"), self.folder(cell)
+        score(drawn, training.images, output, tools, cache, reference, about, heldout, notes)
+
+    def images(self, training: str) -> ImageSet:
+        """All images of ``train``, read as a variant reads them, with the captions that are drawn."""
+        flags = self.effective.get(training, self.shared)
+        read = {name: flags[name] for name in READ if flags.get(name) is not None}
+        settings = training_settings(self.train, image_column=self._image_column(training), **read)
+        return training_images(settings, "train", self.caption_column)
+
+    def check_captions(self, cells: Sequence[Cell]) -> None:
+        """Raise ``UsageError`` if captions should be drawn for these cells, and the training images have none."""
+        prompted = [cell for cell in cells if self.prompts is None and not self._is_unprompted(cell)]
+        for training in dict.fromkeys(cell.training for cell in prompted):
+            caption_prompts(self.images(training), "train")
+
+    def _compared(self, cell: Cell, model: str, every: ImageSet) -> TrainingSet:
+        """What a cell's images are compared with; ``every``: all training images."""
+        if cell.training in self.effective:
+            return training_set(model, self.train, self._image_column(cell.training))
+        return TrainingSet(every)
 
     def _settings(self, cell: Cell, num_images: int) -> Settings:
         """How a cell's images are drawn. No two cells of a row share an image's seed."""
@@ -244,7 +287,13 @@ class Benchmark:
 
     def _image_column(self, training: str) -> str:
         """The column in which the training images are."""
-        return self.effective.get(training, self.common).get("image_column", "image")
+        return self.effective.get(training, self.shared).get("image_column") or "image"
+
+
+def _same_rows(images: ImageSet, others: ImageSet) -> ImageSet:
+    """Those of ``images`` that are rows of ``others``, which are of the same source."""
+    rows = {row[SAMPLE_ID] for row in others.rows}
+    return images.select(index for index, row in enumerate(images.rows) if row[SAMPLE_ID] in rows)
 
 
 def _content(path: str | None) -> str | None:

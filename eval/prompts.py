@@ -136,8 +136,9 @@ def caption_prompts(images: "ImageSet", setting: str) -> list[Prompt]:
     """
     captions = images.captions()
     if not captions:
+        column = images.columns.get("text_column", "text")
         raise UsageError(
-            f"`{setting}` {images.source}: its images have no captions (a metadata.jsonl with text); give `prompts`"
+            f"`{setting}` {images.source}: its images have no captions (a metadata.jsonl with {column}); give `prompts`"
         )
     return [Prompt(text, images.rows[index].get("sample_id"), images.names[index]) for index, text in captions]
 

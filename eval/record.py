@@ -24,7 +24,8 @@ from .image_sets import ImageSet, training_images, training_settings
 from .pipelines import pipeline_folder
 
 PLACES = ("dataset_name", "train_data_dir")
-CANARY = "canary"  # the column of keys
+CANARY, MARK = "canary", "image"  # columns of the rows that were used: of keys, and of hashes of files
+GIVEN = ("image_column", "caption_column", "dataset_config_name", "dataset_split", "label_column")
 COLUMNS = {"image_column": "image", "caption_column": "text"}  # with their defaults
 
 
@@ -55,6 +56,7 @@ class TrainingRecord:
         left_out: ``sample_id`` of those that were neither trained on nor held out: rows that were excluded, and near
             duplicates; None if that is not known.
         heldout_dir: images that the run was given to measure only, as it named their folder; None: it was given none.
+        marks: hashes of the files of the rows that were used, as far as they were read, see ``data.contents``.
     """
 
     settings: dict[str, Any]
@@ -63,6 +65,7 @@ class TrainingRecord:
     canaries: dict[int, int] = field(default_factory=dict)
     left_out: np.ndarray | None = None
     heldout_dir: str | None = None
+    marks: frozenset[bytes] = frozenset()
 
     @property
     def resolution(self) -> int | None:
@@ -141,7 +144,7 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
         return None
     rows, places, canaries = None, {}, {}
     left_out = None if settings.get("num_left_out") else np.array([], dtype=np.int64)
-    heldout_dir = None
+    heldout_dir, marks = None, frozenset[bytes]()
     if run.config_file.is_file():
         config = run.config()
         places = {name: value for name in PLACES if (value := config.get(name))}
@@ -152,6 +155,8 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
         except (OSError, pa.ArrowInvalid) as error:
             raise UsageError(f"{run.training_rows_file}: cannot be read: {error}") from error
         rows = table[SAMPLE_ID].to_numpy()
+        if MARK in table.column_names:
+            marks = frozenset(mark for mark in table[MARK].to_pylist() if mark is not None)
         if CANARY in table.column_names:
             keys = zip(rows.tolist(), table[CANARY].to_pylist(), strict=True)
             canaries = {row: grey for row, grey in keys if grey is not None}
@@ -160,7 +165,7 @@ def recorded_training(model: str | Path) -> TrainingRecord | None:
         heldout_dir = kept.get("heldout_dir", heldout_dir)
         if "left_out" in kept:
             left_out = np.array(json.loads(kept["left_out"]), dtype=np.int64)
-    return TrainingRecord(settings, places, rows, canaries, left_out, heldout_dir)
+    return TrainingRecord(settings, places, rows, canaries, left_out, heldout_dir, marks)
 
 
 @dataclass(frozen=True)
@@ -202,13 +207,8 @@ def training_set(
     Raises:
         UsageError: no source is given, and none is recorded or it is not on this machine.
     """
-    given = {
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "dataset_config_name": dataset_config_name,
-        "dataset_split": dataset_split,
-        "label_column": label_column,
-    }
+    values = image_column, caption_column, dataset_config_name, dataset_split, label_column
+    given = dict(zip(GIVEN, values, strict=True))
     record = None if model is None else recorded_training(model)
     if record is None:
         if source is None:
@@ -225,7 +225,8 @@ def training_set(
                 f"`train`: the model records that it was trained on {record.described}, which cannot be read on this "
                 f"machine; give the training images ({error})"
             ) from error
-        images = _unrecorded(source, record.columns | {key: value for key, value in given.items() if value})
+        read = record.columns | {"alpha": record.alpha}
+        images = _unrecorded(source, read | {key: value for key, value in given.items() if value})
         return TrainingSet(
             images, record, (f"{_trained_on(record)} Whether {source} holds these is unknown: {error}.",)
         )
@@ -237,6 +238,15 @@ def training_set(
         f"{number} of the training images were only ever shown with a grey border (canaries), and are as they are here"
     )
     return replace(found, notes=(*found.notes, bordered))
+
+
+def whole_set(record: TrainingRecord, source: str, **given: str | None) -> ImageSet:
+    """All images of ``source``, read as the training that a record is of would read them.
+
+    Args:
+        given: ``image_column`` and the like of ``training_set``, in place of what the record says.
+    """
+    return training_images(_settings(record, source, dict.fromkeys(GIVEN) | given), "train")
 
 
 def _trained_on(record: TrainingRecord) -> str:
@@ -279,7 +289,7 @@ def _left_out(
     """
     if not record.selection.heldout_share or record.left_out is None:
         return None
-    hashes = pixel_hashes(rows, settings.image_column, default_cache(), allow_bad=True)
+    hashes = pixel_hashes(rows, settings.image_column, default_cache(), allow_bad=True, alpha=settings.alpha)
     others = np.isin(stored_column(rows, SAMPLE_ID).to_numpy(), record.left_out)
     return images.select(np.flatnonzero(~np.isin(hashes, hashes[used]) & ~others))
 
@@ -308,7 +318,7 @@ def _selections(record: TrainingRecord, rows: Dataset, settings: DataSettings) -
             kept = near_clusters(some, column, found, similarity, settings.alpha)[0].is_kept
             some = some.select(np.flatnonzero(kept))
         if deduplicate or share:
-            hashes = pixel_hashes(some, column, default_cache(), allow_bad=True)
+            hashes = pixel_hashes(some, column, default_cache(), allow_bad=True, alpha=settings.alpha)
             if deduplicate:
                 first = first_rows(hashes)
                 some, hashes = some.select(first), hashes[first]

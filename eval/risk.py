@@ -107,7 +107,8 @@ def risk(
         The images, the most memorized first.
 
     Raises:
-        UsageError: results of another model, or files that are missing or broken.
+        UsageError: results of another model, an audit that names other training images, or files that are missing or
+            broken.
     """
     folder, images = RunFolder(run), training.images
     risks = [
@@ -117,7 +118,7 @@ def risk(
     notes = [*training.warnings]
     _add_skips(risks, folder, notes)
     _add_losses(risks, run, attack, notes)
-    _add_copies(risks, run, audit, notes)
+    _add_copies(risks, run, images, audit, notes)
     _add_duplicates(risks, near_duplicates(images, descriptor, duplicate_similarity, cache), notes)
     median = _median_share(risks)
     for one in risks:
@@ -172,19 +173,29 @@ def _add_losses(risks: list[Risk], run: str | Path, attack: str | Path | None, n
         notes.append(f"The attack was not made on {missing} of these images: their losses are not known.")
 
 
-def _add_copies(risks: list[Risk], run: str | Path, audit: str | Path | None, notes: list[str]) -> None:
+def _add_copies(
+    risks: list[Risk], run: str | Path, training: ImageSet, audit: str | Path | None, notes: list[str]
+) -> None:
     if audit is None:
         notes.append("Drawn images are not looked at: run the command `audit`, and give its folder.")
         return
     scores, nearest, _ = load_scores(audit)
     _check_model(scores, run, "audit", audit)
-    for one in risks:
-        one.copies = 0
     by_name: dict[str, list[Risk]] = {}
     for one in risks:
+        one.copies = 0
         by_name.setdefault(one.name, []).append(one)
+    # What was found of an image under another name would count for none, and the image would not look memorized.
+    unknown = [name for name in nearest["nearest"] if name not in by_name]
+    if unknown:
+        raise UsageError(
+            f"`audit` {audit}: names {len(set(unknown))} training images that are not among these, such as "
+            f"{unknown[0]}: it compared with {scores.get('train')}, and these, of {training.source}, are other images "
+            f"or the same in another form (here the first is {risks[0].name}); give the same `train` to both commands, "
+            "or to neither"
+        )
     for name, similarity, copy in zip(nearest["nearest"], nearest["similarity"], nearest["copy"], strict=True):
-        for one in by_name.get(name, []):
+        for one in by_name[name]:
             one.copies = (one.copies or 0) + bool(copy)
             one.most_similar = max(similarity, one.most_similar if one.most_similar is not None else -1.0)
 

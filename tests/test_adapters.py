@@ -18,6 +18,7 @@ from ietagc_diffusers.eval.image_sets import load_images
 from ietagc_diffusers.eval.losses import Losses, shown
 from ietagc_diffusers.eval.paper_figures import fig3
 from ietagc_diffusers.eval.prompts import Prompt
+from ietagc_diffusers.files import write_json
 from ietagc_diffusers.run_folder import ADAPTER_FILE, RunFolder
 
 FEW = {"num_inference_steps": 2, "resolution": 16}
@@ -98,6 +99,19 @@ def test_prompts_are_scored_with_the_adapter(base, run, tmp_path):
     detect(run, ["a red picture"], tmp_path / "run", Detection(**few))
     none, lora, of_run = ((tmp_path / name / "detect.csv").read_text() for name in ("none", "lora", "run"))
     assert none != lora == of_run
+
+
+def test_an_adapter_says_at_which_resolution_its_model_is_drawn_and_measured(base, run, tmp_path):
+    assert trained_resolution(base, [str(run)]) == 16 and trained_resolution(base) is None
+    finer = RunFolder(shutil.copytree(run, tmp_path / "finer"))
+    write_json(finer.training_set_file, finer.training_set() | {"resolution": 24})
+    both = str(run), str(finer.path)
+    assert trained_resolution(base, both) == 24 == trained_resolution(run, both[1:])
+    assert trained_resolution(finer.path, both[:1]) == 16
+    few = Detection(generations=1, num_inference_steps=1, lora=both[1:])
+    assert detect(base, ["a red picture"], tmp_path / "detect", few)["resolution"] == 24
+    generate(base, [Prompt("a red picture")], tmp_path / "drawn", Settings(num_inference_steps=1, lora=both))
+    assert load_images(tmp_path / "drawn", "output").image(0).size == (24, 24)
 
 
 def test_losses_along_a_run_are_those_of_its_adapters(base, run, pictures):

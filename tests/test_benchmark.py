@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import write_folder
+from conftest import train_here, write_folder
 
 from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.cli import main
@@ -22,6 +22,8 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import benchmark as module
 from ietagc_diffusers.eval import jobs, processes
 from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
+from ietagc_diffusers.eval.configuration import short_hash
+from ietagc_diffusers.eval.record import recorded_training
 from ietagc_diffusers.eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 
 BOTH = {"T": {"rows": [{"training": "none"}, {"training": "given"}]}}
@@ -64,6 +66,13 @@ def test_the_matrix_is_filled_kept_and_tabled(base, pictures, tmp_path, capsys, 
     assert main(flags) == 0
 
 
+def test_tables_before_any_run_say_that_nothing_was_run(base, pictures, tmp_path, capsys):
+    path = config(tmp_path, base, pictures, output=str(tmp_path / "new" / "out"))
+    assert main(["benchmark", "--config", str(path), "--tables", "--device", "cpu"]) == 1
+    assert "No cell is finished." in capsys.readouterr().out
+    assert all("was not run" in one["failed"] for one in json.loads((tmp_path / "new/out/results.json").read_text()))
+
+
 def test_one_failed_cell_does_not_lose_the_others(base, pictures, tmp_path, monkeypatch):
     heldout = write_folder(tmp_path / "heldout", 5, seed=8)
     calls = []
@@ -104,6 +113,82 @@ def test_cells_of_another_configuration_are_not_taken_for_these(base, pictures, 
     assert places(heldout=str(pictures))[0] == drawn and places(heldout=str(pictures))[1] != scored
     assert places(num_images=4)[0] != drawn and places(num_images=4)[2] == trained
     assert places(common={"resolution": 16})[2] != trained
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Ten pictures with captions in columns of other names than text."""
+    folder = write_folder(tmp_path_factory.mktemp("captioned") / "pictures", 10)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [{"file_name": row["file_name"], "caption": row["text"], "captions": ["a", "b"]} for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+FEW = {"mitigation": "none", "max_train_samples": 4, "alpha": "official"}
+SEVERAL = {"mitigation": "none", "caption_mitigation": "mc", "caption_column": "captions"}
+CAPTIONED = {
+    "common": {"resolution": 16, "train_batch_size": 4, "max_train_steps": 1, "caption_column": "caption"},
+    "tables": {"T": {"rows": [{"training": name} for name in ("few", "several", "given")]}},
+    "num_images": None,
+    "seeds": [0],
+}
+
+
+def test_a_variant_is_compared_with_the_rows_that_it_was_trained_on(base, captioned, tmp_path):
+    training = {"few": FEW, "several": SEVERAL, "given": {"model": str(base)}}
+    made = Benchmark(config(tmp_path, base, captioned, training=training, **CAPTIONED))
+    for name in ("few", "several"):
+        words = made.training_command(name, 0)[5:]
+        train_here([word for word in words if not word.startswith("--output_dir=")], made.model(name, 0))
+    counts, drawn = {}, {}
+    for cell in made.cells:
+        made.run_cell(cell)
+        scores = json.loads((made.folder(cell) / "scores.json").read_text())
+        counts[cell.training] = scores["num_train"], scores["num_generated"]
+        lines = (made.drawn(cell) / "images" / "metadata.jsonl").read_text().splitlines()
+        drawn[cell.training] = [json.loads(line) for line in lines]
+        is_few = cell.training == "few"
+        assert ("only these are compared" in str(scores["notes"])) is is_few
+        assert scores["columns"]["train"]["alpha"] == ("official" if is_few else "white")
+    assert counts == {"few": (4, 4), "several": (10, 10), "given": (10, 10)}
+    used = recorded_training(made.model("few", 0)).rows.tolist()
+    assert sorted(row["sample_id"] for row in drawn["few"]) == sorted(used)
+    assert all(row["text"].endswith("picture") for rows in drawn.values() for row in rows)  # not of `captions`
+
+
+def test_other_rows_are_another_cell_and_others_keep_their_folders(base, captioned, tmp_path):
+    training = {"none": {"mitigation": "none"}, "few": FEW, "several": SEVERAL, "given": {"model": str(base)}}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red picture")
+
+    def are_plain(**changes):
+        made = Benchmark(config(tmp_path, base, captioned, training=training, **CAPTIONED | changes))
+        found = {}
+        for name in training:
+            model, cell = made.model(name, 0), Cell(name, "none", 0)
+            about = [model if name != "given" else made.content(model), "none", made.generate, made.num_images]
+            drawn = short_hash([*about, made.content(made.prompts), made.train])
+            found[name] = made.drawn(cell).parent.name.endswith(drawn), made.folder(cell).name.endswith(scored)
+        return found
+
+    scored = short_hash([{"descriptor": "pixel"}, None])
+    text = {"resolution": 16}
+    assert are_plain() == {name: (False, name != "few") for name in training}  # captions of another column
+    assert are_plain(common=text) == {name: (name != "few",) * 2 for name in training}
+    assert are_plain(prompts=str(prompts)) == {name: (True, name != "few") for name in training}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("caption_column: caption\nalpha: official\n")
+    assert are_plain(common=text | {"config": str(recipe)}) == dict.fromkeys(training, (False, False))
+
+
+def test_captions_that_are_missing_are_told_before_anything_is_trained(base, captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.Processes, "call", lambda *_: pytest.fail("trains"))
+    training = {"few": FEW, "several": SEVERAL, "given": {"model": str(base)}}
+    path = config(tmp_path, base, captioned, training=training, **CAPTIONED | {"common": {"resolution": 16}})
+    with pytest.raises(UsageError, match=r"its images have no captions \(a metadata.jsonl with text\)"):
+        run(path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_training_records_what_it_is_trained_with(base, pictures, tmp_path, monkeypatch):

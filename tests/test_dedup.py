@@ -106,6 +106,7 @@ def test_a_set_without_duplicates_says_so(scenes, tmp_path):
     for row in range(NUMBER):
         shutil.copy(scenes / f"{row:02d}.png", folder)
     (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.pdf").write_bytes(b"%PDF")  # no image that cannot be read
     result, rows = deduplicated(folder, tmp_path / "out", "--descriptor", "pixel")
     assert rows == [] and result["num_left_out"] == 0 and result["num_unreadable"] == 1
     assert result["descriptor"]["descriptor"] == "pixel" and (tmp_path / "out" / "exclude.txt").read_text() == ""

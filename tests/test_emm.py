@@ -16,6 +16,7 @@ from ietagc_diffusers import UsageError
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.eval import emm
 from ietagc_diffusers.eval.capacity import Capacity, Ratio, capacity, of_snapshots
+from ietagc_diffusers.eval.configuration import short_hash
 from ietagc_diffusers.eval.emm import Study, gu_ratios, run
 from ietagc_diffusers.eval.image_sets import load_training_set
 from ietagc_diffusers.eval.processes import Processes
@@ -188,6 +189,20 @@ def test_a_study_finds_what_was_planted_and_keeps_what_is_finished(noise, tmp_pa
     assert kept == ["step-12"]  # images of the last model only
     number = len(here)
     assert number == 8 and run(path) == 0 and len(here) == number
+
+
+def test_a_model_is_compared_with_what_it_was_trained_on(tmp_path, here, monkeypatch):
+    configurations = {"none": {"mitigation": "none", "deduplicate": "exact", "unet": TINY}}
+    twice = write_folder(tmp_path / "twice", 12, copies=(0,), size=16)
+    study = Study(write_study(tmp_path, twice, configurations=configurations, sizes=[6], epochs=1, snapshots=1))
+    monkeypatch.setattr(emm, "generate", Planted(study, lambda size, step: 5))
+    assert run(study.path) == 0
+    (record,) = json.loads((study.measured("none", 6) / "ratios.json").read_text())
+    assert record["num_train"] == 5 and record["memorization_ratio"] == 1  # not 0 for a copy of what is there twice
+    given = study.values("none", 6)
+    assert study.measured("none", 6).name == f"measured-{short_hash([study.generate, 5, 1, {'deduplicate': 'exact'}])}"
+    monkeypatch.setattr(study, "values", lambda *_: given | {"deduplicate": None})
+    assert study.measured("none", 6).name == f"measured-{short_hash([study.generate, 5, 1])}"  # as it was before
 
 
 def test_a_model_that_failed_is_named_and_tried_again(noise, tmp_path, here, monkeypatch):

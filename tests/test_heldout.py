@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import train_flags, train_here, unet_bytes, write_folder
+from PIL import Image
 
 from ietagc_diffusers import LossMemoryBank, ThresholdAwareControl, UsageError, WenControl, testing
 from ietagc_diffusers.arguments import parse_flags
@@ -177,6 +178,24 @@ def test_a_share_is_held_out_with_all_its_rows(base, tmp_path):
     assert len(compared.images) == (~held).sum() < len(held) and not compared.warnings
     left_out = {row["file_name"] for row in map(json.loads, lines)} - {row["file_name"] for row in _rows(rest)}
     assert {Path(name).name for name in compared.heldout.names} == left_out
+
+
+def test_what_is_transparent_does_not_change_what_was_held_out(base, tmp_path):
+    """Pictures decode to other pixels by ``alpha``: the draw is found again in those that training saw."""
+    pictures, rng = write_folder(tmp_path / "all", 12, copies=(3,), seed=2), np.random.default_rng(1)
+    for number in range(0, 12, 2):
+        path = pictures / f"{number:03d}_0.png"
+        Image.fromarray(rng.integers(0, 256, (20, 23, 4), dtype=np.uint8), "RGBA").save(path)
+    flags = train_flags(base, pictures, "--mitigation=none", "--max_train_steps=1", "--report_to=none")
+    flags += ["--alpha=official", "--deduplicate=exact", "--heldout_share=0.25", "--monitor_every=9"]
+    run = train_here(flags, tmp_path / "run")
+    used = pq.read_table(RunFolder(run).training_rows_file)["sample_id"].to_pylist()
+    before = training_set(run)
+    RunFolder(run).training_rows_file.unlink()
+    found = training_set(run, str(pictures))
+    assert [row["sample_id"] for row in found.images.rows] == used and not found.warnings
+    assert len(found.heldout) == 3 and found.heldout.names == before.heldout.names
+    assert not set(found.heldout.names) & set(found.images.names)
 
 
 def test_something_is_left_to_train_on(base, tmp_path):

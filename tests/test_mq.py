@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ietagc_diffusers.cli import main
+from ietagc_diffusers.cli import mq as module
 from ietagc_diffusers.eval.mq import _counted, table
 from ietagc_diffusers.eval.score import Protocol, Tools, score
 
@@ -101,6 +102,16 @@ def test_one_protocol_and_other_thresholds_and_what_cannot_be_used(sets, tmp_pat
     assert "only 6 training images" in said and "1 train files were left out, such as broken.png" in said
     result = found((sets[0], train), tmp_path, "--distinct")
     assert result["num_train"] == 5 and "duplicates" not in table(result)
+
+
+def test_what_was_found_is_said_and_kept_in_a_new_folder_too(sets, tmp_path, capsys, monkeypatch):
+    few = sets[0], save(tmp_path / "few", sets[3][:5])
+    assert found(few, tmp_path / "of" / "today", "--protocol", "gu")["num_train"] == 5
+    capsys.readouterr()
+    monkeypatch.setattr(module, "write_json", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        found(few, tmp_path, "--protocol", "gu")
+    assert "| gu | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

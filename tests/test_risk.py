@@ -93,6 +93,18 @@ def test_what_is_not_known_is_left_empty_and_named(run):
     assert {row["size"] for row in rows.values()} == {"11"}
 
 
+def test_an_audit_that_names_the_images_otherwise_is_not_read_as_no_copies(run, tmp_path, capsys):
+    nearest = {"nearest": ["row 5", "000_0.png"], "similarity": [0.99, 0.2], "copy": [True, False]}
+    pq.write_table(pa.table(nearest), tmp_path / "audit" / "nearest.parquet")
+    scores = tmp_path / "audit" / "scores.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"train": "parquet/of/them"}))
+    assert main(["risk", "--run", str(run), "--audit", str(tmp_path / "audit"), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"--audit {tmp_path / 'audit'}: names 1 training images" in error and "such as row 5: it compared" in error
+    assert "with parquet/of/them" in error and "the same --train to both" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, with_flags
 
 if TYPE_CHECKING:
     from ietagc_diffusers.eval.generate import Settings
@@ -298,19 +298,17 @@ def training_set(
     """The images of ``--train``, or those that the model records, with a line on the console for each doubt that they
     are those that the model was trained on. ``label_column``: default: what the model records.
     """
-    from ietagc_diffusers.eval.adapters import find_adapter
-    from ietagc_diffusers.eval.record import recorded_training
     from ietagc_diffusers.eval.record import training_set as find
+    from ietagc_diffusers.eval.trained_on import training_of_all
 
-    caption_column = getattr(args, "caption_column", None)
-    for given in getattr(args, "lora", []):
-        folder = find_adapter(given).file.parent
-        if recorded_training(folder) is not None:
-            model = folder  # a run's adapter says what it was trained on
-    names = args.image_column, caption_column, args.dataset_config_name, args.dataset_split, label_column
-    found = find(model, args.train, *names)
+    names = ("image_column", "caption_column", "dataset_config_name", "dataset_split")
+    given = {name: getattr(args, name, None) for name in names} | {"label_column": label_column}
+    if hasattr(args, "lora"):  # a model that others draw from with adapters
+        found = training_of_all(model, args.lora, args.train, **given)
+    else:
+        found = find(model, args.train, **given)
     for warning in found.warnings if is_main else ():
-        print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)
+        print(f"{args.prog} {args.command}: warning: {with_flags(warning, vars(args))}", file=sys.stderr)
     if args.train is None and isinstance(args.output, str):  # the recorded place was not known before
         from ietagc_diffusers.eval.audit import check_apart
 
@@ -344,18 +342,17 @@ def heldout_or_left_out(args: Namespace, training: "TrainingSet", load: Callable
 
 def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) -> None:
     """Raise ``UsageError`` if ``output`` or the feature cache would change the images or prompts of these settings, or
-    the model, or the images that it records.
+    the model, or the images that it and its adapters record.
 
     Args:
         model: what records its training images; by default the setting of this name.
     """
     from ietagc_diffusers.eval.audit import check_apart
-    from ietagc_diffusers.eval.record import recorded_training
+    from ietagc_diffusers.eval.trained_on import recorded_folders
 
-    read, recorded = {name: getattr(args, name, None) for name in inputs}, list[str]()
+    read = {name: getattr(args, name, None) for name in inputs}
     model = model if model is not None else getattr(args, "model", None)
-    if model is not None and Path(model).is_dir() and (record := recorded_training(model)) is not None:
-        recorded = [*record.places.values(), *([record.heldout_dir] if record.heldout_dir else [])]
+    recorded = recorded_folders(model, getattr(args, "lora", []))
     check_apart(args.output, read, getattr(args, "model", None), recorded=recorded)
     cache = getattr(args, "feature_cache", None)
     if cache not in (None, "none"):

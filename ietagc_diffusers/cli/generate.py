@@ -36,8 +36,8 @@ def run(args: Namespace) -> None:
 
 def _training_images(args: Namespace, is_main: bool) -> "ImageSet | None":
     """The images whose captions are drawn; None if there are none."""
-    from ietagc_diffusers.eval.record import recorded_training
+    from ietagc_diffusers.eval.trained_on import parts_of
 
-    if not args.train and recorded_training(args.model) is None:
+    if not args.train and not parts_of(args.model, args.lora)[0]:
         return None
     return common.training_set(args, args.model, is_main).images

@@ -1,6 +1,7 @@
 """``ietagc mq``."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from ..console import say
 from ..errors import with_flags
@@ -56,5 +57,7 @@ def run(args: Namespace) -> None:
         common.device_of(args),
         int(args.max_memory * 2**30),
     )
+    say(with_flags(table(found), vars(args)))  # before it is written: the search may have taken hours
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, found)
-    say(with_flags(f"{table(found)}\n{args.output}", vars(args)))
+    say(args.output)
