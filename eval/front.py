@@ -76,9 +76,9 @@ class Front:
             plot_front(axes, self.points, self.control)
             return figure
         figure = plt.figure(figsize=(16.5, 8.5), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(7.5, 9))
-        plot_front(left.subplots(), self.points, self.control)
-        for panel, (key, title) in zip(right.subplots(2, 2).flat, TITLES.items(), strict=True):
+        halves: Any = figure.subfigures(1, 2, width_ratios=(7.5, 9))
+        plot_front(halves[0].subplots(), self.points, self.control)
+        for panel, (key, title) in zip(halves[1].subplots(2, 2).flat, TITLES.items(), strict=True):
             plot_sampled(panel, self.points, key, title, self.control)
         return figure
 

@@ -120,7 +120,7 @@ class Unconditional(Family):
     def load_again(self, name):
         assert self.settings.pretrained_model_name_or_path is not None, "a model from scratch has no base"
         _, unet = _of_base(self.settings)
-        unet.register_to_config(sample_size=self.settings.resolution)
+        unet.register_to_config(sample_size=self.denoiser.config.sample_size)
         return unet
 
     def condition(self, settings: Any, config: Any) -> Condition:
