@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..console import say
+from ..errors import UsageError
 from ..run_folder import RunFolder
 from . import common
 
@@ -54,6 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     common.check_positive(args, "resolution", "max_images", "draws", "levels", "points")
     common.check_positive(args, "num_inference_steps", "batch_size")
+    _check_sample(args)
     named = common.named_folders(args.runs, "run")
     from ietagc_diffusers.eval.front import Sampling, front
     from ietagc_diffusers.eval.generate import Settings
@@ -102,3 +104,16 @@ def run(args: Namespace) -> None:
     )
     by_level = ", front_levels.png, front_levels.csv" if args.levels > 1 else ""
     say(f"{result.markdown}\n{output}/front.png, front.csv, front.md{by_level}")
+
+
+def _check_sample(args: Namespace) -> None:
+    """Raise ``UsageError`` if what is drawn could not be compared at equal Fréchet distance."""
+    if args.sample < 0:
+        raise UsageError(f"`sample` {args.sample}: must be 0 (draw nothing), or at least 2")
+    if args.sample == 1:
+        raise UsageError("`sample` 1: one image has no Fréchet distance, over which scores are shown; give at least 2")
+    if args.sample and args.fid == "none":
+        raise UsageError(
+            f"`fid` none: `sample` shows scores over the Fréchet distance; leave `fid` out (pixel-8), or `sample` "
+            f"{args.sample}"
+        )
