@@ -20,8 +20,8 @@ from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
-from .audit import check_held_out_files
 from .generate import model_hash
+from .heldout import check_held_out_files
 from .image_sets import ImageSet
 from .losses import Chosen, chosen
 from .membership import ATTACKS, Answers, Target, ask, check_base, middles

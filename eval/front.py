@@ -21,6 +21,7 @@ from ietagc_diffusers.single_file import folder_of
 
 from .curves import FrontPoint, by_run, table
 from .generate import Settings, generate, model_hash, trained_resolution
+from .heldout import check_held_out_files
 from .image_sets import BadImage, ImageSet, content_hash, load_images
 from .levels import shared_gap, write_levels
 from .losses import Losses, Measured, SavedModel, measure, saved_models, shown, untrained, weights_hash
@@ -155,12 +156,14 @@ def front(
         levels: equal parts of the range of noise levels in which losses and gap are also measured; 1 is the mean only.
 
     Raises:
-        UsageError: a run without models, an unknown control, fewer than two images with captions, images without the
-            class that models are told of, more levels than the models have, or a base that does not load.
+        UsageError: a run without models, an unknown control, held-out files that are also training files, fewer than
+            two images with captions, images without the class that models are told of, more levels than the models
+            have, or a base that does not load.
     """
     control = next(iter(runs)) if control is None else control
     if control not in runs:
         raise UsageError(f"`control` {control}: is none of the runs {', '.join(runs)}")
+    check_held_out_files(heldout, training)
     first = next(iter(runs.values()))[0]
     config = RunFolder(first).config()
     base = base or config.get("pretrained_model_name_or_path")

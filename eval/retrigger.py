@@ -19,9 +19,9 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.sscd import Descriptor
 
-from .audit import check_held_out_files
 from .censored import bootstrap_intervals, done_by, mean_steps, median, median_interval, share_intervals
 from .generate import model_hash
+from .heldout import check_held_out_files
 from .image_sets import ImageSet
 from .losses import Chosen, chosen
 from .membership import Target

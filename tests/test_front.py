@@ -318,15 +318,22 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
         (["--run", "a={run}", "--sample", "-1"], "--sample -1: must be 0 (draw nothing), or at least 2"),
         (["--run", "a={run}", "--sample", "4", "--fid", "none"], "--fid none: --sample shows scores over the Fréchet"),
         (["--run", "a={run}", "--train", "{empty}"], "--train {empty}: the folder is empty"),
+        (
+            ["--run", "a={run}", "--heldout", "{shared}"],
+            "5 of its 6 pictures are also among the training images (000_0.png, 001_0.png, 002_0.png, ...)",
+        ),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
         (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no such folder"),
         (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: has no model_index.json"),
     ],
 )
-def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):
+def test_wrong_use_of_front_names_the_flag(run_dir, pictures, heldout, tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()
-    (write_folder(tmp_path / "bare", 3) / "metadata.jsonl").unlink()
-    places = {"run": run_dir, "empty": tmp_path / "empty", "bare": tmp_path / "bare"}
+    (write_folder(tmp_path / "bare", 3, seed=4) / "metadata.jsonl").unlink()
+    shared = shutil.copytree(heldout, tmp_path / "shared")
+    for number in range(5):
+        shutil.copy(pictures / f"00{number}_0.png", shared)
+    places = {"run": run_dir, "empty": tmp_path / "empty", "bare": tmp_path / "bare", "shared": shared}
     flags = [flag.format(**places) for flag in flags]
     assert main(["front", "--heldout", str(heldout), "--output", str(tmp_path / "o"), *flags]) == 2
     assert message.format(**places) in capsys.readouterr().err

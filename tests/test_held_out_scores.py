@@ -1,5 +1,7 @@
 """Scores beside those of pictures that were not trained on: copies, and the preference for training images."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -30,10 +32,22 @@ def test_held_out_pictures_are_compared_like_generated_ones(training, fresh, tmp
     assert scores["excess_copy_rate_ci95"][0] < 8 / 9 < scores["excess_copy_rate_ci95"][1] <= 1
     assert scores["heldout_sim_score"] < 0.95 and any("taken for other versions" in x for x in scores["notes"])
     assert scores["training_preference"] == 1  # all are training images
-    # The same pictures, in another file format and under another name, are refused.
-    Image.open(training / "030_0.png").save(held / "other.bmp")
-    with pytest.raises(UsageError, match=r"`heldout`.*: 1 of its 11 pictures are also among the training images"):
+    # The same file under another name is refused.
+    shutil.copy(training / "030_0.png", held / "other.png")
+    with pytest.raises(UsageError, match=r"1 of its 11 pictures are also among .* \(other.png\); give pict"):
         score(images, training_images, tmp_path / "s", tools, heldout=load_images(held, "heldout"))
+
+
+def test_held_out_pictures_that_equal_training_images_in_other_files_are_left_out(training, fresh, tmp_path):
+    """Whether in another format, or blank ones of another size, which resemble nothing by any descriptor."""
+    train, held = shutil.copytree(training, tmp_path / "train"), write_folder(tmp_path / "held", 9, seed=4)
+    Image.open(train / "030_0.png").save(held / "other.bmp")
+    Image.new("RGB", (64, 64), "white").save(train / "blank.png")
+    Image.new("RGB", (80, 64), "white").save(held / "white.png")
+    sets = load_images(fresh, "x"), load_images(train, "x")
+    scores = score(*sets, tmp_path / "s", Tools(PIXEL), heldout=load_images(held, "heldout"))
+    assert scores["num_heldout"] == 9 and scores["num_heldout_near_duplicates"] == 2
+    assert any("2 of 11 held-out pictures" in note for note in scores["notes"])
 
 
 def test_held_out_versions_of_training_images_are_left_out_though_the_descriptor_sees_others(
