@@ -1,13 +1,50 @@
-"""Held-out images: none of them was trained on."""
+"""Held-out images: read as the training images are, and none of them trained on."""
 
 from collections.abc import Sequence
 
 from ietagc_diffusers.errors import UsageError
 
 from .features import file_keys
-from .image_sets import ImageSet
+from .image_sets import ImageSet, load_images
+from .record import COLUMNS, TrainingSet
 
 NAMED = 3  # pictures that a message names
+
+
+def load_other_images(
+    source: str,
+    setting: str,
+    training: TrainingSet,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageSet:
+    """Images that were not trained on, held out or for reference, read as training reads its ``heldout_dir``: like the
+    training images, but all of them, and from the columns ``image`` and ``text`` where those of the training set are
+    missing.
+
+    Args:
+        setting: the setting that names the source, for messages.
+        image_column, ...: None: what the model records, or else the default.
+
+    Raises:
+        UsageError: there is no such source or no image in it.
+    """
+    settings = {} if training.record is None else training.record.settings
+
+    def column(name: str, given: str | None) -> str | None:
+        return given or settings.get(name) or COLUMNS.get(name)
+
+    images = load_images(
+        source,
+        setting,
+        str(column("image_column", image_column)),
+        str(column("caption_column", caption_column)),
+        column("label_column", label_column),
+        caption_lines=settings.get("caption_lines") or "whole",
+        or_default=True,
+    )
+    return images.decoded_like(training.images)
 
 
 def check_held_out_files(heldout: ImageSet, training: ImageSet) -> None:

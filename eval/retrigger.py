@@ -77,8 +77,7 @@ def retrigger(
             f"`resolution`: {next(iter(models.values()))} does not record at which it was trained; give it"
         )
     check_held_out_files(heldout, training.images)
-    heldout.alpha = training.images.alpha  # both sets are decoded alike
-    images = {"train": training.images, "heldout": heldout}
+    images = {"train": training.images, "heldout": heldout.decoded_like(training.images)}
     interpolation = (None if record is None else record.interpolation) or "bilinear"
     sets = {
         name: chosen(

@@ -119,6 +119,8 @@ def compare(
     """
     num_rows = len(generated) + len(training)
     generated, training = generated.files(), training.files()
+    # What a model was trained on shows in what it draws: other sets are decoded like the training images.
+    reference, heldout = (None if one is None else one.decoded_like(training) for one in (reference, heldout))
     sets = _describe(generated, training, reference, heldout, tools, cache)
     about_images = _about_images(sets, num_repeated_rows=num_rows - len(generated) - len(training))
     about_images |= _too_small(sets, tools.descriptor)

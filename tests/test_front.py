@@ -299,6 +299,10 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
     for name in ("training_set.json", "training_rows.parquet"):  # as of an earlier version, which had settings only
         (run / "ietagc" / name).unlink()
     assert last_row(run=run) == last_row(output="other")
+    captioned = shutil.copytree(heldout, tmp_path / "captioned")  # as the run reads a `heldout_dir`, in either column
+    rows = (captioned / "metadata.jsonl").read_text()
+    (captioned / "metadata.jsonl").write_text(rows.replace('"text"', '"words"'))
+    assert last_row(f"--heldout={captioned}", run=run) == last_row(output="other")
     flags = ["front", "--run", str(run), "--heldout", str(heldout), "--output", str(tmp_path), "--device", "cpu"]
     assert main([*flags, "--caption_column", "text"]) == 2
     assert f"--train {train}: the front needs at least two images with captions" in capsys.readouterr().err

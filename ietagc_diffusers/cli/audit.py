@@ -85,7 +85,7 @@ def run(args: Namespace) -> int:
         from ietagc_diffusers.eval.fine_tune import FineTune
 
         masks = FineTune.of(args.model, args.base, args.lora, training.record).targets()
-    reference, heldout = common.reference_images(args), common.heldout_images(args)
+    reference, heldout = (common.other_images(args, name, training) for name in ("reference", "heldout"))
     prompts = common.prompts_of(args, training.images)
     if args.views is None and args.protocol is None:
         args.views = "training"

@@ -3,7 +3,6 @@
 import math
 import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -318,25 +317,24 @@ def training_set(
     return found
 
 
-def reference_images(args: Namespace) -> "ImageSet | None":
-    from ietagc_diffusers.eval.image_sets import load_images
+def other_images(
+    args: Namespace, setting: str, training: "TrainingSet", label_column: str | None = None
+) -> "ImageSet | None":
+    """The images of ``--heldout`` or ``--reference``, read as the training images are; None if there are none."""
+    from ietagc_diffusers.eval.heldout import load_other_images
 
-    return load_images(args.reference, "reference") if args.reference else None
-
-
-def heldout_images(args: Namespace) -> "ImageSet | None":
-    from ietagc_diffusers.eval.image_sets import load_images
-
-    columns = args.image_column or "image", args.caption_column or "text"
-    return load_images(args.heldout, "heldout", *columns) if args.heldout else None
+    source = getattr(args, setting)
+    columns = args.image_column, args.caption_column, label_column
+    return load_other_images(source, setting, training, *columns) if source else None
 
 
-def heldout_or_left_out(args: Namespace, training: "TrainingSet", load: Callable[[], "ImageSet"]) -> "ImageSet":
-    """The images of ``--heldout``, which ``load`` reads, or those that the run held out, or was given to measure."""
+def heldout_or_left_out(args: Namespace, training: "TrainingSet", label_column: str | None = None) -> "ImageSet":
+    """The images of ``--heldout``, or those that the run held out, or was given to measure."""
     if not args.heldout and training.heldout is None and training.record is not None:
         args.heldout = training.record.heldout_dir
-    if args.heldout:
-        return load()
+    given = other_images(args, "heldout", training, label_column)
+    if given is not None:
+        return given
     if training.heldout is None:
         raise UsageError("`heldout`: the run held no images out; give images that were not trained on")
     return training.heldout

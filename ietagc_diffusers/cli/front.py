@@ -59,7 +59,6 @@ def run(args: Namespace) -> None:
     named = common.named_folders(args.runs, "run")
     from ietagc_diffusers.eval.front import Sampling, front
     from ietagc_diffusers.eval.generate import Settings
-    from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.score import Tools
 
     device = common.device_of(args)
@@ -69,9 +68,7 @@ def run(args: Namespace) -> None:
     label_column = next((column for config in configs if (column := config.get("label_column"))), None)
     common.check_apart(args, "train", "heldout", "reference", model=first)
     training = common.training_set(args, first, label_column=label_column)
-    columns = {"image_column": args.image_column, "text_column": args.caption_column}
-    columns["label_column"] = label_column
-    columns = {name: column for name, column in columns.items() if column is not None}
+    heldout = common.heldout_or_left_out(args, training, label_column)
     sampling = None
     if args.sample:
         settings = Settings(
@@ -83,12 +80,13 @@ def run(args: Namespace) -> None:
             dtype="float16" if device.startswith("cuda") else "float32",
         )
         tools = Tools(common.protocol_of(args, device))
-        sampling = Sampling(args.sample, settings, tools, common.reference_images(args), common.cache_of(args))
+        reference = common.other_images(args, "reference", training)
+        sampling = Sampling(args.sample, settings, tools, reference, common.cache_of(args))
     output = Path(args.output)
     result = front(
         runs,
         training.images,
-        common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **columns)),
+        heldout,
         output,
         base=args.base,
         control=args.control,

@@ -86,7 +86,6 @@ def run(args: Namespace) -> None:
     for place in models.values():
         common.check_apart(Namespace(**vars(args) | {"model": place}), "train", "heldout")
     from ietagc_diffusers.eval.generate import Settings
-    from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.retrigger import retrigger, table
     from ietagc_diffusers.eval.trigger_search import Search
     from ietagc_diffusers.sscd import load_descriptor
@@ -109,11 +108,7 @@ def run(args: Namespace) -> None:
     )
     descriptor = load_descriptor(args.descriptor, args.protocol, device)
     training = common.training_set(args, args.model)
-    columns = {"image_column": args.image_column, "text_column": args.caption_column}
-    if training.record is not None:
-        columns["text_column"] = args.caption_column or training.record.columns["caption_column"]
-    given = {key: value for key, value in columns.items() if value}
-    heldout = common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **given))
+    heldout = common.heldout_or_left_out(args, training)
     result = retrigger(
         models,
         training,
