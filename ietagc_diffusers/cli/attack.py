@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from ..console import say
 from ..errors import with_flags
 from ..files import check_output
-from . import common
+from . import common, compared
 
 ATTACKS = ["loss", "calibrated", "ratio", "sima", "pia", "clid"]  # a copy of the library's, see ``common``
 
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
 
     device = common.device_of(args)
     training = common.training_set(args, args.model)
-    heldout = common.heldout_or_left_out(args, training)
+    heldout = compared.heldout_or_left_out(args, training)
     settings = Settings(tuple(args.attacks), args.draws, args.seed, args.resolution, args.max_images, args.batch_size)
     result = attack(args.model, training, heldout, args.output, settings, args.base, device)
     say(with_flags(f"{table(result)}{args.output}/attack.json, attack.md, roc.png, roc.csv, images.csv", vars(args)))

@@ -3,6 +3,7 @@
 import math
 import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,45 +300,34 @@ def training_set(
     """
     from ietagc_diffusers.eval.adapters import find_adapter
     from ietagc_diffusers.eval.record import recorded_training
-    from ietagc_diffusers.eval.record import training_set as find
 
-    caption_column = getattr(args, "caption_column", None)
     for given in getattr(args, "lora", []):
         folder = find_adapter(given).file.parent
         if recorded_training(folder) is not None:
             model = folder  # a run's adapter says what it was trained on
+    found = read_training_set(args, model, label_column)
+    warn(args, found.warnings if is_main else ())
+    return found
+
+
+def warn(args: Namespace, warnings: Iterable[str]) -> None:
+    """A line on the console for each warning."""
+    for warning in warnings:
+        print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)
+
+
+def read_training_set(args: Namespace, model: str | Path | None, label_column: str | None) -> "TrainingSet":
+    """The images of ``--train``, or those that the model records, into which ``--output`` must not write."""
+    from ietagc_diffusers.eval.record import training_set as find
+
+    caption_column = getattr(args, "caption_column", None)
     names = args.image_column, caption_column, args.dataset_config_name, args.dataset_split, label_column
     found = find(model, args.train, *names)
-    for warning in found.warnings if is_main else ():
-        print(f"{args.prog} {args.command}: warning: {warning}", file=sys.stderr)
     if args.train is None and isinstance(args.output, str):  # the recorded place was not known before
         from ietagc_diffusers.eval.audit import check_apart
 
         check_apart(args.output, {"train": found.images.source})
     return found
-
-
-def other_images(
-    args: Namespace, setting: str, training: "TrainingSet", label_column: str | None = None
-) -> "ImageSet | None":
-    """The images of ``--heldout`` or ``--reference``, read as the training images are; None if there are none."""
-    from ietagc_diffusers.eval.heldout import load_other_images
-
-    source = getattr(args, setting)
-    columns = args.image_column, args.caption_column, label_column
-    return load_other_images(source, setting, training, *columns) if source else None
-
-
-def heldout_or_left_out(args: Namespace, training: "TrainingSet", label_column: str | None = None) -> "ImageSet":
-    """The images of ``--heldout``, or those that the run held out, or was given to measure."""
-    if not args.heldout and training.heldout is None and training.record is not None:
-        args.heldout = training.record.heldout_dir
-    given = other_images(args, "heldout", training, label_column)
-    if given is not None:
-        return given
-    if training.heldout is None:
-        raise UsageError("`heldout`: the run held no images out; give images that were not trained on")
-    return training.heldout
 
 
 def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) -> None:

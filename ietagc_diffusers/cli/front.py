@@ -6,7 +6,7 @@ from pathlib import Path
 from ..console import say
 from ..errors import UsageError
 from ..run_folder import RunFolder
-from . import common
+from . import common, compared
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--heldout",
         metavar="DIR|ID",
-        help="images that were not trained on, captioned or labelled as the others; default: those that the first run "
-        "held out (--heldout_share, --heldout_dir)",
+        help="images that no run was trained on, captioned or labelled as the others; default: those that the first "
+        "run held out (--heldout_share, --heldout_dir)",
     )
     common.add_training_images(parser, required=False)
     parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from, if any")
@@ -64,11 +64,14 @@ def run(args: Namespace) -> None:
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     first = next(iter(runs.values()))[0]
-    configs = [RunFolder(folder).config() for folders in runs.values() for folder in folders]
+    folders = [folder for some in runs.values() for folder in some]
+    configs = [RunFolder(folder).config() for folder in folders]
     label_column = next((column for config in configs if (column := config.get("label_column"))), None)
-    common.check_apart(args, "train", "heldout", "reference", model=first)
+    for folder in folders:
+        common.check_apart(args, "train", "heldout", "reference", model=folder)
     training = common.training_set(args, first, label_column=label_column)
-    heldout = common.heldout_or_left_out(args, training, label_column)
+    heldout = compared.heldout_or_left_out(args, training, label_column)
+    training = compared.in_common(args, training, heldout, {str(one): one for one in folders}, label_column)
     sampling = None
     if args.sample:
         settings = Settings(
@@ -80,7 +83,7 @@ def run(args: Namespace) -> None:
             dtype="float16" if device.startswith("cuda") else "float32",
         )
         tools = Tools(common.protocol_of(args, device))
-        reference = common.other_images(args, "reference", training)
+        reference = compared.other_images(args, "reference", training)
         sampling = Sampling(args.sample, settings, tools, reference, common.cache_of(args))
     output = Path(args.output)
     result = front(

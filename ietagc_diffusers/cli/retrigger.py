@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from ..console import say
 from ..errors import with_flags
 from ..files import check_output
-from . import common
+from . import common, compared
 
 STARTS = ["caption", "empty", "noise"]  # copies of the library's, see ``common``
 DTYPES = ["float32", "bfloat16"]
@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR|FILE|ID",
-        help="another model that was trained on the same images, to compare with --model, which may have a NAME= too; "
+        help="another model, to compare with --model, which may have a NAME= too, on images that both were trained on; "
         "may be given again",
     )
     common.add_training_images(parser, required=False)
@@ -108,7 +108,8 @@ def run(args: Namespace) -> None:
     )
     descriptor = load_descriptor(args.descriptor, args.protocol, device)
     training = common.training_set(args, args.model)
-    heldout = common.heldout_or_left_out(args, training)
+    heldout = compared.heldout_or_left_out(args, training)
+    training = compared.in_common(args, training, heldout, models)
     result = retrigger(
         models,
         training,

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..console import say
 from ..files import check_output
-from . import common
+from . import common, compared
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -24,6 +24,6 @@ def run(args: Namespace) -> None:
 
     tools = Tools(common.protocol_of(args, common.device_of(args)))
     generated, training = load_images(args.generated, "generated"), common.training_set(args)
-    reference, heldout = (common.other_images(args, name, training) for name in ("reference", "heldout"))
+    reference, heldout = (compared.other_images(args, name, training) for name in ("reference", "heldout"))
     score(generated, training.images, args.output, tools, common.cache_of(args), reference, heldout=heldout)
     say(f"{args.output}/scores.json; for a report: {args.prog} report {args.output}")
