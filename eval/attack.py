@@ -20,8 +20,8 @@ from ietagc_diffusers.families import Unconditional
 from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.training.fixed_losses import FixedLosses
 
-from .audit import check_held_out_files
 from .generate import model_hash
+from .heldout import check_held_out_files
 from .image_sets import ImageSet
 from .losses import Chosen, chosen
 from .membership import ATTACKS, Answers, Target, ask, check_base, middles
@@ -106,8 +106,7 @@ def attack(
         raise UsageError(f"`resolution`: {model} does not record at which it was trained; give it")
     reference, without_base = _base(base, record, target, settings.attacks)
     check_held_out_files(heldout, training.images)
-    heldout.alpha = training.images.alpha  # both sets are decoded alike
-    images = {"train": training.images, "heldout": heldout}
+    images = {"train": training.images, "heldout": heldout.decoded_like(training.images)}
     told = _told(record, target)
     with target.opened(device) as opened:
         left_out = {name: why for name, one in ATTACKS.items() if (why := one.missing(opened.family))}

@@ -14,8 +14,8 @@ from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.run_folder import RunFolder
 
 from .drawing import drawing_of, sentence_of
-from .features import file_keys
 from .generate import Settings, generate, model_hash, pipeline_folder
+from .heldout import check_held_out_files
 from .image_sets import ImageSet, load_images, unusable
 from .local_masks import write_masks
 from .membership import Target
@@ -154,17 +154,6 @@ def _most_similar(generated: ImageSet, found: Tables) -> ImageSet:
 def _scored(found: Tables, name: str, masks: Path) -> Scored:
     nearest, background = found.columns()
     return Scored(name, found.scores, nearest, background, masks)
-
-
-def check_held_out_files(heldout: ImageSet, training: ImageSet) -> None:
-    """Raise ``UsageError`` if files of held-out pictures are also files of the training set, whatever their names."""
-    known = set(file_keys(training))
-    shared = sum(key in known for key in file_keys(heldout))
-    if shared:
-        raise UsageError(
-            f"`heldout` {heldout.source}: {shared} of its {len(heldout)} pictures are also among the training images; "
-            "give pictures that were not trained on"
-        )
 
 
 def check_plain(settings: Settings) -> None:

@@ -193,11 +193,19 @@ def _range(found: dict[float, float], axis: str) -> str:
     )
 
 
+def with_scores(points: Iterable[FrontPoint], *keys: str) -> list[FrontPoint]:
+    """The points whose sampled images have all of these scores: one that cannot be computed is None."""
+    return [point for point in points if all(point.sampled.get(key) is not None for key in keys)]
+
+
 def _at_equal_frechet(run: list[FrontPoint], control: list[FrontPoint], key: str) -> str:
     """The last model of each seed against the control where that first reaches the same Fréchet distance."""
+    ours, theirs = (replicates(with_scores(points, key, "frechet")) for points in (run, control))
+    if not ours or not theirs:
+        return "not measured"
     found = []
-    for last in (seed[-1] for seed in replicates(run)):
-        for seed in replicates(control):
+    for last in (seed[-1] for seed in ours):
+        for seed in theirs:
             value = crossing(seed, lambda p: p.sampled["frechet"], lambda p: p.sampled[key], last.sampled["frechet"])
             if value is not None:
                 found.append(last.sampled[key] - value)

@@ -7,6 +7,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -170,14 +171,13 @@ class Embedded:
         return hashlib.blake2b(b"".join(sorted(self.keys)), digest_size=8).hexdigest()
 
 
-def file_keys(images: ImageSet) -> list[bytes]:
-    """The hash of each image's file; files that cannot be read are left out."""
-    keys = []
-    for index in range(len(images)):
-        try:
-            keys.append(content_hash(images.encoded(index)))
-        except BadImage:
-            continue
+def file_keys(images: ImageSet) -> dict[str, bytes]:
+    """{name: hash of its file} of the images; files that cannot be read are left out."""
+    keys: dict[str, bytes] = {}
+    for index, name in enumerate(images.names):
+        if name not in keys:
+            with suppress(BadImage):
+                keys[name] = content_hash(images.encoded(index))
     return keys
 
 

@@ -21,7 +21,8 @@ from ietagc_diffusers.single_file import folder_of
 
 from .curves import FrontPoint, by_run, table
 from .generate import Settings, generate, model_hash, trained_resolution
-from .image_sets import BadImage, ImageSet, content_hash, load_images
+from .heldout import check_held_out_files
+from .image_sets import BadImage, ImageSet, load_images
 from .levels import shared_gap, write_levels
 from .losses import Losses, Measured, SavedModel, measure, saved_models, shown, untrained, weights_hash
 from .metrics import METRICS, measured_distances
@@ -155,12 +156,15 @@ def front(
         levels: equal parts of the range of noise levels in which losses and gap are also measured; 1 is the mean only.
 
     Raises:
-        UsageError: a run without models, an unknown control, fewer than two images with captions, images without the
-            class that models are told of, more levels than the models have, or a base that does not load.
+        UsageError: a run without models, an unknown control, held-out files that are also training files, fewer than
+            two images with captions, images without the class that models are told of, more levels than the models
+            have, or a base that does not load.
     """
     control = next(iter(runs)) if control is None else control
     if control not in runs:
         raise UsageError(f"`control` {control}: is none of the runs {', '.join(runs)}")
+    check_held_out_files(heldout, training)
+    heldout = heldout.decoded_like(training)
     first = next(iter(runs.values()))[0]
     config = RunFolder(first).config()
     base = base or config.get("pretrained_model_name_or_path")
@@ -267,11 +271,11 @@ def _of_scores(scores: dict) -> dict:
 
 
 def _contents(images: ImageSet) -> list:
-    """A name and a hash of the file of each image that can be read."""
+    """A name and a hash of each image that can be read, which stands for its pixels."""
     contents = []
     for index, name in enumerate(images.names):
         with suppress(BadImage):
-            contents.append([name, content_hash(images.encoded(index)).hex()])
+            contents.append([name, images.key(images.encoded(index)).hex()])
     return contents
 
 

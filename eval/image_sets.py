@@ -19,8 +19,9 @@ from PIL import Image
 from ietagc_diffusers.data import DataSettings, read_source, selected
 from ietagc_diffusers.data.columns import array_of, with_images, with_texts
 from ietagc_diffusers.data.decoder import BadImage, decode_bytes, read_file, read_stored, to_rgb
-from ietagc_diffusers.data.folder import NO_IMAGE, NO_ROW, OTHER_METADATA, FolderRows, is_picture, read_folder
+from ietagc_diffusers.data.folder import NO_IMAGE, NO_ROW, OTHER_METADATA, FolderRows, is_picture, read_folder_of
 from ietagc_diffusers.data.listing import list_folder, suffix_of
+from ietagc_diffusers.data.rows import TEXT
 from ietagc_diffusers.data.settings import ImageSettings
 from ietagc_diffusers.data.sources import SAMPLE_ID, of_parquet, stored_column, stored_image
 from ietagc_diffusers.errors import UsageError, one_line
@@ -106,6 +107,12 @@ class ImageSet:
             self.columns,
             self.alpha,
         )
+
+    def decoded_like(self, others: "ImageSet") -> "ImageSet":
+        """The same images with transparent parts shown as in another set, so that both differ in nothing by that."""
+        images = self.select(range(len(self)))
+        images.alpha = others.alpha
+        return images
 
     def files(self) -> "ImageSet":
         """Each image file once, with the first of the rows that name it."""
@@ -243,6 +250,8 @@ def load_images(
     image_column: str = "image",
     text_column: str = "text",
     label_column: str | None = None,
+    caption_lines: str = "whole",
+    or_default: bool = False,
 ) -> ImageSet:
     """A set of images from a folder of image files (with ``metadata.jsonl`` or not), or from anything that
     ``datasets`` loads: a folder of Parquet files, a folder that ``save_to_disk`` wrote, a Hub id.
@@ -253,6 +262,9 @@ def load_images(
         setting: the setting that names the source, for messages.
         image_column: a dataset's column of images.
         text_column: column of captions, in a dataset or in metadata; label_column: of classes.
+        caption_lines: what of a text file beside an image is its caption, see ``data.folder.read_folder``.
+        or_default: whether images are read from the column ``image``, and captions from ``text``, where there is none
+            of the other name.
 
     Raises:
         UsageError: there is no such source or no image in it.
@@ -260,18 +272,28 @@ def load_images(
     folder = Path(source)
     if folder.is_file():
         raise UsageError(f"`{setting}` {source}: is a file; give the folder it is in")
-    images, name = None, f"`{setting}` {source}"
+    name, found = f"`{setting}` {source}", None
+
+    def named(column: str, default: str, columns: Iterable[str]) -> str:
+        return default if or_default and column not in columns else column
+
     if folder.is_dir() and not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
         listing = list_folder(folder)
         if any(map(is_picture, listing.names)):
-            images = _from_folder(folder, read_folder(listing, name), text_column)
-        elif any(suffix_of(file) == ".parquet" for file in listing.names):
-            found = of_parquet(listing, name, None)
-            images = _from_rows(source, name, found, image_column, text_column, label_column)
-        else:
+            rows, _ = read_folder_of(image_column, listing, name, caption_lines=caption_lines)
+            text_column = named(text_column, TEXT, rows.columns)
+            images = _from_folder(folder, rows, text_column)
+            images.columns = {"image_column": image_column, "text_column": text_column}
+            if caption_lines != "whole":
+                images.columns["caption_lines"] = caption_lines
+            return images
+        if not any(suffix_of(file) == ".parquet" for file in listing.names):
             raise UsageError(f"{name}: no images in this folder (.png, .jpg, .webp or others)")
-    if images is None:
-        images = _from_rows(source, name, _load(folder, source, name), image_column, text_column, label_column)
+        found = of_parquet(listing, name, None)
+    found = _load(folder, source, name) if found is None else found
+    image_column = named(image_column, "image", found.column_names)
+    text_column = named(text_column, TEXT, found.column_names)
+    images = _from_rows(source, name, found, image_column, text_column, label_column)
     images.columns = {"image_column": image_column, "text_column": text_column}
     return images
 

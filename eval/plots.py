@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .curves import FrontPoint, at_gap, by_run, over_seeds, replicates
+from .curves import FrontPoint, at_gap, by_run, over_seeds, replicates, with_scores
 from .levels import profile
 
 if TYPE_CHECKING:
@@ -167,10 +167,12 @@ def plot_sampled(
     colours: Colours | None = None,
 ) -> None:
     """Fréchet distance against the score ``key`` along each run: the mean of its seeds, and their range as a band, at
-    the steps that they share. Seeds that share no step are drawn one by one.
+    the steps that they share. Seeds that share no step are drawn one by one. Models without one of both numbers are
+    left out.
     """
     colours = _colours(points, control, colours)
-    for name, run in by_run(points).items():
+    measured = with_scores(points, key, "frechet")
+    for name, run in by_run(measured).items():
         colour, seeds = colours[name], replicates(run)
         run_label: str | None = as_label(name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)")
         for group in _at_equal_steps(seeds):
@@ -182,7 +184,10 @@ def plot_sampled(
     axes.set_xlabel(f"{label} (memorization →)")
     axes.set_ylabel("Fréchet distance (← quality)")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    if measured:
+        axes.legend(fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
 
 
 def plot_levels(axes: Axes, points: list[FrontPoint], field: str, gap: float | None, control: str) -> None:

@@ -120,6 +120,11 @@ class TrainingRecord:
         """Whether these are the images that the model was trained on."""
         return found.images == self.settings.get("images_hash")
 
+    def has_images_of(self, other: "TrainingRecord") -> bool:
+        """Whether both models were trained on the same images, by what they record; earlier versions do not say."""
+        known = self.settings.get("images_hash")
+        return known is not None and known == other.settings.get("images_hash")
+
     @property
     def described(self) -> str:
         """The training set in words."""

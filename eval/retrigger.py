@@ -19,9 +19,9 @@ from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.files import write_json, write_text
 from ietagc_diffusers.sscd import Descriptor
 
-from .audit import check_held_out_files
 from .censored import bootstrap_intervals, done_by, mean_steps, median, median_interval, share_intervals
 from .generate import model_hash
+from .heldout import check_held_out_files
 from .image_sets import ImageSet
 from .losses import Chosen, chosen
 from .membership import Target
@@ -77,8 +77,7 @@ def retrigger(
             f"`resolution`: {next(iter(models.values()))} does not record at which it was trained; give it"
         )
     check_held_out_files(heldout, training.images)
-    heldout.alpha = training.images.alpha  # both sets are decoded alike
-    images = {"train": training.images, "heldout": heldout}
+    images = {"train": training.images, "heldout": heldout.decoded_like(training.images)}
     interpolation = (None if record is None else record.interpolation) or "bilinear"
     sets = {
         name: chosen(

@@ -21,7 +21,8 @@ from ietagc_diffusers.sscd.descriptor import SSCD_EDGE
 
 from .drawing import drawing_of
 from .features import Embedded, Extractor, Pixels, Size, embed
-from .image_sets import ImageSet, content_hash, load_again, unusable
+from .heldout import check_none_shared
+from .image_sets import ImageSet, load_again, unusable
 from .metrics import ImageSets, Measured
 from .protocol import Protocol
 from .tools import Tools
@@ -114,10 +115,12 @@ def compare(
         notes: what else to keep in mind when reading the scores.
 
     Raises:
-        UsageError: a set without a usable image, or held-out pictures that are among the training images.
+        UsageError: a set without a usable image, or held-out files that are also training files.
     """
     num_rows = len(generated) + len(training)
     generated, training = generated.files(), training.files()
+    # What a model was trained on shows in what it draws: other sets are decoded like the training images.
+    reference, heldout = (None if one is None else one.decoded_like(training) for one in (reference, heldout))
     sets = _describe(generated, training, reference, heldout, tools, cache)
     about_images = _about_images(sets, num_repeated_rows=num_rows - len(generated) - len(training))
     about_images |= _too_small(sets, tools.descriptor)
@@ -192,7 +195,9 @@ def _describe(
         as_training = tools.training_extractors(pixels)["views"]  # what training would have shown of them
         described: dict[str, Extractor] = {"pixels": pixels, **tools.queries, **small, "as_training": as_training}
         heldout_features = describe(heldout.files(), described, desc="Describing held-out pictures").distinct()
-        _check_held_out(heldout_features, training_features)
+        files = set(training_features.keys)
+        names = zip(heldout_features.images.names, heldout_features.keys, strict=True)
+        check_none_shared(heldout_features.images, [name for name, file in names if file in files])
     return ImageSets(
         generated=generated_features,
         all_training=training_features,
@@ -203,25 +208,6 @@ def _describe(
         pixels=pixels.size,
         heldout=heldout_features,
     )
-
-
-def _check_held_out(heldout: Embedded, training: Embedded) -> None:
-    """Raise ``UsageError`` if the training set has some of the pictures, in the same file or decoded to the same."""
-    compared = list(heldout.features)
-    files, pictures = set(training.keys), set(_marks(training, compared))
-    marks = zip(heldout.keys, _marks(heldout, compared), strict=True)
-    shared = sum(file in files or picture in pictures for file, picture in marks)
-    if shared:
-        raise UsageError(
-            f"`heldout` {heldout.images.source}: {shared} of its {len(heldout.kept)} pictures are also among the "
-            "training images; give pictures that were not trained on"
-        )
-
-
-def _marks(images: Embedded, names: list[str]) -> list[bytes]:
-    """The bytes of these features of each image."""
-    rows = zip(*(images.features[name].numpy() for name in names), strict=True)
-    return [content_hash(b"".join(row.tobytes() for row in vectors)) for vectors in rows]
 
 
 def common_edge(images: ImageSet, describe: Callable[..., Embedded]) -> int:

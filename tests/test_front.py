@@ -15,7 +15,7 @@ from PIL import Image
 from ietagc_diffusers import testing
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.eval.curves import FrontPoint, at_gap, at_loss, compare, crossing
-from ietagc_diffusers.eval.front import Front
+from ietagc_diffusers.eval.front import SAMPLED, Front
 from ietagc_diffusers.eval.losses import Losses, measure, saved_models, spread
 from ietagc_diffusers.eval.plots import plot_front, plot_sampled
 from ietagc_diffusers.families import family_of
@@ -178,6 +178,32 @@ def test_what_was_sampled_is_averaged_at_the_steps_that_seeds_share():
     assert named == {"none", "ours (2 seeds)"} and lines == [[0, 5], [50, 70, 80]]
 
 
+@pytest.mark.parametrize("lacking", [("training_preference",), ("frechet", "kernel")])
+def test_a_front_is_written_where_a_score_could_not_be_measured(lacking, tmp_path):
+    scores = dict.fromkeys(SAMPLED, 0.5) | dict.fromkeys(lacking)
+    points = [
+        FrontPoint(run, step, 0.0, 1 - step, step / 9, 0, scores | ({} if "frechet" in lacking else {"frechet": -step}))
+        for run in ("none", "ours")
+        for step in range(3)
+    ]
+    front = Front(points, "none")
+    front.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"front.csv", "front.png", "front.md"}
+    row = front.markdown.splitlines()[-1]
+    assert row.count("not measured") == (1 if lacking == ("training_preference",) else 4)
+    assert row.count("+0.0000") == 4 - row.count("not measured")
+    assert list(csv.DictReader((tmp_path / "front.csv").open()))[-1][lacking[0]] == ""
+
+
+def test_a_model_whose_score_is_missing_is_left_out_of_the_picture():
+    scores = [{"copy_rate": rate, "frechet": 1.0} for rate in (0.1, None, 0.3)]
+    axes = plt.figure().subplots()
+    points = [FrontPoint("none", step, 0.0, 0.0, 0.0, 0, sampled) for step, sampled in enumerate(scores)]
+    plot_sampled(axes, points, "copy_rate", "copies")
+    plt.close(axes.figure)
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[0.1, 0.3]]
+
+
 def test_seeds_that_share_no_step_but_the_base_are_drawn_one_by_one():
     named, lines = drawn(("ours", (0, 10, 20), 0), ("ours", (0, 15), 1))
     assert named == {"ours (2 seeds)"} and lines == [[0, 10, 20], [100, 115]]
@@ -273,6 +299,10 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
     for name in ("training_set.json", "training_rows.parquet"):  # as of an earlier version, which had settings only
         (run / "ietagc" / name).unlink()
     assert last_row(run=run) == last_row(output="other")
+    captioned = shutil.copytree(heldout, tmp_path / "captioned")  # as the run reads a `heldout_dir`, in either column
+    rows = (captioned / "metadata.jsonl").read_text()
+    (captioned / "metadata.jsonl").write_text(rows.replace('"text"', '"words"'))
+    assert last_row(f"--heldout={captioned}", run=run) == last_row(output="other")
     flags = ["front", "--run", str(run), "--heldout", str(heldout), "--output", str(tmp_path), "--device", "cpu"]
     assert main([*flags, "--caption_column", "text"]) == 2
     assert f"--train {train}: the front needs at least two images with captions" in capsys.readouterr().err
@@ -288,16 +318,26 @@ def test_captions_are_in_the_column_that_the_run_recorded_unless_another_is_name
         (["--run", "a={run}", "--points", "0"], "--points 0"),
         (["--run", "a={run}", "--levels", "0"], "--levels 0"),
         (["--run", "a={run}", "--levels", "1001"], "--levels 1001: must be from 1 to 1000"),
+        (["--run", "a={run}", "--sample", "1"], "--sample 1: one image has no Fréchet distance"),
+        (["--run", "a={run}", "--sample", "-1"], "--sample -1: must be 0 (draw nothing), or at least 2"),
+        (["--run", "a={run}", "--sample", "4", "--fid", "none"], "--fid none: --sample shows scores over the Fréchet"),
         (["--run", "a={run}", "--train", "{empty}"], "--train {empty}: the folder is empty"),
+        (
+            ["--run", "a={run}", "--heldout", "{shared}"],
+            "5 of its 6 pictures are also among the training images (000_0.png, 001_0.png, 002_0.png, ...)",
+        ),
         (["--run", "a={run}", "--heldout", "{bare}"], "the front needs at least two images with captions"),
         (["--run", "a={run}", "--base", "{empty}/nothing"], "nothing: no such folder"),
         (["--run", "a={run}", "--base", "{empty}"], "--base {empty}: has no model_index.json"),
     ],
 )
-def test_wrong_use_of_front_names_the_flag(run_dir, heldout, tmp_path, capsys, flags, message):
+def test_wrong_use_of_front_names_the_flag(run_dir, pictures, heldout, tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()
-    (write_folder(tmp_path / "bare", 3) / "metadata.jsonl").unlink()
-    places = {"run": run_dir, "empty": tmp_path / "empty", "bare": tmp_path / "bare"}
+    (write_folder(tmp_path / "bare", 3, seed=4) / "metadata.jsonl").unlink()
+    shared = shutil.copytree(heldout, tmp_path / "shared")
+    for number in range(5):
+        shutil.copy(pictures / f"00{number}_0.png", shared)
+    places = {"run": run_dir, "empty": tmp_path / "empty", "bare": tmp_path / "bare", "shared": shared}
     flags = [flag.format(**places) for flag in flags]
     assert main(["front", "--heldout", str(heldout), "--output", str(tmp_path / "o"), *flags]) == 2
     assert message.format(**places) in capsys.readouterr().err

@@ -150,12 +150,14 @@ class Similarity(Kind):
         if sets.heldout is None:
             return missing(OF_HELDOUT, "there are no held-out pictures: set `heldout`", {"num_heldout": 0})
         similarity, _ = self._nearest(sets.heldout, sets.training)
-        kept = similarity[(similarity <= NEAR_DUPLICATE) & ~self._same_thumbnail(sets.heldout, sets.training)]
+        near = (similarity > NEAR_DUPLICATE) | self._same_thumbnail(sets.heldout, sets.training)
+        kept = similarity[~(near | _same_pixels(sets.heldout, sets.training))]
         num_near = len(similarity) - len(kept)
         counts = {"num_heldout": len(kept), "num_heldout_near_duplicates": num_near}
         notes = (
             f"{num_near} of {len(similarity)} held-out pictures have a similarity over {NEAR_DUPLICATE} to a training "
-            "image, or the same thumbnail: they are taken for other versions of it and left out",
+            "image, the same thumbnail or the same pixels at the size for l2: they are taken for other versions of it "
+            "and left out",
         )
         if not len(kept):
             return missing(OF_HELDOUT, "all held-out pictures are also in the training set", counts, notes=notes)
@@ -221,3 +223,9 @@ class Similarity(Kind):
         middle, options = shown.middle()[rows], self.protocol.search_options
         similarity, found = most_similar(middle, shown.vectors, groups=(rows, shown.owners), **options)
         return rows, similarity[:, 0], shown.owners[found[:, 0]]
+
+
+def _same_pixels(heldout: Embedded, training: Embedded) -> torch.Tensor:
+    """Whether each picture (N,) at the size for l2 is exactly a training image; of blank ones nothing else says so."""
+    known = {row.tobytes() for row in training.features["pixels"].numpy()}
+    return torch.tensor([row.tobytes() in known for row in heldout.features["pixels"].numpy()])

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from ..console import say
 from ..errors import with_flags
 from ..files import check_output
-from . import common
+from . import common, compared
 
 ATTACKS = ["loss", "calibrated", "ratio", "sima", "pia", "clid"]  # a copy of the library's, see ``common``
 
@@ -49,17 +49,10 @@ def run(args: Namespace) -> None:
     common.place_model(args)
     common.check_apart(args, "train", "heldout", "base")
     from ietagc_diffusers.eval.attack import Settings, attack, table
-    from ietagc_diffusers.eval.image_sets import load_images
 
     device = common.device_of(args)
     training = common.training_set(args, args.model)
-    columns = {"image_column": args.image_column, "text_column": args.caption_column}
-    if training.record is not None:
-        recorded = training.record.columns
-        columns["text_column"] = args.caption_column or recorded["caption_column"]
-        columns["label_column"] = training.record.settings.get("label_column")
-    given = {key: value for key, value in columns.items() if value}
-    heldout = common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **given))
+    heldout = compared.heldout_or_left_out(args, training)
     settings = Settings(tuple(args.attacks), args.draws, args.seed, args.resolution, args.max_images, args.batch_size)
     result = attack(args.model, training, heldout, args.output, settings, args.base, device)
     say(with_flags(f"{table(result)}{args.output}/attack.json, attack.md, roc.png, roc.csv, images.csv", vars(args)))

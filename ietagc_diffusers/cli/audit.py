@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..console import say
 from ..errors import UsageError, with_flags
 from ..files import check_output
-from . import common
+from . import common, compared
 
 if TYPE_CHECKING:
     from ietagc_diffusers.eval.verdict import Limits
@@ -85,7 +85,7 @@ def run(args: Namespace) -> int:
         from ietagc_diffusers.eval.fine_tune import FineTune
 
         masks = FineTune.of(args.model, args.base, args.lora, training.record).targets()
-    reference, heldout = common.reference_images(args), common.heldout_images(args)
+    reference, heldout = (compared.other_images(args, name, training) for name in ("reference", "heldout"))
     prompts = common.prompts_of(args, training.images)
     if args.views is None and args.protocol is None:
         args.views = "training"

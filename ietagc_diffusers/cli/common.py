@@ -3,7 +3,7 @@
 import math
 import sys
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,6 +298,21 @@ def training_set(
     """The images of ``--train``, or those that the model records, with a line on the console for each doubt that they
     are those that the model was trained on. ``label_column``: default: what the model records.
     """
+    found = read_training_set(args, model, label_column)
+    warn(args, found.warnings if is_main else ())
+    return found
+
+
+def warn(args: Namespace, warnings: Iterable[str]) -> None:
+    """A line on the console for each warning."""
+    for warning in warnings:
+        print(f"{args.prog} {args.command}: warning: {with_flags(warning, vars(args))}", file=sys.stderr)
+
+
+def read_training_set(args: Namespace, model: str | Path | None, label_column: str | None) -> "TrainingSet":
+    """The images of ``--train``, or those that the model and its adapters record, into which ``--output`` must not
+    write.
+    """
     from ietagc_diffusers.eval.record import training_set as find
     from ietagc_diffusers.eval.trained_on import training_of_all
 
@@ -307,37 +322,11 @@ def training_set(
         found = training_of_all(model, args.lora, args.train, **given)
     else:
         found = find(model, args.train, **given)
-    for warning in found.warnings if is_main else ():
-        print(f"{args.prog} {args.command}: warning: {with_flags(warning, vars(args))}", file=sys.stderr)
     if args.train is None and isinstance(args.output, str):  # the recorded place was not known before
         from ietagc_diffusers.eval.audit import check_apart
 
         check_apart(args.output, {"train": found.images.source})
     return found
-
-
-def reference_images(args: Namespace) -> "ImageSet | None":
-    from ietagc_diffusers.eval.image_sets import load_images
-
-    return load_images(args.reference, "reference") if args.reference else None
-
-
-def heldout_images(args: Namespace) -> "ImageSet | None":
-    from ietagc_diffusers.eval.image_sets import load_images
-
-    columns = args.image_column or "image", args.caption_column or "text"
-    return load_images(args.heldout, "heldout", *columns) if args.heldout else None
-
-
-def heldout_or_left_out(args: Namespace, training: "TrainingSet", load: Callable[[], "ImageSet"]) -> "ImageSet":
-    """The images of ``--heldout``, which ``load`` reads, or those that the run held out, or was given to measure."""
-    if not args.heldout and training.heldout is None and training.record is not None:
-        args.heldout = training.record.heldout_dir
-    if args.heldout:
-        return load()
-    if training.heldout is None:
-        raise UsageError("`heldout`: the run held no images out; give images that were not trained on")
-    return training.heldout
 
 
 def check_apart(args: Namespace, *inputs: str, model: str | Path | None = None) -> None:

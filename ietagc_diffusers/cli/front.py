@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..console import say
+from ..errors import UsageError
 from ..run_folder import RunFolder
-from . import common
+from . import common, compared
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,8 +22,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--heldout",
         metavar="DIR|ID",
-        help="images that were not trained on, captioned or labelled as the others; default: those that the first run "
-        "held out (--heldout_share, --heldout_dir)",
+        help="images that no run was trained on, captioned or labelled as the others; default: those that the first "
+        "run held out (--heldout_share, --heldout_dir)",
     )
     common.add_training_images(parser, required=False)
     parser.add_argument("--base", metavar="DIR|ID", help="default: the model that the first run started from, if any")
@@ -54,22 +55,23 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     common.check_positive(args, "resolution", "max_images", "draws", "levels", "points")
     common.check_positive(args, "num_inference_steps", "batch_size")
+    _check_sample(args)
     named = common.named_folders(args.runs, "run")
     from ietagc_diffusers.eval.front import Sampling, front
     from ietagc_diffusers.eval.generate import Settings
-    from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.score import Tools
 
     device = common.device_of(args)
     runs = {name: [Path(folder) for folder in folders.split(",")] for name, folders in named}
     first = next(iter(runs.values()))[0]
-    configs = [RunFolder(folder).config() for folders in runs.values() for folder in folders]
+    folders = [folder for some in runs.values() for folder in some]
+    configs = [RunFolder(folder).config() for folder in folders]
     label_column = next((column for config in configs if (column := config.get("label_column"))), None)
-    common.check_apart(args, "train", "heldout", "reference", model=first)
+    for folder in folders:
+        common.check_apart(args, "train", "heldout", "reference", model=folder)
     training = common.training_set(args, first, label_column=label_column)
-    columns = {"image_column": args.image_column, "text_column": args.caption_column}
-    columns["label_column"] = label_column
-    columns = {name: column for name, column in columns.items() if column is not None}
+    heldout = compared.heldout_or_left_out(args, training, label_column)
+    training = compared.in_common(args, training, heldout, {str(one): one for one in folders}, label_column)
     sampling = None
     if args.sample:
         settings = Settings(
@@ -81,12 +83,13 @@ def run(args: Namespace) -> None:
             dtype="float16" if device.startswith("cuda") else "float32",
         )
         tools = Tools(common.protocol_of(args, device))
-        sampling = Sampling(args.sample, settings, tools, common.reference_images(args), common.cache_of(args))
+        reference = compared.other_images(args, "reference", training)
+        sampling = Sampling(args.sample, settings, tools, reference, common.cache_of(args))
     output = Path(args.output)
     result = front(
         runs,
         training.images,
-        common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **columns)),
+        heldout,
         output,
         base=args.base,
         control=args.control,
@@ -102,3 +105,16 @@ def run(args: Namespace) -> None:
     )
     by_level = ", front_levels.png, front_levels.csv" if args.levels > 1 else ""
     say(f"{result.markdown}\n{output}/front.png, front.csv, front.md{by_level}")
+
+
+def _check_sample(args: Namespace) -> None:
+    """Raise ``UsageError`` if what is drawn could not be compared at equal Fréchet distance."""
+    if args.sample < 0:
+        raise UsageError(f"`sample` {args.sample}: must be 0 (draw nothing), or at least 2")
+    if args.sample == 1:
+        raise UsageError("`sample` 1: one image has no Fréchet distance, over which scores are shown; give at least 2")
+    if args.sample and args.fid == "none":
+        raise UsageError(
+            f"`fid` none: `sample` shows scores over the Fréchet distance; leave `fid` out (pixel-8), or `sample` "
+            f"{args.sample}"
+        )

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from ..console import say
 from ..errors import with_flags
 from ..files import check_output
-from . import common
+from . import common, compared
 
 STARTS = ["caption", "empty", "noise"]  # copies of the library's, see ``common``
 DTYPES = ["float32", "bfloat16"]
@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR|FILE|ID",
-        help="another model that was trained on the same images, to compare with --model, which may have a NAME= too; "
+        help="another model, to compare with --model, which may have a NAME= too, on images that both were trained on; "
         "may be given again",
     )
     common.add_training_images(parser, required=False)
@@ -86,7 +86,6 @@ def run(args: Namespace) -> None:
     for place in models.values():
         common.check_apart(Namespace(**vars(args) | {"model": place}), "train", "heldout")
     from ietagc_diffusers.eval.generate import Settings
-    from ietagc_diffusers.eval.image_sets import load_images
     from ietagc_diffusers.eval.retrigger import retrigger, table
     from ietagc_diffusers.eval.trigger_search import Search
     from ietagc_diffusers.sscd import load_descriptor
@@ -109,11 +108,8 @@ def run(args: Namespace) -> None:
     )
     descriptor = load_descriptor(args.descriptor, args.protocol, device)
     training = common.training_set(args, args.model)
-    columns = {"image_column": args.image_column, "text_column": args.caption_column}
-    if training.record is not None:
-        columns["text_column"] = args.caption_column or training.record.columns["caption_column"]
-    given = {key: value for key, value in columns.items() if value}
-    heldout = common.heldout_or_left_out(args, training, lambda: load_images(args.heldout, "heldout", **given))
+    heldout = compared.heldout_or_left_out(args, training)
+    training = compared.in_common(args, training, heldout, models)
     result = retrigger(
         models,
         training,

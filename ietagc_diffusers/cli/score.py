@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..console import say
 from ..files import check_output
-from . import common
+from . import common, compared
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: Namespace) -> None:
     from ietagc_diffusers.eval.score import Tools, score
 
     tools = Tools(common.protocol_of(args, common.device_of(args)))
-    generated, training = load_images(args.generated, "generated"), common.training_set(args).images
-    reference, heldout = common.reference_images(args), common.heldout_images(args)
-    score(generated, training, args.output, tools, common.cache_of(args), reference, heldout=heldout)
+    generated, training = load_images(args.generated, "generated"), common.training_set(args)
+    reference, heldout = (compared.other_images(args, name, training) for name in ("reference", "heldout"))
+    score(generated, training.images, args.output, tools, common.cache_of(args), reference, heldout=heldout)
     say(f"{args.output}/scores.json; for a report: {args.prog} report {args.output}")

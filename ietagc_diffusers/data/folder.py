@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,19 @@ def read_folder(
         if name not in read and not is_picture(name):
             rows.skipped.append([printable(name), OTHER_METADATA if name in other else _why_no_image(rows, name)])
     return rows
+
+
+def read_folder_of(
+    image_column: str, listing: Listing, where: str, split: str | None = None, caption_lines: str = "whole"
+) -> tuple[FolderRows, str]:
+    """What ``read_folder`` finds, and the column that names the files: that of the image column, as in
+    ``photo_file_name``, or ``file_name`` where metadata has no such column.
+    """
+    if image_column != "image":
+        column = f"{image_column}_{FILE_NAME}"
+        with suppress(UsageError):
+            return read_folder(listing, where, split, caption_lines, column), column
+    return read_folder(listing, where, split, caption_lines), FILE_NAME
 
 
 def _why_no_image(rows, name):

@@ -17,7 +17,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..errors import UsageError, one_line
 from .columns import STORED_IMAGE, array_of, made, with_images, with_texts
-from .folder import NO_ROW, FolderRows, is_picture, read_folder
+from .folder import NO_ROW, FolderRows, is_picture, read_folder_of
 from .listing import KEYWORDS, Listing, list_folder, printable, repeated_folders, split_of_file, suffix_of
 from .metadata import FILE_NAME, NEAR_TEXT, near_column, rank
 from .settings import ImageSettings
@@ -119,14 +119,8 @@ def _of_folder(folder, settings, name):
         return Source(_of_datasets(settings, name), name)
     listing = list_folder(folder)
     if any(map(is_picture, listing.names)):
-        column = FILE_NAME if settings.image_column == "image" else f"{settings.image_column}_{FILE_NAME}"
-        try:
-            found = read_folder(listing, name, settings.dataset_split, settings.caption_lines, column)
-        except UsageError:
-            if column == FILE_NAME:
-                raise
-            found = read_folder(listing, name, settings.dataset_split, settings.caption_lines)
-            column = FILE_NAME
+        options = settings.dataset_split, settings.caption_lines
+        found, column = read_folder_of(settings.image_column, listing, name, *options)
         for row, fault in found.faults.items():
             if "outside" in fault:
                 raise UsageError(
