@@ -89,7 +89,7 @@ def _best(parts: list[Part], given: dict[str, str | None]) -> tuple[TrainingSet,
     tried = []
     for part in reversed(parts):
         found = training_set(part.place, None, **given)
-        keys = set(file_keys(found.images))
+        keys = set(file_keys(found.images).values())
         tried.append((found, [one for one in parts if one is not part and not _among(keys, one.record)]))
         if not tried[-1][1]:
             return tried[-1]
@@ -99,7 +99,7 @@ def _best(parts: list[Part], given: dict[str, str | None]) -> tuple[TrainingSet,
 def _all_of(source: str, parts: list[Part], notes: list[str], given: dict[str, str | None]) -> TrainingSet:
     """All images of ``source``, with a warning for each part whose images are not among them, or may not be."""
     images = whole_set(parts[-1].record, source, **given)
-    keys, warnings = set(file_keys(images)), []
+    keys, warnings = set(file_keys(images).values()), []
     for part in parts:
         if not (among := _among(keys, part.record)):
             said = (
