@@ -18,6 +18,7 @@ from ietagc_diffusers.training.scripts import SCRIPTS
 
 from .configuration import READ, USED, checked, named, read_configuration, short_hash, slug, unlike
 from .generate import Settings, check_unprompted, generate, model_hash
+from .heldout import load_other_images
 from .image_sets import ImageSet, load_images, training_images, training_settings
 from .jobs import TRAIN, run_folder
 from .pipelines import is_unprompted, num_classes
@@ -244,10 +245,8 @@ class Benchmark:
         settings = self._settings(cell, len(prompts))
         # Before anything is drawn, to fail early.
         tools = Tools(Protocol(**self.score | {"device": device}))
-        reference = load_images(self.reference, "reference") if self.reference else None
-        heldout = load_images(self.heldout, "heldout") if self.heldout else None
-        if heldout is not None:
-            heldout.alpha = training.images.alpha  # both sets are decoded alike
+        reference = load_other_images(self.reference, "reference", training) if self.reference else None
+        heldout = load_other_images(self.heldout, "heldout", training) if self.heldout else None
         generate(model, prompts, images, settings, device, desc=cell.name)
         notes = [*training.warnings, *training.notes]
         about = {"model": model, "model_hash": model_hash(model), "cell": [cell.training, cell.inference, cell.seed]}
