@@ -85,12 +85,15 @@ class RunFolder:
         """Remove what a process that was killed had half written, so that it takes no room for good. A checkpoint that
         was about to be replaced by another of the same step keeps its name. Nobody may be writing into the folder.
         """
-        for path in self.path.glob("checkpoint-*.old"):
-            if _CHECKPOINT.fullmatch(path.stem) and not path.with_suffix("").exists():
-                with suppress(OSError):
+        leftovers = []
+        for path in [*self.path.glob("checkpoint-*.tmp"), *self.path.glob("checkpoint-*.old")]:
+            if not _CHECKPOINT.fullmatch(path.stem):
+                continue
+            if path.suffix == ".old" and not path.with_suffix("").exists():
+                with suppress(OSError):  # then it stays as it is: it is the only one
                     path.rename(path.with_suffix(""))
-        leftovers = [path for end in ("tmp", "old") for path in self.path.glob(f"checkpoint-*.{end}")]
-        leftovers = [path for path in leftovers if _CHECKPOINT.fullmatch(path.stem)]
+            else:
+                leftovers.append(path)
         leftovers += [path for path in (self.path / "rounds").glob("*.part") if _ROUND.fullmatch(path.stem)]
         leftovers += [place.with_name(f"{place.name}.part") for place in (self.best, self.unfinished)]
         for path in leftovers:

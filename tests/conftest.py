@@ -54,6 +54,20 @@ def write_folder(folder, num_images, copies=(), size=20, seed=0):
 
 
 @pytest.fixture(scope="module")
+def no_page():
+    """Drawing the monitor's page takes longer than all else: what it is given stands in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ietagc_diffusers.training.callbacks.monitor.page", lambda *about, **more: str(about[1:]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    """A folder of ten other pictures."""
+    return write_folder(tmp_path_factory.mktemp("heldout") / "pictures", 10, seed=9)
+
+
+@pytest.fixture(scope="module")
 def training(tmp_path_factory):
     """A folder of 60 pictures, three of which have two files."""
     return write_folder(tmp_path_factory.mktemp("compared") / "training", 60, copies=(0, 1, 2))

@@ -1,7 +1,5 @@
 """The matrix runs what is missing, survives what fails, and its tables say what was measured."""
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -11,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from conftest import train_here, write_folder
@@ -20,11 +17,10 @@ from ietagc_diffusers.arguments import parse_flags, recipe_to_argv
 from ietagc_diffusers.cli import main
 from ietagc_diffusers.errors import UsageError
 from ietagc_diffusers.eval import benchmark as module
-from ietagc_diffusers.eval import jobs, processes
+from ietagc_diffusers.eval import jobs
 from ietagc_diffusers.eval.benchmark import Benchmark, Cell, run
 from ietagc_diffusers.eval.configuration import short_hash
 from ietagc_diffusers.eval.record import recorded_training
-from ietagc_diffusers.eval.tables import COLUMNS, build_table, comma_separated, latex, markdown
 
 BOTH = {"T": {"rows": [{"training": "none"}, {"training": "given"}]}}
 
@@ -252,90 +248,6 @@ def test_an_interruption_ends_what_runs_and_begins_no_more(base, pictures, tmp_p
     assert not list((tmp_path / "out").rglob(module.FAILED))
 
 
-LAUNCHER = """
-import signal, subprocess, sys
-started = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], start_new_session=sys.argv[3] == "own")
-if sys.argv[4] == "ignores":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-open(sys.argv[2] + ".launched", "w").close()
-started.wait()
-"""
-TRAINING = """
-import os, pathlib, signal, sys, time
-def stop(*_):
-    time.sleep(0.3)
-    pathlib.Path(sys.argv[1] + ".saved").touch()
-    os._exit(0)
-signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv[1] else stop)
-pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def heard():
-    """Signals as a terminal sends them: one that runs in the background was told to ignore some of them."""
-    kinds = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in kinds.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def lives(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@pytest.mark.parametrize(
-    ("training", "launcher", "session", "number"),
-    [
-        ("saves", "dies", "shared", signal.SIGTERM),
-        ("saves", "dies", "own", signal.SIGHUP),
-        ("saves", "ignores", "shared", signal.SIGINT),
-        ("deaf", "ignores", "own", signal.SIGTERM),
-    ],
-)
-def test_no_training_survives_its_benchmark(tmp_path, monkeypatch, heard, training, launcher, number, session):
-    """Whatever the launcher does with signals: the training saves its checkpoint, or is killed after the grace."""
-    place = tmp_path / training
-    command = [sys.executable, "-c", LAUNCHER, TRAINING, place, session, launcher]
-    monkeypatch.setattr(processes, "GRACE", 1.0 if training == "deaf" else 30.0)
-    running = processes.Processes()
-
-    def interrupt():
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and not (place.exists() and place.with_suffix(".launched").exists()):
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
-
-    def call():
-        with pytest.raises(processes.Stopped):
-            running.call(command, tmp_path / "log")
-        ended.append(True)
-
-    ended, threads = [], [threading.Thread(target=work) for work in (call, interrupt)]
-    with pytest.raises(KeyboardInterrupt), running.ended_by_signals():
-        for thread in threads:
-            thread.start()
-        time.sleep(60)
-    assert not lives(int(place.read_text()))
-    assert place.with_suffix(".saved").exists() == (training == "saves")
-    for thread in threads:
-        thread.join(timeout=10)
-    assert ended == [True]
-
-
-def test_what_a_failed_launcher_started_is_ended(tmp_path):
-    launcher = LAUNCHER.replace("started.wait()", "time.sleep(1); sys.exit(3)").replace("import", "import time,", 1)
-    place = tmp_path / "saves"
-    command = [sys.executable, "-c", launcher, TRAINING, place, "shared", "dies"]
-    assert processes.Processes().call(command, tmp_path / "log").startswith("exit 3")
-    assert not lives(int(place.read_text())) and place.with_suffix(".saved").exists()
-
-
 def test_a_training_that_a_signal_ended_is_no_failure(base, pictures, tmp_path, monkeypatch):
     """The script then exits with 0 and a checkpoint."""
     monkeypatch.setattr(module.Processes, "call", lambda *_: None)
@@ -410,55 +322,6 @@ def test_the_rows_of_the_paper_s_tables_are_its_recipes(variant):
         "dataset_name",
     }  # fmt: skip
     assert {key: getattr(ours, key) for key in same} == {key: getattr(theirs, key) for key in same}
-
-
-def result(training, seed, sim, clip, inference="none"):
-    return {
-        "training": training,
-        "inference": inference,
-        "seed": seed,
-        "scores": {"sim_score": sim, "clip_score": clip},
-    }
-
-
-RESULTS = [
-    result("a", 0, 0.60, 30.0), result("a", 1, 0.64, 31.0),
-    result("b", 0, 0.30, 29.0), result("b", 1, 0.30, 29.0),
-    result("c", 0, 0.40, 32.0), {"training": "c", "inference": "none", "seed": 1, "failed": "exit 1: no"},
-]  # fmt: skip
-ROWS = [{"label": "A & co_1", "training": "a"}, {"label": "B", "training": "b"}, {"label": "C|c", "training": "c"}]
-TABLE = build_table("X", {"title": "10% é {x}", "rows": ROWS}, ["sim_score", "clip_score", "fid"], RESULTS)
-
-
-def test_means_spreads_and_ranks_follow_the_direction_of_each_column():
-    assert [column.title for column in TABLE.columns] == ["Sim Score", "CLIP score"]  # fid has no value anywhere
-    text = markdown(TABLE)
-    assert "| A & co_1 | <u>0.620 ± 0.028</u> | **30.50 ± 0.71** |" in text
-    assert "| B | **0.300 ± 0.000** | <u>29.00 ± 0.00</u> |" in text
-    assert "| C\\|c (1 of 2 seeds) | 0.400 | 32.00 |" in text  # a row that is not complete is not ranked
-    assert "C|c (1 of 2 seeds) failed: seed 1: exit 1: no" in text
-
-
-def test_latex_is_escaped_and_complete():
-    text = latex(TABLE)
-    assert r"A \& co\_1 & \underline{0.620 $\pm$ 0.028} & \textbf{30.50 $\pm$ 0.71} \\" in text
-    assert r"\caption{10\% é \{x\}}" in text and text.count(r"\begin") == text.count(r"\end") == 2
-    assert r"\textbf{0.300 $\pm$ 0.000}" in text
-
-
-def test_the_csv_has_every_seed():
-    rows = list(csv.DictReader(io.StringIO(comma_separated([TABLE]))))
-    assert len(rows) == 6
-    assert rows[0]["values"] == "0.6 0.64" and float(rows[0]["mean"]) == pytest.approx(0.62)
-    assert rows[4]["deviation"] == "" and rows[2]["rank"] == "best"
-
-
-def test_equal_means_rank_alike_and_a_single_row_has_no_best():
-    rows = [{"training": "a"}, {"training": "b"}]
-    same = [result("a", 0, 0.50001, 1), result("b", 0, 0.50002, 2)]
-    table = build_table("X", {"rows": rows}, ["sim_score"], same)
-    assert [row.entries[0].rank for row in table.rows] == ["", ""]
-    assert COLUMNS["clip_score"].lower is False
 
 
 def test_the_base_folder_of_the_tests_is_not_written_to(base, pictures, tmp_path):

@@ -28,11 +28,6 @@ RUN += ["--max_train_steps=16", "--steps_per_round=4"]
 
 
 @pytest.fixture(scope="module")
-def heldout(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("heldout") / "pictures", 10, seed=9)
-
-
-@pytest.fixture(scope="module")
 def flags(base, pictures, heldout):
     return train_flags(base, pictures, *RUN, f"--heldout_dir={heldout}")
 

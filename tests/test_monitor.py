@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from conftest import train_flags, train_here, unet_bytes, write_folder
+from conftest import train_flags, train_here, unet_bytes
+from monitored import measured, rows_of, script
 from safetensors.torch import load, load_file
 
 from ietagc_diffusers import UsageError, testing
@@ -19,28 +20,7 @@ from ietagc_diffusers.training.monitor_page import page
 
 RUN = ["--mitigation=iet", "--num_shards=2", "--report_to=none", "--max_train_steps=16", "--steps_per_round=2"]
 RUN += ["--noise_offset=0.1", "--learning_rate=1e-2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing the page takes longer than all else; one test draws it by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ietagc_diffusers.training.callbacks.monitor.page", lambda *about, **more: str(about[1:]))
-        yield
-
-
-def script(monkeypatch, *heldout_and_gap):
-    """Let the measurements say this, round by round."""
-    told = ("heldout_loss", "gap", "gap_ci95")
-    said = iter([{key: row[key] for key in told} for row in measured(*heldout_and_gap)])
-    monkeypatch.setattr(
-        Meter, "measurement", lambda meter, losses, base: next(said) | {"train_loss": 0.5, "levels": []}
-    )
-
-
-@pytest.fixture(scope="module")
-def heldout(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("heldout") / "pictures", 10, seed=9)
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +31,6 @@ def flags(base, pictures, heldout):
 @pytest.fixture(scope="module")
 def watched(flags, tmp_path_factory):
     return train_here([*flags, "--save_rounds"], tmp_path_factory.mktemp("watched") / "out")
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in RunFolder(folder).monitor_file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("more", [[], ["--mitigation=none", "--num_shards=1", "--max_train_steps=4"]])
@@ -230,13 +206,6 @@ def test_the_page_says_it_and_loads_nothing(watched):
     assert not re.findall(r'(?:src|href)="(?!#)', text.replace("xlink:href", "href"))
     shown = page(rows_of(watched), "<b>", "a & b", 100, ended=False)
     assert "&lt;b&gt;: step 16 of 100" in shown and "a &amp; b" in shown and "refresh" in shown
-
-
-def measured(*heldout_and_gap, low=-1.0):
-    return [
-        {"round": i, "global_step": 10 * i, "heldout_loss": loss, "gap": gap, "gap_ci95": [gap + low, gap + 1]}
-        for i, (loss, gap) in enumerate(heldout_and_gap)
-    ]
 
 
 def test_advice():

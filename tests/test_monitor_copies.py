@@ -34,12 +34,7 @@ NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d"]
 DRAWN = ["--monitor_every=1", "--monitor_images=3", "--monitor_inference_steps=1", "--monitor_descriptor=pixel"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_page():
-    """Drawing the page takes longer than all else; one test draws it by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ietagc_diffusers.training.callbacks.monitor.page", lambda *about, **more: "")
-        yield
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 @pytest.fixture(scope="module")

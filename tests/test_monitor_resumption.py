@@ -4,49 +4,23 @@ import json
 
 import pytest
 import torch
-from conftest import train_flags, train_here, unet_bytes, write_folder
+from conftest import train_flags, train_here, unet_bytes
+from monitored import rows_of, script
 
 from ietagc_diffusers import testing
 from ietagc_diffusers.run_folder import RunFolder
 from ietagc_diffusers.training.fixed_losses import FixedLosses
-from ietagc_diffusers.training.monitor import Meter
 from ietagc_diffusers.training.proxy import Proxy
 from ietagc_diffusers.training.scripts import UnconditionalScript
 
 RUN = ["--mitigation=iet", "--num_shards=2", "--report_to=none", "--max_train_steps=16", "--steps_per_round=2"]
 RUN += ["--monitor_every=1", "--learning_rate=1e-2", "--save_rounds"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ietagc_diffusers.training.callbacks.monitor.page", lambda *about, **more: "")
-        yield
-
-
-@pytest.fixture(scope="module")
-def heldout(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("heldout") / "pictures", 10, seed=9)
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 @pytest.fixture(scope="module")
 def flags(base, pictures, heldout):
     return train_flags(base, pictures, *RUN, f"--heldout_dir={heldout}")
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in RunFolder(folder).monitor_file.read_text().splitlines()]
-
-
-def script(monkeypatch, *heldout_and_gap):
-    """Let the measurements say this, one by one."""
-    said = iter(heldout_and_gap)
-
-    def measurement(meter, losses, base):
-        loss, gap = next(said)
-        return {"train_loss": 0.5, "heldout_loss": loss, "gap": gap, "gap_ci95": [gap - 1, gap + 1], "levels": []}
-
-    monkeypatch.setattr(Meter, "measurement", measurement)
 
 
 def test_the_base_of_a_model_without_prompts_is_loaded_again(pictures, heldout, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, train_flags, train_here
@@ -56,6 +57,16 @@ def test_what_was_half_written_is_removed_and_nothing_else(tmp_path):
     assert left == {name: name for name in kept} | {"checkpoint-5": "checkpoint-5.old"}
     folder.tidy()
     assert len([*tmp_path.rglob("what")]) == len(left)
+
+
+def test_the_only_checkpoint_stays_where_it_cannot_be_renamed(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError
+
+    (tmp_path / "checkpoint-5.old").mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    RunFolder(tmp_path).tidy()
+    assert (tmp_path / "checkpoint-5.old").is_dir()
 
 
 def test_strangers_in_the_folder_are_not_checkpoints(tmp_path):
